@@ -1,0 +1,300 @@
+//! Memory that I/O goes to and comes from.
+//!
+//! An [`IoVec`] is a scatter-gather list that keeps its memory alive by itself:
+//! guest memory by its mapping, a job's buffer by its allocation. So an
+//! operation can hold on to it until the kernel is done, whoever stops waiting.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+/// Keeps the memory behind an [`IoVec`] mapped.
+///
+/// # Safety
+///
+/// The memory that an `IoVec` made with this owner points to must stay mapped
+/// and writable until the owner is dropped, at the same address.
+pub unsafe trait MemoryOwner: Send + Sync + 'static {}
+
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+/// A scatter-gather list over memory that it keeps alive.
+///
+/// Its bytes may be changed by others at any time (the guest), so they are only
+/// copied, never borrowed. Cloning is cheap and shares the memory.
+#[derive(Clone)]
+pub struct IoVec {
+    segments: SmallVec<[Segment; 4]>,
+    len: usize,
+    owner: Arc<dyn MemoryOwner>,
+}
+
+// SAFETY: the segments point into memory that `owner` (Send + Sync) keeps
+// mapped; access is by raw copies only, so no thread holds a reference.
+unsafe impl Send for IoVec {}
+// SAFETY: as for Send; no method hands out a reference to the bytes.
+unsafe impl Sync for IoVec {}
+
+impl IoVec {
+    /// A list over `segments` (address, length in bytes), whose memory `owner`
+    /// keeps alive.
+    ///
+    /// # Safety
+    ///
+    /// Each segment must lie in memory that stays readable and writable as long
+    /// as `owner` lives.
+    pub unsafe fn new(
+        segments: impl IntoIterator<Item = (NonNull<u8>, usize)>,
+        owner: Arc<dyn MemoryOwner>,
+    ) -> Self {
+        let segments: SmallVec<[Segment; 4]> = segments
+            .into_iter()
+            .filter(|(_, len)| *len > 0)
+            .map(|(base, len)| Segment { base, len })
+            .collect();
+        let len = segments.iter().map(|s| s.len).sum();
+        Self {
+            segments,
+            len,
+            owner,
+        }
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The kernel's form of the list. Valid as long as `self` or a clone lives.
+    pub fn to_iovecs(&self) -> SmallVec<[libc::iovec; 4]> {
+        self.segments
+            .iter()
+            .map(|s| libc::iovec {
+                iov_base: s.base.as_ptr().cast(),
+                iov_len: s.len,
+            })
+            .collect()
+    }
+
+    /// Whether each segment begins at and is a multiple of `alignment` (a power
+    /// of two).
+    pub fn is_aligned(&self, alignment: usize) -> bool {
+        self.segments
+            .iter()
+            .all(|s| (s.base.as_ptr() as usize | s.len) & (alignment - 1) == 0)
+    }
+
+    /// The part of `len` bytes from `offset`.
+    ///
+    /// # Panics
+    ///
+    /// If it is not inside the list.
+    pub fn slice(&self, offset: usize, len: usize) -> Self {
+        let end = offset.checked_add(len).expect("slice end fits usize");
+        assert!(
+            end <= self.len,
+            "slice {offset}+{len} of {} bytes",
+            self.len
+        );
+        let mut skip = offset;
+        let mut left = len;
+        let mut segments = SmallVec::new();
+        for segment in &self.segments {
+            if left == 0 {
+                break;
+            }
+            if skip >= segment.len {
+                skip -= segment.len;
+                continue;
+            }
+            let take = left.min(segment.len - skip);
+            segments.push(Segment {
+                // SAFETY: skip < segment.len, so this stays in the segment.
+                base: unsafe { segment.base.add(skip) },
+                len: take,
+            });
+            left -= take;
+            skip = 0;
+        }
+        Self {
+            segments,
+            len,
+            owner: Arc::clone(&self.owner),
+        }
+    }
+
+    /// Copies bytes `offset..offset + into.len()` out.
+    ///
+    /// # Panics
+    ///
+    /// If they are not inside the list.
+    pub fn copy_to(&self, offset: usize, into: &mut [u8]) {
+        let mut done = 0;
+        for segment in &self.slice(offset, into.len()).segments {
+            // SAFETY: the segment is alive (owner), and `into` is ours alone and
+            // as long as the slice. Others may write the source meanwhile; then
+            // the copy has some of both, as with any device.
+            unsafe {
+                segment
+                    .base
+                    .as_ptr()
+                    .copy_to_nonoverlapping(into.as_mut_ptr().add(done), segment.len);
+            }
+            done += segment.len;
+        }
+    }
+
+    /// Copies `from` in at `offset`.
+    ///
+    /// # Panics
+    ///
+    /// If it does not fit.
+    pub fn copy_from(&self, offset: usize, from: &[u8]) {
+        let mut done = 0;
+        for segment in &self.slice(offset, from.len()).segments {
+            // SAFETY: as in `copy_to`, the other way round.
+            unsafe {
+                segment
+                    .base
+                    .as_ptr()
+                    .copy_from_nonoverlapping(from.as_ptr().add(done), segment.len);
+            }
+            done += segment.len;
+        }
+    }
+
+    /// Sets all bytes to `byte`.
+    pub fn fill(&self, byte: u8) {
+        for segment in &self.segments {
+            // SAFETY: the segment is alive and writable (owner).
+            unsafe { segment.base.as_ptr().write_bytes(byte, segment.len) }
+        }
+    }
+
+    /// Whether all bytes are zero at this moment.
+    pub fn is_zero(&self) -> bool {
+        let mut block = [0u8; 4096];
+        let mut offset = 0;
+        while offset < self.len {
+            let n = block.len().min(self.len - offset);
+            self.copy_to(offset, &mut block[..n]);
+            if block[..n].iter().any(|b| *b != 0) {
+                return false;
+            }
+            offset += n;
+        }
+        true
+    }
+}
+
+impl std::fmt::Debug for IoVec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("IoVec")
+            .field("segments", &self.segments.len())
+            .field("len", &self.len)
+            .finish()
+    }
+}
+
+/// Zeroed memory of our own, aligned for O_DIRECT.
+pub struct AlignedBuffer {
+    base: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: the buffer owns its memory and hands out no references.
+unsafe impl Send for AlignedBuffer {}
+// SAFETY: as above; access goes through IoVec's copies.
+unsafe impl Sync for AlignedBuffer {}
+// SAFETY: the memory lives, at one address, until the buffer is dropped.
+unsafe impl MemoryOwner for AlignedBuffer {}
+
+impl AlignedBuffer {
+    /// Alignment that every device and file system we know accepts.
+    pub const ALIGNMENT: usize = 4096;
+
+    /// `len` zero bytes. The caller bounds `len`; 0 is rounded up to 1.
+    pub fn new(len: usize) -> Arc<Self> {
+        let layout = Layout::from_size_align(len.max(1), Self::ALIGNMENT)
+            .expect("callers bound buffer sizes");
+        // SAFETY: the layout has a size of at least 1.
+        let base = unsafe { alloc_zeroed(layout) };
+        let Some(base) = NonNull::new(base) else {
+            std::alloc::handle_alloc_error(layout)
+        };
+        Arc::new(Self { base, layout })
+    }
+
+    /// The first `len` bytes as a list.
+    ///
+    /// # Panics
+    ///
+    /// If the buffer is shorter.
+    pub fn io_vec(self: &Arc<Self>, len: usize) -> IoVec {
+        assert!(len <= self.layout.size());
+        // SAFETY: the memory is ours for as long as the Arc lives.
+        unsafe { IoVec::new([(self.base, len)], Arc::clone(self) as Arc<dyn MemoryOwner>) }
+    }
+}
+
+impl Drop for AlignedBuffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout, and nobody else has it.
+        unsafe { dealloc(self.base.as_ptr(), self.layout) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scattered() -> IoVec {
+        let buffer = AlignedBuffer::new(64);
+        let base = buffer.base;
+        // SAFETY: all segments lie in the buffer, which the list keeps alive.
+        unsafe {
+            IoVec::new(
+                [(base, 8), (base.add(16), 0), (base.add(32), 24)],
+                buffer as Arc<dyn MemoryOwner>,
+            )
+        }
+    }
+
+    #[test]
+    fn copies_cross_segment_borders() {
+        let iov = scattered();
+        let bytes: Vec<u8> = (1..=32).collect();
+        iov.copy_from(0, &bytes);
+        let mut back = [0; 10];
+        iov.copy_to(5, &mut back);
+        assert_eq!(back[..], bytes[5..15]);
+    }
+
+    #[test]
+    fn slice_sees_the_same_bytes() {
+        let iov = scattered();
+        iov.slice(7, 2).copy_from(0, &[1, 2]);
+        let mut back = [0; 4];
+        iov.copy_to(6, &mut back);
+        assert_eq!(back, [0, 1, 2, 0]);
+        assert!(!iov.is_zero());
+        assert!(iov.slice(9, 23).is_zero());
+    }
+
+    #[test]
+    #[should_panic(expected = "slice")]
+    fn slice_past_the_end_is_refused() {
+        scattered().slice(30, 3);
+    }
+}

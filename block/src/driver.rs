@@ -1,0 +1,165 @@
+//! What a block driver (protocol, format or filter) has to do.
+//!
+//! Drivers are called by `Node` only, which has checked bounds
+//! and rights before.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use crate::buffer::IoVec;
+use crate::error::IoError;
+
+/// A future on the current thread's executor. Not `Send`: an operation ends on
+/// the thread it began on, because its ring is there.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// How a write is to be done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WriteFlags {
+    /// Force unit access: the data is on stable storage when the write ends.
+    pub fua: bool,
+    /// The visible content does not change (copy-on-read, a mirror's target
+    /// under the same data): allowed with write-unchanged rights.
+    pub unchanged: bool,
+}
+
+/// How zeroes are to be written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ZeroFlags {
+    /// As [`WriteFlags::fua`].
+    pub fua: bool,
+    /// The range may be unmapped, if it then reads as zeroes.
+    pub may_unmap: bool,
+    /// Fail with `EOPNOTSUPP` where zeroes would have to be written as data.
+    pub no_fallback: bool,
+}
+
+/// What an extent is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExtentFlags {
+    /// Holds data that has to be read.
+    pub data: bool,
+    /// Reads as zeroes.
+    pub zero: bool,
+    /// Allocated in this layer (not taken from a backing image).
+    pub allocated: bool,
+}
+
+/// A run of bytes of one kind, from the start of the range that was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length in bytes: at least 1, at most what was asked for.
+    pub len: u64,
+    /// What it is.
+    pub flags: ExtentFlags,
+}
+
+/// What a node wants of requests. All in bytes; alignments are powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Smallest unit that the storage can do without reading around it. A
+    /// request of any 512-byte multiple is accepted all the same.
+    pub request_alignment: u32,
+    /// Best unit for zero writes and discards; 0 if it does not matter.
+    pub zero_alignment: u32,
+    /// Largest request that makes sense in one piece; 0 for no limit.
+    pub max_transfer: u32,
+    /// Cluster size of a format; `None` if it has no clusters.
+    pub cluster_size: Option<u32>,
+    /// Zeroes with `may_unmap` are cheap (no data is written).
+    pub can_zero_fast: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            request_alignment: 512,
+            zero_alignment: 0,
+            max_transfer: 0,
+            cluster_size: None,
+            can_zero_fast: false,
+        }
+    }
+}
+
+/// Part that a child plays for its parent node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ChildRole {
+    /// `file`: where a format or filter keeps its data.
+    File,
+    /// `backing`: what shows through unallocated ranges.
+    Backing,
+    /// `target`: a second image that a filter writes.
+    Target,
+}
+
+impl ChildRole {
+    /// The name that QEMU's options use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Backing => "backing",
+            Self::Target => "target",
+        }
+    }
+}
+
+/// A protocol, format or filter driver: the behaviour of one node.
+///
+/// Threads: all I/O methods may be called on any iothread, by several at once.
+/// Cancel: dropping a returned future leaves the operation's effect undefined
+/// (all, part or nothing of the range), and frees no buffer the kernel still
+/// uses. Bounds are checked by the caller.
+pub trait BlockDriver: Send + Sync + 'static {
+    /// QEMU's name of the driver: `file`, `raw`, `null-co`, …
+    fn name(&self) -> &'static str;
+
+    /// Current size in bytes. Never blocks.
+    fn size(&self) -> u64;
+
+    /// What the node wants of requests. Constant while it is open.
+    fn limits(&self) -> Limits;
+
+    /// Name of the file behind this node as QMP shows it; empty if none.
+    fn filename(&self) -> String;
+
+    /// Reads `iov.len()` bytes at `offset`.
+    fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>>;
+
+    /// Writes `iov.len()` bytes at `offset`.
+    fn write<'a>(
+        &'a self,
+        offset: u64,
+        iov: IoVec,
+        flags: WriteFlags,
+    ) -> BoxFuture<'a, Result<(), IoError>>;
+
+    /// Makes `len` bytes at `offset` read as zeroes.
+    fn write_zeroes<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'a, Result<(), IoError>>;
+
+    /// Tells that the content of the range is not needed any more.
+    ///
+    /// A hint: success may mean that nothing was done.
+    fn discard<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<(), IoError>>;
+
+    /// Makes all writes that have ended before this call durable.
+    fn flush<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>>;
+
+    /// Kind of the extent that begins at `offset`, as far as it is the same, at
+    /// most `len` bytes (`len` is at least 1).
+    fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>>;
+
+    /// Whether this is a filter: shows the data of one child unchanged.
+    fn is_filter(&self) -> bool {
+        false
+    }
+
+    /// Called on main after the last user has gone, before the driver is
+    /// dropped. Must not block on the network.
+    fn close(&self) {}
+}
