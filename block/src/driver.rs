@@ -8,6 +8,7 @@ use std::pin::Pin;
 
 use crate::buffer::IoVec;
 use crate::error::IoError;
+use crate::permissions::{PermissionError, Permissions};
 
 /// A future on the current thread's executor. Not `Send`: an operation ends on
 /// the thread it began on, because its ring is there.
@@ -158,6 +159,26 @@ pub trait BlockDriver: Send + Sync + 'static {
     fn is_filter(&self) -> bool {
         false
     }
+
+    /// First half of a change of permissions: takes what `wanted` (all users of
+    /// the node together) needs on top of what is held, and checks that no
+    /// other process is against it. Nothing held so far is given up.
+    ///
+    /// Called on main. [`set_permissions`](Self::set_permissions) or
+    /// [`abort_permissions`](Self::abort_permissions) follows. After an error
+    /// all is as before, and neither is called. A node starts with
+    /// [`Permissions::IDLE`].
+    fn check_permissions(&self, wanted: Permissions) -> Result<(), PermissionError> {
+        let _ = wanted;
+        Ok(())
+    }
+
+    /// Second half: the last checked permissions hold from now on, and what they
+    /// do not need is given up. Cannot fail.
+    fn set_permissions(&self) {}
+
+    /// Takes the last check back.
+    fn abort_permissions(&self) {}
 
     /// Called on main after the last user has gone, before the driver is
     /// dropped. Must not block on the network.

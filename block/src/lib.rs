@@ -17,6 +17,12 @@ mod buffer;
 mod driver;
 mod error;
 mod options;
+mod permissions;
+#[expect(
+    dead_code,
+    reason = "used by the modules that the model checker covers"
+)]
+mod sync;
 
 pub use buffer::{AlignedBuffer, IoVec, MemoryOwner};
 pub use driver::{
@@ -27,3 +33,4 @@ pub use options::{
     BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, DiscardMode, DriverOptions,
     FileOptions, NullCoOptions, RawOptions,
 };
+pub use permissions::{Perm, PermissionError, Permissions};
