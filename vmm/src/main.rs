@@ -1,3 +1,22 @@
-//! The `diptych` binary.
+//! The `diptych` binary: a KVM virtual machine monitor whose disks can be
+//! mirrored while the guest runs.
+//!
+//! This file only names the modules and turns an outcome into an exit code;
+//! what can be said on the command line is in [`cli`].
 
-fn main() {}
+mod cli;
+mod run;
+mod vm_control;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match cli::main() {
+        Ok(code) => code,
+        Err(error) => {
+            // One line, whatever the causes: what, then why.
+            eprintln!("diptych: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
