@@ -1,0 +1,47 @@
+"""Which recorded scenarios diptych can be asked to replay today.
+
+A scenario waits, by name and with the reason, while it uses a command or a
+block driver that is not there yet. The commands are asked of the program, so a
+new command brings its scenarios to life by itself.
+"""
+import json
+import pathlib
+
+DRIVERS = {"file", "raw", "null-co"}
+
+# Scenarios that cannot be judged from their commands and drivers.
+WAITING = {}
+
+
+def _drivers(value):
+    if isinstance(value, dict):
+        driver = value.get("driver")
+        if isinstance(driver, str):
+            yield driver
+        for inner in value.values():
+            yield from _drivers(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _drivers(inner)
+
+
+def _refused_drivers(transcript):
+    """Drivers that the recording itself says do not exist."""
+    for step in transcript["steps"]:
+        error = step.get("reply", {}).get("error", {}).get("desc", "")
+        yield from (word.strip("'") for word in error.split() if word.startswith("'"))
+
+
+def waits_for(path, commands):
+    """What a scenario needs that is not there yet, sorted; empty if nothing."""
+    path = pathlib.Path(path)
+    scenario = json.loads(path.read_text())
+    transcript = json.loads((path.parent / "transcripts" / path.name).read_text())
+    if scenario["name"] in WAITING:
+        return [WAITING[scenario["name"]]]
+    unknown = {step.get("execute") for step in transcript["steps"]
+               if step.get("reply", {}).get("error", {}).get("class") == "CommandNotFound"}
+    needed = {step["execute"] for step in scenario["steps"] if "execute" in step}
+    missing = needed - unknown - set(commands)
+    drivers = set(_drivers(scenario["steps"])) - DRIVERS - set(_refused_drivers(transcript))
+    return sorted(missing) + [f"driver {name}" for name in sorted(drivers)]
