@@ -18,11 +18,10 @@ mod driver;
 mod error;
 mod options;
 mod permissions;
-#[expect(
-    dead_code,
-    reason = "used by the modules that the model checker covers"
-)]
+pub mod runtime;
 mod sync;
+#[allow(dead_code, reason = "the file driver is its user")]
+mod uring;
 
 pub use buffer::{AlignedBuffer, IoVec, MemoryOwner};
 pub use driver::{
