@@ -160,6 +160,16 @@ pub trait BlockDriver: Send + Sync + 'static {
         false
     }
 
+    /// What this node needs of the child in `role`, and lets others do with it,
+    /// when its own users together need and share `users`.
+    ///
+    /// The default hands on what the users want, as filters do. Called on main,
+    /// for each change of the graph; it must give the same for the same graph.
+    fn child_permissions(&self, role: ChildRole, users: Permissions) -> Permissions {
+        let _ = role;
+        users
+    }
+
     /// First half of a change of permissions: takes what `wanted` (all users of
     /// the node together) needs on top of what is held, and checks that no
     /// other process is against it. Nothing held so far is given up.

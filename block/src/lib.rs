@@ -13,23 +13,39 @@
 //!
 //! No lock of this crate is held across an await, a callback or I/O.
 
+mod backend;
 mod buffer;
+mod dirty_bitmap;
 mod driver;
 mod error;
+mod gate;
+mod graph;
+mod node;
 mod options;
 mod permissions;
+mod range_lock;
 pub mod runtime;
 mod sync;
+#[cfg(any(test, feature = "test-util"))]
+pub mod test_storage;
 #[allow(dead_code, reason = "the file driver is its user")]
 mod uring;
 
+pub use backend::{AttachmentKind, Backend, BackendUser, InFlight};
 pub use buffer::{AlignedBuffer, IoVec, MemoryOwner};
+pub use dirty_bitmap::{BitmapError, DirtyBitmap};
 pub use driver::{
     BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags,
 };
 pub use error::{IoError, IoErrorKind, IoOp};
+pub use graph::{
+    BackendInfo, BitmapInfo, BusyBackend, DEFAULT_DRAIN_TIMEOUT, Drained, Graph, GraphError,
+    GraphHandle, NodeChild, NodeInfo,
+};
+pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
     BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, DiscardMode, DriverOptions,
     FileOptions, NullCoOptions, RawOptions,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
+pub use range_lock::{LockRange, RangeGuard, RangeLock};

@@ -1,0 +1,347 @@
+//! Where a device, a job or an export is attached to the graph.
+//!
+//! Which node that is, and when it changes, is decided by `graph`.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::ArcSwap;
+
+use crate::buffer::IoVec;
+use crate::driver::{Extent, WriteFlags, ZeroFlags};
+use crate::error::{IoError, IoOp};
+use crate::gate::{Gate, ShardIndex};
+use crate::node::Node;
+use crate::permissions::{Perm, Permissions};
+
+/// How an attachment counts among the parents of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachmentKind {
+    /// A device, an export or the target of a job: a user of the data.
+    Root,
+    /// A job's hold on a node that it copies from or puts a filter on.
+    Job,
+}
+
+/// Hooks of whoever owns a [`Backend`], called around drained sections.
+///
+/// Called with no lock held, on main (`drained_end`: on whatever thread ends
+/// the section). They must not block. Sections nest: each begin has its end.
+pub trait BackendUser: Send + Sync {
+    /// A drained section begins: start no new work.
+    fn drained_begin(&self) {}
+
+    /// Whether the user is still busy with work of its own, beside the requests
+    /// that the backend counts. Asked again at least every 10 ms, and at once
+    /// after [`Backend::notify_drain`].
+    fn drained_poll(&self) -> bool {
+        false
+    }
+
+    /// The section has ended.
+    fn drained_end(&self) {}
+
+    /// Whether requests that come while the backend is drained wait in
+    /// [`Backend::enter`] (the default). A user that is told of sections by these
+    /// hooks, and whose requests serve requests of other backends (the target of
+    /// a mirror in write-blocking mode), says `false`: its requests are only
+    /// counted, and the section waits until it is idle. Asked once, at attach.
+    fn holds_requests(&self) -> bool {
+        true
+    }
+
+    /// How the attachment counts. Asked once, at attach.
+    fn kind(&self) -> AttachmentKind {
+        AttachmentKind::Root
+    }
+
+    /// Why the node must not be deleted, or used by another job, meanwhile:
+    /// `block device is in use by block job: mirror`. `None`: it may.
+    fn blocker(&self) -> Option<String> {
+        None
+    }
+
+    /// Who this is, for refusals: `virtio-blk device 'vda'`, `mirror job 'j0'`.
+    fn describe(&self) -> String;
+}
+
+/// An attachment point. Lives as long as someone holds it; is part of the graph
+/// from `Graph::attach` to `Graph::detach`.
+///
+/// Any thread may submit requests through it.
+pub struct Backend {
+    id: u64,
+    name: String,
+    gate: Gate,
+    /// The node that requests go to. Written on main, in a drained section;
+    /// [`InFlight`] reads it once per request.
+    root: ArcSwap<Node>,
+    /// Bits of `need` and `share`, written on main.
+    permissions: AtomicU64,
+    kind: AttachmentKind,
+    user: Option<Arc<dyn BackendUser>>,
+}
+
+impl Backend {
+    pub(crate) fn new(
+        name: &str,
+        node: Arc<Node>,
+        permissions: Permissions,
+        user: Option<Arc<dyn BackendUser>>,
+    ) -> Arc<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let backend = Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            name: name.to_owned(),
+            gate: Gate::new(user.as_ref().is_none_or(|u| u.holds_requests())),
+            root: ArcSwap::new(node),
+            permissions: AtomicU64::new(0),
+            kind: user
+                .as_ref()
+                .map_or(AttachmentKind::Root, |user| user.kind()),
+            user,
+        };
+        backend.store_permissions(permissions);
+        Arc::new(backend)
+    }
+
+    /// The name that QMP knows it by: a device's id. Empty for exports and jobs.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A number that no other backend of this process has.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The node that new requests go to at this moment.
+    pub fn root(&self) -> Arc<Node> {
+        self.root.load_full()
+    }
+
+    /// Size in bytes at this moment.
+    pub fn size(&self) -> u64 {
+        self.root.load().size()
+    }
+
+    /// What this backend may do, and lets others do.
+    pub fn permissions(&self) -> Permissions {
+        let bits = self.permissions.load(Ordering::Acquire);
+        let perms = |shift: u32| {
+            Perm::EACH
+                .into_iter()
+                .filter(|p| bits >> shift & 1 << p.bit() != 0)
+                .fold(Perm::NONE, |all, p| all | p)
+        };
+        Permissions {
+            need: perms(0),
+            share: perms(32),
+        }
+    }
+
+    pub(crate) fn store_permissions(&self, permissions: Permissions) {
+        let bits = |set: Perm| set.iter().fold(0u64, |bits, p| bits | 1 << p.bit());
+        self.permissions.store(
+            bits(permissions.need) | bits(permissions.share) << 32,
+            Ordering::Release,
+        );
+    }
+
+    pub(crate) fn store_root(&self, node: Arc<Node>) {
+        self.root.store(node);
+    }
+
+    pub(crate) fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    pub(crate) fn user(&self) -> Option<&Arc<dyn BackendUser>> {
+        self.user.as_ref()
+    }
+
+    /// How it counts among the parents of a node.
+    pub fn kind(&self) -> AttachmentKind {
+        self.kind
+    }
+
+    /// Who this is, for people: as QEMU says it in its permission errors.
+    pub fn describe(&self) -> String {
+        if !self.name.is_empty() {
+            format!("block device '{}'", self.name)
+        } else if let (AttachmentKind::Job, Some(user)) = (self.kind, &self.user) {
+            user.describe()
+        } else {
+            "an unnamed block device".to_owned()
+        }
+    }
+
+    /// Counts a request in. While the backend is drained, this waits; it never
+    /// fails. The request goes to the root node of this moment.
+    ///
+    /// Take one per request, and none while holding another of the same backend:
+    /// a section that begins in between would wait for the first, which waits
+    /// for the second.
+    ///
+    /// Cancel: nothing is counted.
+    pub async fn enter(self: &Arc<Self>) -> InFlight {
+        let shard = self.gate.enter().await;
+        self.in_flight_from(shard)
+    }
+
+    /// As [`enter`](Self::enter), but gives `None` instead of waiting.
+    pub fn try_enter(self: &Arc<Self>) -> Option<InFlight> {
+        self.gate
+            .try_enter()
+            .map(|shard| self.in_flight_from(shard))
+    }
+
+    fn in_flight_from(self: &Arc<Self>, shard: ShardIndex) -> InFlight {
+        InFlight {
+            node: self.root.load_full(),
+            backend: Arc::clone(self),
+            shard,
+        }
+    }
+
+    /// Requests in flight at this moment; those held by a section do not count.
+    pub fn in_flight(&self) -> usize {
+        self.gate.in_flight()
+    }
+
+    /// Whether a drained section holds requests back at this moment.
+    pub fn is_drained(&self) -> bool {
+        self.gate.is_closed()
+    }
+
+    /// Tells those who wait for this backend's user to become idle to ask it
+    /// again. Any thread.
+    pub fn notify_drain(&self) {
+        self.gate.wake_drainers();
+    }
+
+    /// Enters, reads, leaves. See [`Node::read`].
+    pub async fn read(self: &Arc<Self>, offset: u64, iov: IoVec) -> Result<(), IoError> {
+        self.enter().await.read(offset, iov).await
+    }
+
+    /// Enters, writes, leaves. See [`InFlight::write`].
+    pub async fn write(
+        self: &Arc<Self>,
+        offset: u64,
+        iov: IoVec,
+        flags: WriteFlags,
+    ) -> Result<(), IoError> {
+        self.enter().await.write(offset, iov, flags).await
+    }
+
+    /// Enters, writes zeroes, leaves. See [`InFlight::write_zeroes`].
+    pub async fn write_zeroes(
+        self: &Arc<Self>,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> Result<(), IoError> {
+        self.enter().await.write_zeroes(offset, len, flags).await
+    }
+
+    /// Enters, discards, leaves. See [`InFlight::discard`].
+    pub async fn discard(self: &Arc<Self>, offset: u64, len: u64) -> Result<(), IoError> {
+        self.enter().await.discard(offset, len).await
+    }
+
+    /// Enters, flushes, leaves. See [`Node::flush`].
+    pub async fn flush(self: &Arc<Self>) -> Result<(), IoError> {
+        self.enter().await.flush().await
+    }
+
+    /// Enters, asks, leaves. See [`Node::block_status`].
+    pub async fn block_status(self: &Arc<Self>, offset: u64, len: u64) -> Result<Extent, IoError> {
+        self.enter().await.block_status(offset, len).await
+    }
+}
+
+impl fmt::Debug for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Backend")
+            .field("id", &self.id)
+            .field("name", &self.name)
+            .field("root", &self.root.load().name())
+            .field("in_flight", &self.in_flight())
+            .finish()
+    }
+}
+
+/// One request in flight: counted until it is dropped. Derefs to the node that
+/// the request goes to, which stays the same whatever happens to the graph.
+///
+/// Drop it on any thread, but not before the request has ended: a future that
+/// is dropped midway leaves the kernel writing, and a section that does not
+/// know of it would swap the graph under it. Whoever stops waiting for a request
+/// leaves it to a task of its own.
+#[derive(Debug)]
+pub struct InFlight {
+    backend: Arc<Backend>,
+    node: Arc<Node>,
+    shard: ShardIndex,
+}
+
+impl InFlight {
+    /// The node the request goes to.
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// The backend it came through.
+    pub fn backend(&self) -> &Arc<Backend> {
+        &self.backend
+    }
+
+    /// As [`Node::write`], if the backend has the right to.
+    pub async fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> Result<(), IoError> {
+        let len = iov.len() as u64;
+        self.check_right(IoOp::Write, offset, len, flags.unchanged)?;
+        self.node.write(offset, iov, flags).await
+    }
+
+    /// As [`Node::write_zeroes`], if the backend has the right to.
+    pub async fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> Result<(), IoError> {
+        self.check_right(IoOp::WriteZeroes, offset, len, false)?;
+        self.node.write_zeroes(offset, len, flags).await
+    }
+
+    /// As [`Node::discard`], if the backend has the right to write.
+    pub async fn discard(&self, offset: u64, len: u64) -> Result<(), IoError> {
+        self.check_right(IoOp::Discard, offset, len, false)?;
+        self.node.discard(offset, len).await
+    }
+
+    fn check_right(&self, op: IoOp, offset: u64, len: u64, unchanged: bool) -> Result<(), IoError> {
+        let need = self.backend.permissions().need;
+        if need.contains(Perm::WRITE) || (unchanged && need.contains(Perm::WRITE_UNCHANGED)) {
+            return Ok(());
+        }
+        Err(self.node.error(op, offset, len, libc::EPERM))
+    }
+}
+
+impl Deref for InFlight {
+    type Target = Node;
+
+    fn deref(&self) -> &Node {
+        &self.node
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.backend.gate.leave(self.shard);
+    }
+}

@@ -1,0 +1,141 @@
+//! Changes of the graph under running requests. Each needs a drained section
+//! that holds back everyone who could be on the way over an edge that changes.
+
+use std::sync::Arc;
+
+use super::topology::{ChildEntry, NodeEntry, Owner};
+use super::{Drained, Graph, GraphError};
+use crate::backend::{AttachmentKind, Backend};
+use crate::driver::{BlockDriver, ChildRole};
+use crate::node::{Child, Node, NodeOptions};
+use crate::options::{DetectZeroes, DiscardMode};
+use crate::permissions::Permissions;
+
+impl Graph {
+    /// Puts a filter between `below` and all that stands on it, except the
+    /// backends given. `make` gets the filter's edge to `below` and makes the
+    /// driver; it must not do I/O. The filter stays until
+    /// [`remove_filter`](Self::remove_filter). `None` makes up a name.
+    ///
+    /// Fails, without any change, if the name is bad or taken, if permissions
+    /// conflict in the new graph, or if `drained` does not hold all who reach
+    /// `below`.
+    pub fn insert_filter(
+        &self,
+        name: Option<&str>,
+        below: &Arc<Node>,
+        except: &[&Arc<Backend>],
+        drained: &Drained,
+        make: impl FnOnce(Child) -> Box<dyn BlockDriver>,
+    ) -> Result<Arc<Node>, GraphError> {
+        let name = self.reserve_node_name(name)?;
+        self.check_in_graph(below)?;
+        self.check_drained(below, drained)?;
+        let edge = Child::new(ChildRole::File, Arc::clone(below));
+        let recorded = edge.share();
+        let filter = Node::new(
+            name.as_str(),
+            make(edge),
+            NodeOptions {
+                discard: DiscardMode::Unmap,
+                detect_zeroes: DetectZeroes::Off,
+                ..below.options()
+            },
+        );
+        let mut topology = self.topology.borrow().clone();
+        topology.move_parents(below, &filter, except, filter.id());
+        topology.nodes.push(NodeEntry {
+            node: Arc::clone(&filter),
+            owner: Owner::Inserter,
+            children: vec![ChildEntry {
+                child: Arc::new(recorded),
+                target: Arc::clone(below),
+                permissions: Permissions::IDLE,
+            }],
+            permissions: Permissions::IDLE,
+        });
+        self.commit(topology)?;
+        Ok(filter)
+    }
+
+    /// Takes a filter out that [`insert_filter`](Self::insert_filter) put in:
+    /// what stands on it stands on its child again. The filter is closed.
+    pub fn remove_filter(&self, filter: &Arc<Node>, drained: &Drained) -> Result<(), GraphError> {
+        self.check_in_graph(filter)?;
+        self.check_drained(filter, drained)?;
+        let mut topology = self.topology.borrow().clone();
+        let below = topology.child(filter.id(), ChildRole::File).map(Arc::clone);
+        let entry = topology
+            .nodes
+            .iter_mut()
+            .find(|entry| entry.node.id() == filter.id());
+        let (Some(entry), Some(below)) = (entry, below) else {
+            return Err(GraphError::NotFilter(filter.name().to_owned()));
+        };
+        if entry.owner != Owner::Inserter {
+            return Err(GraphError::NotFilter(filter.name().to_owned()));
+        }
+        entry.owner = Owner::Parent;
+        topology.move_parents(filter, &below, &[], filter.id());
+        self.commit(topology)
+    }
+
+    /// Lets all that stands on `old` stand on `new`, except the backends given:
+    /// the pivot of a mirror. `old` stays in the graph, if something owns it.
+    ///
+    /// Fails, without any change, if `new` stands on `old` (that would be a
+    /// loop), if a device or export would see the size change, if permissions
+    /// conflict in the new graph, or if `drained` does not hold all who reach
+    /// `old`.
+    pub fn replace(
+        &self,
+        old: &Arc<Node>,
+        new: &Arc<Node>,
+        except: &[&Arc<Backend>],
+        drained: &Drained,
+    ) -> Result<(), GraphError> {
+        self.check_in_graph(old)?;
+        self.check_in_graph(new)?;
+        self.check_drained(old, drained)?;
+        let mut topology = self.topology.borrow().clone();
+        let seen = topology
+            .backends_reaching(old.id())
+            .iter()
+            .any(|b| b.kind() == AttachmentKind::Root && !except.iter().any(|e| e.id() == b.id()));
+        if seen && old.size() != new.size() {
+            return Err(GraphError::SizeMismatch {
+                old: old.name().to_owned(),
+                old_size: old.size(),
+                new: new.name().to_owned(),
+                new_size: new.size(),
+            });
+        }
+        topology.move_parents(old, new, except, 0);
+        self.commit(topology)
+    }
+
+    fn check_in_graph(&self, node: &Arc<Node>) -> Result<(), GraphError> {
+        match self.topology.borrow().node(node.id()) {
+            Some(_) => Ok(()),
+            None => Err(GraphError::NotFound {
+                device: String::new(),
+                node: node.name().to_owned(),
+            }),
+        }
+    }
+
+    /// Whether every backend that reaches `node` is held by `drained`, or was
+    /// excepted from it.
+    fn check_drained(&self, node: &Arc<Node>, drained: &Drained) -> Result<(), GraphError> {
+        let backends = self.topology.borrow().backends_reaching(node.id());
+        for backend in backends {
+            if !drained.covers(self.id, &backend) {
+                return Err(GraphError::NotDrained {
+                    node: node.name().to_owned(),
+                    backend: backend.describe(),
+                });
+            }
+        }
+        Ok(())
+    }
+}

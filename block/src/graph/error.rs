@@ -1,0 +1,179 @@
+//! Why the graph refuses something.
+//!
+//! Texts that QEMU's clients know are QEMU's, word for word: scripts match them.
+
+use std::time::Duration;
+
+use crate::permissions::{Perm, PermissionError};
+
+/// A backend that a drained section waited for in vain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BusyBackend {
+    /// Who it is.
+    pub user: String,
+    /// Requests in flight.
+    pub in_flight: usize,
+    /// Whether its user said that it is busy.
+    pub user_busy: bool,
+}
+
+/// A refused or failed operation on the graph. Nothing has been changed.
+#[derive(Debug, thiserror::Error)]
+pub enum GraphError {
+    /// `blockdev-add` of a node that nobody could name.
+    #[error("'node-name' must be specified for the root node")]
+    NodeNameRequired,
+    /// A node name that is no identifier.
+    #[error("Invalid node-name: '{0}'")]
+    InvalidNodeName(String),
+    /// A node name of more than 31 bytes.
+    #[error("Node name too long")]
+    NodeNameTooLong,
+    /// There is a node of that name.
+    #[error("Duplicate nodes with node-name='{0}'")]
+    DuplicateNodeName(String),
+    /// There is a device of the name that a node is to have.
+    #[error("node-name={0} is conflicting with a device id")]
+    NodeNameIsDevice(String),
+    /// A device name that is no identifier.
+    #[error("Invalid device name")]
+    InvalidDeviceName,
+    /// There is a device of that name.
+    #[error("Device with id '{0}' already exists")]
+    DuplicateDevice(String),
+    /// There is a node of the name that a device is to have.
+    #[error("Device name '{0}' conflicts with an existing node name")]
+    DeviceNameIsNode(String),
+    /// Neither a device nor a node of the given name.
+    #[error("Cannot find device='{device}' nor node-name='{node}'")]
+    NotFound {
+        /// Device name that was looked for; empty if none.
+        device: String,
+        /// Node name that was looked for; empty if none.
+        node: String,
+    },
+    /// `blockdev-del` of a node that is not there.
+    #[error("Failed to find node with node-name='{0}'")]
+    NoSuchNode(String),
+    /// A device, export or job is attached to the node.
+    #[error("Node {0} is in use")]
+    NodeInUse(String),
+    /// Other nodes stand on the node.
+    #[error("Block device {0} is in use")]
+    HasParents(String),
+    /// Someone forbids to touch the node.
+    #[error("Node '{node}' is busy: {reason}")]
+    Blocked {
+        /// Name of the node.
+        node: String,
+        /// See [`BackendUser::blocker`](crate::BackendUser::blocker).
+        reason: String,
+    },
+    /// The node belongs to another node or to a job.
+    #[error("Node {0} is not owned by the monitor")]
+    NotMonitorOwned(String),
+    /// Other nodes stand on a node that should be at the top.
+    #[error("Need a root block node")]
+    NotRootNode,
+    /// Two users of a node do not go together.
+    #[error(
+        "Permission conflict on node '{node}': permissions '{perms}' are both required by \
+         {required_by} (uses node '{node}' as '{required_as}' child) and unshared by \
+         {unshared_by} (uses node '{node}' as '{unshared_as}' child)."
+    )]
+    Conflict {
+        /// Name of the node.
+        node: String,
+        /// What one needs and the other forbids.
+        perms: Perm,
+        /// Who needs it.
+        required_by: String,
+        /// As what: `file`, `root`, …
+        required_as: &'static str,
+        /// Who forbids it.
+        unshared_by: String,
+        /// As what.
+        unshared_as: &'static str,
+    },
+    /// The node or its image cannot have what its users need.
+    #[error(transparent)]
+    Permission(#[from] PermissionError),
+    /// `detect-zeroes` says unmap and `discard` does not.
+    #[error(
+        "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
+    )]
+    DetectZeroesUnmap,
+    /// A driver could not be opened.
+    #[error("{message}")]
+    Open {
+        /// What could not be opened, and why, in QEMU's words.
+        message: String,
+        /// The kernel's error, if it was one.
+        source: Option<std::io::Error>,
+    },
+    /// The change would make a node its own child.
+    #[error("Making '{child}' a {role} child of '{parent}' would create a cycle")]
+    Loop {
+        /// Node that would be below.
+        child: String,
+        /// Its role there.
+        role: &'static str,
+        /// Node that would be above.
+        parent: String,
+    },
+    /// A replacement of another size, which a device would see.
+    #[error(
+        "Cannot replace node '{old}' of {old_size} bytes by '{new}' of {new_size} bytes: a device \
+         or export would see its size change"
+    )]
+    SizeMismatch {
+        /// Node to be replaced.
+        old: String,
+        /// Its size in bytes.
+        old_size: u64,
+        /// Its replacement.
+        new: String,
+        /// Size of that in bytes.
+        new_size: u64,
+    },
+    /// The change needs a drained section that holds more than the one given.
+    #[error("Cannot change the graph at node '{node}': {backend} is not drained")]
+    NotDrained {
+        /// Node where the change is.
+        node: String,
+        /// Who could send requests meanwhile.
+        backend: String,
+    },
+    /// The node is no filter.
+    #[error("Node '{0}' is not a filter")]
+    NotFilter(String),
+    /// A drained section could not begin in time; requests go on.
+    #[error(
+        "Requests did not finish within {} ms: {}. Check the storage behind them, then try again",
+        .waited.as_millis(),
+        describe_busy(.busy)
+    )]
+    DrainTimeout {
+        /// How long it waited.
+        waited: Duration,
+        /// For whom.
+        busy: Vec<BusyBackend>,
+    },
+    /// The main loop has ended, so there is no graph any more.
+    #[error("The main loop has ended")]
+    MainGone,
+}
+
+fn describe_busy(busy: &[BusyBackend]) -> String {
+    busy.iter()
+        .map(|b| {
+            let own = if b.user_busy {
+                ", its owner is busy"
+            } else {
+                ""
+            };
+            format!("{} has {} in flight{own}", b.user, b.in_flight)
+        })
+        .collect::<Vec<_>>()
+        .join("; ")
+}

@@ -1,0 +1,305 @@
+//! The graph of nodes and the backends attached to it. Lives on main.
+//!
+//! - `topology`: who stands on whom; permissions worked out from that;
+//! - `commit`: a checked change, put in place all at once;
+//! - `change`: insert a filter, replace a node, remove a filter;
+//! - `open`: `blockdev-add` and `blockdev-del`;
+//! - `drain`: drained sections;
+//! - `handle`: how other threads get here.
+//!
+//! Requests do not come by here: they read the edges (`Child`, `Backend`),
+//! which are changed in drained sections only.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::LocalBoxFuture;
+
+use crate::backend::{AttachmentKind, Backend, BackendUser};
+use crate::driver::{BlockDriver, ChildRole};
+use crate::node::{Node, NodeOptions};
+use crate::permissions::{Perm, Permissions};
+
+mod change;
+mod commit;
+mod drain;
+mod error;
+mod handle;
+mod info;
+mod names;
+mod open;
+#[cfg(all(test, not(shuttle)))]
+mod tests;
+mod topology;
+
+pub use drain::Drained;
+pub use error::{BusyBackend, GraphError};
+pub use handle::GraphHandle;
+pub use info::{BackendInfo, BitmapInfo, NodeChild, NodeInfo};
+
+use drain::Section;
+use topology::{BackendEntry, NodeEntry, Owner, Topology};
+
+/// How long a drained section waits for requests unless it is told otherwise.
+pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The graph. On main only; other threads use a [`GraphHandle`].
+///
+/// No `RefCell` borrow of it is held while a driver or a [`BackendUser`] is
+/// called, so these may call back.
+pub struct Graph {
+    id: u64,
+    topology: RefCell<Topology>,
+    /// Names of nodes that are being opened.
+    reserved: RefCell<HashSet<String>>,
+    next_auto_name: Cell<u64>,
+    /// Drained sections that may be active.
+    sections: RefCell<Vec<Arc<Section>>>,
+    drain_timeout: Cell<Duration>,
+    handle: RefCell<Option<GraphHandle>>,
+}
+
+impl Graph {
+    /// An empty graph that belongs to the calling thread.
+    pub fn new() -> Rc<Self> {
+        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+        Rc::new(Self {
+            id: NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
+            topology: RefCell::default(),
+            reserved: RefCell::default(),
+            next_auto_name: Cell::new(100),
+            sections: RefCell::default(),
+            drain_timeout: Cell::new(DEFAULT_DRAIN_TIMEOUT),
+            handle: RefCell::default(),
+        })
+    }
+
+    /// The node of that name, or the node that the device of that name is
+    /// attached to. Fails with [`GraphError::NotFound`], both names given.
+    pub fn find(&self, name: &str) -> Result<Arc<Node>, GraphError> {
+        let topology = self.topology.borrow();
+        if let Some(entry) = topology.backend_named(name) {
+            return Ok(Arc::clone(&entry.target));
+        }
+        match topology.node_named(name) {
+            Some(entry) => Ok(Arc::clone(&entry.node)),
+            None => Err(GraphError::NotFound {
+                device: name.to_owned(),
+                node: name.to_owned(),
+            }),
+        }
+    }
+
+    /// The node of that name; a device's name does not count. Fails with
+    /// [`GraphError::NotFound`], the device name empty.
+    pub fn find_node(&self, name: &str) -> Result<Arc<Node>, GraphError> {
+        match self.topology.borrow().node_named(name) {
+            Some(entry) => Ok(Arc::clone(&entry.node)),
+            None => Err(GraphError::NotFound {
+                device: String::new(),
+                node: name.to_owned(),
+            }),
+        }
+    }
+
+    /// The backend of that name.
+    pub fn find_backend(&self, name: &str) -> Option<Arc<Backend>> {
+        let topology = self.topology.borrow();
+        topology
+            .backend_named(name)
+            .map(|entry| Arc::clone(&entry.backend))
+    }
+
+    /// Puts an opened driver without children into the graph as a node, as
+    /// `blockdev-add` does. `None` makes up a name.
+    pub fn add_node(
+        &self,
+        name: Option<&str>,
+        driver: Box<dyn BlockDriver>,
+        options: NodeOptions,
+    ) -> Result<Arc<Node>, GraphError> {
+        let name = self.reserve_node_name(name)?;
+        let node = Node::new(name.as_str(), driver, options);
+        let mut topology = self.topology.borrow().clone();
+        topology.nodes.push(NodeEntry {
+            node: Arc::clone(&node),
+            owner: Owner::Monitor,
+            children: Vec::new(),
+            permissions: Permissions::IDLE,
+        });
+        self.commit(topology)?;
+        Ok(node)
+    }
+
+    /// Attaches a device, job or export to `node`. `name` is a device's id, and
+    /// empty for others. If the node is in a drained section, the backend begins
+    /// drained.
+    ///
+    /// A [`Root`](AttachmentKind::Root) that needs to write a node under a job's
+    /// filter is attached above the filter, because the job would not see its
+    /// writes below: [`Backend::root`] tells.
+    ///
+    /// Fails, without any change, if the name is bad or taken, if other users of
+    /// a node on the way down do not go with it, or if an image lock is refused.
+    pub fn attach(
+        &self,
+        name: &str,
+        node: &Arc<Node>,
+        permissions: Permissions,
+        user: Option<Arc<dyn BackendUser>>,
+    ) -> Result<Arc<Backend>, GraphError> {
+        self.check_device_name(name)?;
+        let mut topology = self.topology.borrow().clone();
+        let kind = user.as_ref().map_or(AttachmentKind::Root, |u| u.kind());
+        let target = if kind == AttachmentKind::Root && permissions.need.contains(Perm::WRITE) {
+            above_inserted_filters(&topology, node)
+        } else {
+            Arc::clone(node)
+        };
+        if topology.node(target.id()).is_none() {
+            return Err(GraphError::NotFound {
+                device: String::new(),
+                node: node.name().to_owned(),
+            });
+        }
+        if target.id() != node.id() {
+            tracing::info!(
+                node = node.name(),
+                filter = target.name(),
+                "a writable user is attached above the job's filter"
+            );
+        }
+        let backend = Backend::new(name, Arc::clone(&target), permissions, user);
+        topology.backends.push(BackendEntry {
+            backend: Arc::clone(&backend),
+            target,
+            permissions,
+        });
+        self.commit(topology)?;
+        Ok(backend)
+    }
+
+    /// Takes a backend off the graph. Its requests should have ended: what is
+    /// still in flight goes on to the node, which may be closed meanwhile. From
+    /// now on its writes fail with `EPERM`. Detaching twice does nothing.
+    pub fn detach(&self, backend: &Arc<Backend>) {
+        let mut topology = self.topology.borrow().clone();
+        let before = topology.backends.len();
+        topology.backends.retain(|e| e.backend.id() != backend.id());
+        if topology.backends.len() == before {
+            return;
+        }
+        if backend.in_flight() > 0 {
+            tracing::warn!(
+                backend = backend.describe(),
+                in_flight = backend.in_flight(),
+                "detached with requests in flight"
+            );
+        }
+        backend.store_permissions(Permissions::IDLE);
+        // Less is needed than before, so nobody can be against it; a driver that
+        // is all the same keeps what it has.
+        if let Err(error) = self.commit(topology) {
+            tracing::error!(%error, backend = backend.describe(), "detach was refused");
+        }
+    }
+
+    /// Changes what a backend needs and shares.
+    pub fn set_permissions(
+        &self,
+        backend: &Arc<Backend>,
+        permissions: Permissions,
+    ) -> Result<(), GraphError> {
+        let mut topology = self.topology.borrow().clone();
+        if let Some(entry) = topology.backend_mut(backend.id()) {
+            entry.permissions = permissions;
+        }
+        self.commit(topology)
+    }
+
+    /// Works out all permissions again: for a filter whose wishes have changed.
+    pub fn refresh_permissions(&self) -> Result<(), GraphError> {
+        let topology = self.topology.borrow().clone();
+        self.commit(topology)
+    }
+
+    /// Fails if someone attached to the node says that it must be left alone.
+    pub fn check_not_blocked(&self, node: &Arc<Node>) -> Result<(), GraphError> {
+        let backends: Vec<_> = self
+            .topology
+            .borrow()
+            .backends_of(node.id())
+            .map(|entry| Arc::clone(&entry.backend))
+            .collect();
+        for backend in backends {
+            if let Some(reason) = backend.user().and_then(|user| user.blocker()) {
+                return Err(GraphError::Blocked {
+                    node: node.name().to_owned(),
+                    reason,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails if other nodes stand on the node, or a job holds it.
+    pub fn check_root_node(&self, node: &Arc<Node>) -> Result<(), GraphError> {
+        let topology = self.topology.borrow();
+        let job = topology
+            .backends_of(node.id())
+            .any(|entry| entry.backend.kind() == AttachmentKind::Job);
+        if job || topology.parents_of(node.id()).next().is_some() {
+            return Err(GraphError::NotRootNode);
+        }
+        Ok(())
+    }
+
+    /// The node below in `role`.
+    pub fn child(&self, node: &Arc<Node>, role: ChildRole) -> Option<Arc<Node>> {
+        self.topology
+            .borrow()
+            .child(node.id(), role)
+            .map(Arc::clone)
+    }
+
+    /// The first node from `node` down that is not a filter.
+    pub fn skip_filters(&self, node: &Arc<Node>) -> Arc<Node> {
+        let topology = self.topology.borrow();
+        let mut node = Arc::clone(node);
+        while node.driver().is_filter() {
+            match topology.child(node.id(), ChildRole::File) {
+                Some(below) => node = Arc::clone(below),
+                None => break,
+            }
+        }
+        node
+    }
+
+    /// How long a drained section waits for requests.
+    pub fn set_drain_timeout(&self, timeout: Duration) {
+        self.drain_timeout.set(timeout);
+    }
+}
+
+/// The topmost filter that a job has put over `node`, or `node`.
+fn above_inserted_filters(topology: &Topology, node: &Arc<Node>) -> Arc<Node> {
+    let mut node = Arc::clone(node);
+    loop {
+        let filter = topology
+            .parents_of(node.id())
+            .find(|(parent, edge)| {
+                parent.owner == Owner::Inserter && edge.child.role() == ChildRole::File
+            })
+            .map(|(parent, _)| Arc::clone(&parent.node));
+        match filter {
+            Some(filter) => node = filter,
+            None => return node,
+        }
+    }
+}
+
+/// A future of main that borrows the graph.
+type LocalFuture<'a, T> = LocalBoxFuture<'a, T>;

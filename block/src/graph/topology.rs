@@ -1,0 +1,298 @@
+//! Who stands on whom: the plain data of the graph, and questions about it.
+//!
+//! A change is made on a copy, which `commit` then checks as a whole and puts
+//! in place. Nothing here touches a driver or a request, except to ask a driver
+//! what it wants of its children.
+
+use std::sync::Arc;
+
+use super::GraphError;
+use crate::backend::{AttachmentKind, Backend};
+use crate::driver::ChildRole;
+use crate::node::{Child, Node};
+use crate::permissions::{Perm, PermissionError, Permissions};
+
+/// What keeps a node alive when nothing stands on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    /// `blockdev-add`, until `blockdev-del`.
+    Monitor,
+    /// Nothing: the node was opened with its parent, and goes with it.
+    Parent,
+    /// Whoever inserted it (a job's filter), until it removes it.
+    Inserter,
+}
+
+#[derive(Clone)]
+pub(super) struct NodeEntry {
+    pub(super) node: Arc<Node>,
+    pub(super) owner: Owner,
+    pub(super) children: Vec<ChildEntry>,
+    /// What all its parents together need and share.
+    pub(super) permissions: Permissions,
+}
+
+#[derive(Clone)]
+pub(super) struct ChildEntry {
+    /// The driver's edge.
+    pub(super) child: Arc<Child>,
+    /// The node below.
+    pub(super) target: Arc<Node>,
+    pub(super) permissions: Permissions,
+}
+
+#[derive(Clone)]
+pub(super) struct BackendEntry {
+    pub(super) backend: Arc<Backend>,
+    pub(super) target: Arc<Node>,
+    pub(super) permissions: Permissions,
+}
+
+/// All nodes and backends, in the order in which they came.
+#[derive(Clone, Default)]
+pub(super) struct Topology {
+    pub(super) nodes: Vec<NodeEntry>,
+    pub(super) backends: Vec<BackendEntry>,
+}
+
+/// One edge to a node, seen from that node.
+struct Parent {
+    describe: String,
+    role: &'static str,
+    permissions: Permissions,
+}
+
+impl Topology {
+    pub(super) fn node(&self, id: u64) -> Option<&NodeEntry> {
+        self.nodes.iter().find(|entry| entry.node.id() == id)
+    }
+
+    pub(super) fn node_named(&self, name: &str) -> Option<&NodeEntry> {
+        self.nodes.iter().find(|entry| entry.node.name() == name)
+    }
+
+    pub(super) fn backend_named(&self, name: &str) -> Option<&BackendEntry> {
+        self.backends
+            .iter()
+            .find(|entry| !name.is_empty() && entry.backend.name() == name)
+    }
+
+    pub(super) fn backend_mut(&mut self, id: u64) -> Option<&mut BackendEntry> {
+        self.backends
+            .iter_mut()
+            .find(|entry| entry.backend.id() == id)
+    }
+
+    /// Backends attached to the node itself.
+    pub(super) fn backends_of(&self, id: u64) -> impl Iterator<Item = &BackendEntry> {
+        self.backends
+            .iter()
+            .filter(move |entry| entry.target.id() == id)
+    }
+
+    /// Nodes that stand on the node, with the edge.
+    pub(super) fn parents_of(&self, id: u64) -> impl Iterator<Item = (&NodeEntry, &ChildEntry)> {
+        self.nodes.iter().flat_map(move |parent| {
+            parent
+                .children
+                .iter()
+                .filter(move |edge| edge.target.id() == id)
+                .map(move |edge| (parent, edge))
+        })
+    }
+
+    /// Ids of the node and of all nodes above it.
+    fn above(&self, id: u64) -> Vec<u64> {
+        let mut ids = vec![id];
+        let mut next = 0;
+        while let Some(id) = ids.get(next).copied() {
+            next += 1;
+            for (parent, _) in self.parents_of(id) {
+                if !ids.contains(&parent.node.id()) {
+                    ids.push(parent.node.id());
+                }
+            }
+        }
+        ids
+    }
+
+    /// Backends whose requests may get to the node.
+    pub(super) fn backends_reaching(&self, id: u64) -> Vec<Arc<Backend>> {
+        let above = self.above(id);
+        self.backends
+            .iter()
+            .filter(|entry| above.contains(&entry.target.id()))
+            .map(|entry| Arc::clone(&entry.backend))
+            .collect()
+    }
+
+    /// Lets all parents of `old` stand on `new`, except the backends and the
+    /// node given.
+    pub(super) fn move_parents(
+        &mut self,
+        old: &Arc<Node>,
+        new: &Arc<Node>,
+        except: &[&Arc<Backend>],
+        except_node: u64,
+    ) {
+        for entry in &mut self.backends {
+            let excepted = except.iter().any(|b| b.id() == entry.backend.id());
+            if entry.target.id() == old.id() && !excepted {
+                entry.target = Arc::clone(new);
+            }
+        }
+        for parent in &mut self.nodes {
+            if parent.node.id() == except_node {
+                continue;
+            }
+            for edge in &mut parent.children {
+                if edge.target.id() == old.id() {
+                    edge.target = Arc::clone(new);
+                }
+            }
+        }
+    }
+
+    /// Takes out the nodes that nothing keeps, and gives them, parents first.
+    pub(super) fn remove_orphans(&mut self) -> Vec<NodeEntry> {
+        let mut removed = Vec::new();
+        while let Some(index) = self.nodes.iter().position(|entry| {
+            let id = entry.node.id();
+            entry.owner == Owner::Parent
+                && self.parents_of(id).next().is_none()
+                && self.backends_of(id).next().is_none()
+        }) {
+            removed.push(self.nodes.remove(index));
+        }
+        removed
+    }
+
+    /// Indices of all nodes, parents before children.
+    fn order(&self) -> Result<Vec<usize>, GraphError> {
+        let mut waiting: Vec<usize> = self
+            .nodes
+            .iter()
+            .map(|entry| self.parents_of(entry.node.id()).count())
+            .collect();
+        let mut order: Vec<usize> = (0..self.nodes.len()).filter(|i| waiting[*i] == 0).collect();
+        let mut next = 0;
+        while let Some(index) = order.get(next).copied() {
+            next += 1;
+            for edge in &self.nodes[index].children {
+                // An edge to a node that has gone: it was deleted while its
+                // parent was being opened.
+                let below = self
+                    .nodes
+                    .iter()
+                    .position(|entry| entry.node.id() == edge.target.id())
+                    .ok_or_else(|| GraphError::NotFound {
+                        device: edge.target.name().to_owned(),
+                        node: edge.target.name().to_owned(),
+                    })?;
+                waiting[below] -= 1;
+                if waiting[below] == 0 {
+                    order.push(below);
+                }
+            }
+        }
+        if order.len() < self.nodes.len() {
+            return Err(self.cycle(&order));
+        }
+        Ok(order)
+    }
+
+    /// Names an edge of a cycle: nodes not in `order` are in one or below one,
+    /// and following parents from there ends in one.
+    fn cycle(&self, order: &[usize]) -> GraphError {
+        let in_cycle = |id: u64| {
+            self.nodes
+                .iter()
+                .enumerate()
+                .any(|(i, e)| e.node.id() == id && !order.contains(&i))
+        };
+        let edge = self
+            .nodes
+            .iter()
+            .flat_map(|entry| entry.children.iter().map(move |edge| (entry, edge)))
+            .filter(|(parent, edge)| in_cycle(parent.node.id()) && in_cycle(edge.target.id()))
+            .find(|(parent, edge)| self.above(parent.node.id()).contains(&edge.target.id()));
+        let name = |node: Option<&Arc<Node>>| node.map_or("", |n| n.name()).to_owned();
+        GraphError::Loop {
+            child: name(edge.map(|(_, e)| &e.target)),
+            role: edge.map_or("", |(_, e)| e.child.role().as_str()),
+            parent: name(edge.map(|(p, _)| &p.node)),
+        }
+    }
+
+    /// Works out what each edge and node needs and shares from the backends
+    /// down, and checks that it goes together. Asks drivers, changes none.
+    pub(super) fn update_permissions(&mut self) -> Result<(), GraphError> {
+        for index in self.order()? {
+            let parents = self.parent_edges(&self.nodes[index].node);
+            check_conflicts(self.nodes[index].node.name(), &parents)?;
+            let entry = &mut self.nodes[index];
+            entry.permissions = parents
+                .iter()
+                .fold(Permissions::IDLE, |all, p| all.and(p.permissions));
+            let writes = Perm::WRITE | Perm::WRITE_UNCHANGED;
+            if entry.permissions.need.intersects(writes) && entry.node.read_only() {
+                return Err(PermissionError::ReadOnly.into());
+            }
+            for edge in &mut entry.children {
+                edge.permissions = entry
+                    .node
+                    .driver()
+                    .child_permissions(edge.child.role(), entry.permissions);
+            }
+        }
+        Ok(())
+    }
+
+    fn parent_edges(&self, node: &Arc<Node>) -> Vec<Parent> {
+        let nodes = self.parents_of(node.id()).map(|(parent, edge)| Parent {
+            describe: format!("node '{}'", parent.node.name()),
+            role: edge.child.role().as_str(),
+            permissions: edge.permissions,
+        });
+        let backends = self.backends_of(node.id()).map(|entry| Parent {
+            describe: entry.backend.describe(),
+            role: match entry.backend.kind() {
+                AttachmentKind::Root => "root",
+                AttachmentKind::Job => "main node",
+            },
+            permissions: entry.permissions,
+        });
+        nodes.chain(backends).collect()
+    }
+
+    /// The node below in `role`.
+    pub(super) fn child(&self, id: u64, role: ChildRole) -> Option<&Arc<Node>> {
+        self.node(id)?
+            .children
+            .iter()
+            .find(|edge| edge.child.role() == role)
+            .map(|edge| &edge.target)
+    }
+}
+
+fn check_conflicts(node: &str, parents: &[Parent]) -> Result<(), GraphError> {
+    for (i, unshares) in parents.iter().enumerate() {
+        for (j, requires) in parents.iter().enumerate() {
+            let perms = requires
+                .permissions
+                .need
+                .without(unshares.permissions.share);
+            if i != j && !perms.is_empty() {
+                return Err(GraphError::Conflict {
+                    node: node.to_owned(),
+                    perms,
+                    required_by: requires.describe.clone(),
+                    required_as: requires.role,
+                    unshared_by: unshares.describe.clone(),
+                    unshared_as: unshares.role,
+                });
+            }
+        }
+    }
+    Ok(())
+}

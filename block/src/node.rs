@@ -1,0 +1,443 @@
+//! A node: one driver with a name, and the checks every request has to pass.
+//!
+//! Who stands above and below is `graph`'s business. A node belongs to no
+//! thread.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use arc_swap::ArcSwap;
+
+use crate::buffer::{AlignedBuffer, IoVec};
+use crate::dirty_bitmap::DirtyBitmap;
+use crate::driver::{BlockDriver, ChildRole, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags};
+use crate::error::{IoError, IoOp};
+use crate::options::{CacheOptions, DetectZeroes, DiscardMode};
+
+/// Unit of all offsets and lengths that a node accepts.
+pub const SECTOR_SIZE: u64 = 512;
+
+/// Zeroes that are written as data go out in pieces of this many bytes.
+const ZERO_BUFFER: u32 = 1 << 20;
+
+/// What holds for a node whatever its driver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NodeOptions {
+    /// Writes are refused.
+    pub read_only: bool,
+    /// What a discard does.
+    pub discard: DiscardMode,
+    /// What a write of zeroes as data does.
+    pub detect_zeroes: DetectZeroes,
+    /// Cache behaviour. `direct` is the driver's business and only shown here.
+    pub cache: CacheOptions,
+}
+
+/// A node of the graph. Any thread may submit to it, on its own loop.
+///
+/// Requests come through a `Backend` (which counts them in) or from the node
+/// above. Each is checked here; the driver sees only what is inside the node,
+/// in units of [`SECTOR_SIZE`] and no larger than its `max_transfer`.
+///
+/// All I/O methods fail with an [`IoError`]: `EINVAL` for a bad range (`EIO`
+/// for a read past the end, `ENOSPC` for a write past it), `EPERM` on a
+/// read-only node, else what the driver says. A length of zero succeeds.
+///
+/// Cancel: as `BlockDriver` says; the range counts as written in the bitmaps.
+pub struct Node {
+    id: u64,
+    name: Arc<str>,
+    driver: Box<dyn BlockDriver>,
+    limits: Limits,
+    options: NodeOptions,
+    /// Bitmaps that record writes. Replaced as a whole; read when a write ends.
+    bitmaps: ArcSwap<Vec<Arc<DirtyBitmap>>>,
+}
+
+impl Node {
+    pub(crate) fn new(name: &str, driver: Box<dyn BlockDriver>, options: NodeOptions) -> Arc<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Arc::new(Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            name: name.into(),
+            limits: driver.limits(),
+            driver,
+            options,
+            bitmaps: ArcSwap::default(),
+        })
+    }
+
+    /// Name, unique in the graph among nodes and devices.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A number that no other node of this process has.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// QEMU's name of the driver.
+    pub fn driver_name(&self) -> &'static str {
+        self.driver.name()
+    }
+
+    /// Size in bytes: the driver's, rounded up to whole sectors. What the driver
+    /// has not of the last sector reads as zeroes.
+    pub fn size(&self) -> u64 {
+        self.driver
+            .size()
+            .checked_next_multiple_of(SECTOR_SIZE)
+            .unwrap_or(u64::MAX - (SECTOR_SIZE - 1))
+    }
+
+    /// What the node wants of requests.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Whether writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.options.read_only
+    }
+
+    /// The options it was opened with.
+    pub fn options(&self) -> NodeOptions {
+        self.options
+    }
+
+    /// The driver itself, for what is not I/O.
+    pub fn driver(&self) -> &dyn BlockDriver {
+        &*self.driver
+    }
+
+    /// From now on each write that ends marks its range in `bitmap`, including
+    /// those in flight. Any thread.
+    pub fn attach_bitmap(&self, bitmap: &Arc<DirtyBitmap>) {
+        self.bitmaps.rcu(|all| {
+            let mut all = Vec::clone(all);
+            if !all.iter().any(|known| Arc::ptr_eq(known, bitmap)) {
+                all.push(Arc::clone(bitmap));
+            }
+            all
+        });
+    }
+
+    /// `bitmap` is not marked any more. Any thread.
+    pub fn detach_bitmap(&self, bitmap: &Arc<DirtyBitmap>) {
+        self.bitmaps.rcu(|all| {
+            let mut all = Vec::clone(all);
+            all.retain(|known| !Arc::ptr_eq(known, bitmap));
+            all
+        });
+    }
+
+    /// The bitmaps that record writes to this node.
+    pub fn bitmaps(&self) -> Vec<Arc<DirtyBitmap>> {
+        Vec::clone(&self.bitmaps.load())
+    }
+
+    /// Reads `iov.len()` bytes at `offset`.
+    pub async fn read(&self, offset: u64, iov: IoVec) -> Result<(), IoError> {
+        let len = iov.len() as u64;
+        self.check_range(IoOp::Read, offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let max = self.max_transfer();
+        if len <= max {
+            return self.driver.read(offset, iov).await;
+        }
+        let mut done = 0;
+        while done < len {
+            let piece = max.min(len - done);
+            self.driver
+                .read(offset + done, iov.slice(done as usize, piece as usize))
+                .await?;
+            done += piece;
+        }
+        Ok(())
+    }
+
+    /// Writes `iov.len()` bytes at `offset`. The attached bitmaps have the range
+    /// marked before this returns, also if it fails.
+    pub async fn write(&self, offset: u64, iov: IoVec, flags: WriteFlags) -> Result<(), IoError> {
+        let len = iov.len() as u64;
+        self.check_writable(IoOp::Write, offset, len)?;
+        self.check_range(IoOp::Write, offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let _mark = Mark {
+            node: self,
+            offset,
+            len,
+        };
+        let flags = WriteFlags {
+            fua: flags.fua && !self.options.cache.no_flush,
+            ..flags
+        };
+        if self.options.detect_zeroes != DetectZeroes::Off && iov.is_zero() {
+            let zero = ZeroFlags {
+                fua: flags.fua,
+                may_unmap: self.options.detect_zeroes == DetectZeroes::Unmap
+                    && self.options.discard == DiscardMode::Unmap,
+                no_fallback: true,
+            };
+            match self.driver.write_zeroes(offset, len, zero).await {
+                Err(error) if error.errno == libc::EOPNOTSUPP => {}
+                result => return result,
+            }
+        }
+        self.write_pieces(offset, &iov, flags).await
+    }
+
+    async fn write_pieces(
+        &self,
+        offset: u64,
+        iov: &IoVec,
+        flags: WriteFlags,
+    ) -> Result<(), IoError> {
+        let len = iov.len() as u64;
+        let max = self.max_transfer();
+        if len <= max {
+            return self.driver.write(offset, iov.clone(), flags).await;
+        }
+        let mut done = 0;
+        while done < len {
+            let piece = max.min(len - done);
+            self.driver
+                .write(
+                    offset + done,
+                    iov.slice(done as usize, piece as usize),
+                    flags,
+                )
+                .await?;
+            done += piece;
+        }
+        Ok(())
+    }
+
+    /// Makes `len` bytes at `offset` read as zeroes; writes them as data where
+    /// the driver cannot do better, unless `flags` forbid it (`EOPNOTSUPP`).
+    /// Bitmaps as in [`write`](Self::write).
+    pub async fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> Result<(), IoError> {
+        self.check_writable(IoOp::WriteZeroes, offset, len)?;
+        self.check_range(IoOp::WriteZeroes, offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let _mark = Mark {
+            node: self,
+            offset,
+            len,
+        };
+        let flags = ZeroFlags {
+            fua: flags.fua && !self.options.cache.no_flush,
+            may_unmap: flags.may_unmap && self.options.discard == DiscardMode::Unmap,
+            ..flags
+        };
+        match self.driver.write_zeroes(offset, len, flags).await {
+            Err(error) if error.errno == libc::EOPNOTSUPP && !flags.no_fallback => {}
+            result => return result,
+        }
+        let zeroes = zero_buffer();
+        let write = WriteFlags {
+            fua: flags.fua,
+            unchanged: false,
+        };
+        let mut done = 0;
+        while done < len {
+            let piece = (len - done).min(ZERO_BUFFER.into());
+            self.write_pieces(offset + done, &zeroes.io_vec(piece as usize), write)
+                .await?;
+            done += piece;
+        }
+        Ok(())
+    }
+
+    /// Tells that the content of the range is not needed any more. Does nothing
+    /// where the `discard` option says so. Bitmaps as in [`write`](Self::write).
+    pub async fn discard(&self, offset: u64, len: u64) -> Result<(), IoError> {
+        self.check_writable(IoOp::Discard, offset, len)?;
+        self.check_range(IoOp::Discard, offset, len)?;
+        if len == 0 || self.options.discard == DiscardMode::Ignore {
+            return Ok(());
+        }
+        let _mark = Mark {
+            node: self,
+            offset,
+            len,
+        };
+        match self.driver.discard(offset, len).await {
+            // A hint that cannot be followed is no failure.
+            Err(error) if error.errno == libc::EOPNOTSUPP => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Makes all writes that have ended before this call durable.
+    pub async fn flush(&self) -> Result<(), IoError> {
+        if self.options.cache.no_flush {
+            return Ok(());
+        }
+        self.driver.flush().await
+    }
+
+    /// Kind of the extent that begins at `offset`, at most `len` bytes of it.
+    /// `len` must not be 0. The result is at least one sector and inside what
+    /// was asked for.
+    pub async fn block_status(&self, offset: u64, len: u64) -> Result<Extent, IoError> {
+        self.check_range(IoOp::BlockStatus, offset, len)?;
+        if len == 0 {
+            return Err(self.error(IoOp::BlockStatus, offset, len, libc::EINVAL));
+        }
+        let extent = self.driver.block_status(offset, len).await?;
+        // Whole sectors only: one that is part hole and part data is data.
+        let whole = extent.len.min(len) / SECTOR_SIZE * SECTOR_SIZE;
+        if whole > 0 {
+            return Ok(Extent {
+                len: whole,
+                ..extent
+            });
+        }
+        Ok(Extent {
+            len: SECTOR_SIZE.min(len),
+            flags: ExtentFlags {
+                data: true,
+                zero: false,
+                allocated: true,
+            },
+        })
+    }
+
+    /// An error of a request to this node.
+    pub fn error(&self, op: IoOp, offset: u64, len: u64, errno: i32) -> IoError {
+        IoError {
+            op,
+            node: Arc::clone(&self.name),
+            offset,
+            len,
+            errno,
+        }
+    }
+
+    fn max_transfer(&self) -> u64 {
+        let unit = u64::from(self.limits.request_alignment).max(SECTOR_SIZE);
+        match u64::from(self.limits.max_transfer) / unit * unit {
+            0 if self.limits.max_transfer > 0 => unit,
+            0 => u64::MAX,
+            max => max,
+        }
+    }
+
+    fn check_writable(&self, op: IoOp, offset: u64, len: u64) -> Result<(), IoError> {
+        if self.options.read_only {
+            return Err(self.error(op, offset, len, libc::EPERM));
+        }
+        Ok(())
+    }
+
+    fn check_range(&self, op: IoOp, offset: u64, len: u64) -> Result<(), IoError> {
+        if !(offset | len).is_multiple_of(SECTOR_SIZE) {
+            return Err(self.error(op, offset, len, libc::EINVAL));
+        }
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size() => Ok(()),
+            _ => {
+                let errno = match op {
+                    IoOp::Write | IoOp::WriteZeroes => libc::ENOSPC,
+                    IoOp::Read => libc::EIO,
+                    _ => libc::EINVAL,
+                };
+                Err(self.error(op, offset, len, errno))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node")
+            .field("name", &self.name)
+            .field("driver", &self.driver.name())
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Marks a range in the bitmaps when the write of it ends, in whatever way: a
+/// failed or abandoned one may have changed data too.
+struct Mark<'a> {
+    node: &'a Node,
+    offset: u64,
+    len: u64,
+}
+
+impl Drop for Mark<'_> {
+    fn drop(&mut self) {
+        for bitmap in self.node.bitmaps.load().iter() {
+            bitmap.set(self.offset, self.len);
+        }
+    }
+}
+
+/// Zeroes to write from. Never read into.
+fn zero_buffer() -> &'static Arc<AlignedBuffer> {
+    static ZEROES: OnceLock<Arc<AlignedBuffer>> = OnceLock::new();
+    ZEROES.get_or_init(|| AlignedBuffer::new(ZERO_BUFFER as usize))
+}
+
+/// An edge from a node down to the node it stands on.
+///
+/// A driver gets it when it is opened and asks it for the node below with each
+/// request. The graph changes it under drain, in one step for all readers.
+#[derive(Debug)]
+pub struct Child {
+    edge: Arc<Edge>,
+}
+
+#[derive(Debug)]
+struct Edge {
+    role: ChildRole,
+    /// The node below. Written on main, in a drained section.
+    node: ArcSwap<Node>,
+}
+
+impl Child {
+    pub(crate) fn new(role: ChildRole, node: Arc<Node>) -> Self {
+        Self {
+            edge: Arc::new(Edge {
+                role,
+                node: ArcSwap::new(node),
+            }),
+        }
+    }
+
+    /// The node below at this moment. Ask once per request.
+    pub fn node(&self) -> Arc<Node> {
+        self.edge.node.load_full()
+    }
+
+    /// The part that it plays.
+    pub fn role(&self) -> ChildRole {
+        self.edge.role
+    }
+
+    /// The same edge, for the graph's records.
+    pub(crate) fn share(&self) -> Self {
+        Self {
+            edge: Arc::clone(&self.edge),
+        }
+    }
+
+    pub(crate) fn store(&self, node: Arc<Node>) {
+        self.edge.node.store(node);
+    }
+}
