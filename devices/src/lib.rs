@@ -28,6 +28,7 @@ pub use bus::{Bus, BusError, MmioDevice, MmioOutcome, PioDevice};
 pub use i8042::I8042;
 pub use serial::Serial;
 pub use ticket::ResetTicket;
+pub use virtio::blk::{BlkConfigError, BlkStats, OpStats, VirtioBlk, VirtioBlkConfig};
 pub use virtio::{Activation, Interrupt, VirtioDevice, VirtioMmio};
 
 /// Guest memory as all devices see it.

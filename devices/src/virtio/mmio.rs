@@ -13,10 +13,9 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_mmio as reg;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::queue_registers::QueueRegisters;
 use super::{Activation, Interrupt, VirtioDevice};
 use crate::GuestMemory;
 use crate::bus::{MmioDevice, MmioOutcome};
@@ -35,48 +34,6 @@ const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 
-/// A queue as the driver sets it up.
-#[derive(Clone, Default)]
-struct QueueRegisters {
-    size: u32,
-    desc_table: u64,
-    avail_ring: u64,
-    used_ring: u64,
-    ready: bool,
-    /// Being stopped by the driver, or stopped: it cannot be made ready again
-    /// before a device reset.
-    stopping: Option<ResetTicket>,
-}
-
-impl QueueRegisters {
-    /// The queue these registers describe, or what is wrong with them.
-    fn build(
-        &self,
-        max_size: u16,
-        event_idx: bool,
-        mem: &GuestMemory,
-    ) -> Result<Queue, virtio_queue::Error> {
-        let mut queue = Queue::new(max_size)?;
-        let size = u16::try_from(self.size).map_err(|_| virtio_queue::Error::InvalidSize)?;
-        queue.try_set_size(size)?;
-        queue.try_set_desc_table_address(GuestAddress(self.desc_table))?;
-        queue.try_set_avail_ring_address(GuestAddress(self.avail_ring))?;
-        queue.try_set_used_ring_address(GuestAddress(self.used_ring))?;
-        queue.set_event_idx(event_idx);
-        queue.set_ready(true);
-        // The queue takes an avail ring at 0 for one that was never set.
-        if self.avail_ring == 0 || !queue.is_valid(mem) {
-            return Err(virtio_queue::Error::FindMemoryRegion);
-        }
-        Ok(queue)
-    }
-
-    /// As `QueueReady` reads: until a stop is done, the queue is in use.
-    fn in_use(&self) -> bool {
-        self.ready || self.stopping.as_ref().is_some_and(|stop| !stop.is_done())
-    }
-}
-
 #[derive(Default)]
 struct Registers {
     status: u32,
@@ -92,10 +49,7 @@ struct Registers {
 
 impl Registers {
     fn initial(num_queues: u16, queue_max_size: u16, config_generation: u32) -> Self {
-        let queue = QueueRegisters {
-            size: queue_max_size.into(),
-            ..QueueRegisters::default()
-        };
+        let queue = QueueRegisters::new(queue_max_size);
         Self {
             queues: vec![queue; num_queues.into()],
             config_generation,
@@ -303,7 +257,7 @@ impl VirtioMmio {
             | reg::VIRTIO_MMIO_QUEUE_AVAIL_HIGH
             | reg::VIRTIO_MMIO_QUEUE_USED_LOW
             | reg::VIRTIO_MMIO_QUEUE_USED_HIGH => match registers.queue_in_setup() {
-                Some(queue) => write_queue_register(queue, offset, value),
+                Some(queue) => queue.write(offset, value),
                 None => self.complain("a queue that cannot be set up now", offset),
             },
             reg::VIRTIO_MMIO_QUEUE_READY => return self.write_queue_ready(registers, value),
@@ -377,7 +331,7 @@ impl VirtioMmio {
                     self.complain("a queue that cannot be made ready now", index);
                     return MmioOutcome::Done;
                 };
-                match queue.build(self.device.queue_max_size(), event_idx, &self.mem) {
+                match queue.build(event_idx, &self.mem) {
                     Ok(_) => queue.ready = true,
                     Err(error) => {
                         self.interrupt.mark_needs_reset();
@@ -395,13 +349,12 @@ impl VirtioMmio {
 
     fn activate(&self, registers: &Registers) {
         let event_idx = event_idx(registers.driver_features);
-        let max_size = self.device.queue_max_size();
         let mut queues = Vec::new();
         for (index, queue) in (0u16..).zip(&registers.queues) {
             if !queue.ready {
                 continue;
             }
-            match queue.build(max_size, event_idx, &self.mem) {
+            match queue.build(event_idx, &self.mem) {
                 Ok(queue) => queues.push((index, queue)),
                 // Guest memory and these registers are as they were when the
                 // same check passed, so this is not met; but it is no reason to
@@ -446,21 +399,6 @@ fn feature_word(features: u64, select: u32) -> u32 {
         0 => features as u32,
         1 => (features >> 32) as u32,
         _ => 0,
-    }
-}
-
-fn write_queue_register(queue: &mut QueueRegisters, offset: u32, value: u32) {
-    let low = |address: &mut u64| *address = *address >> 32 << 32 | u64::from(value);
-    let high = |address: &mut u64| *address = *address & 0xffff_ffff | u64::from(value) << 32;
-    match offset {
-        reg::VIRTIO_MMIO_QUEUE_NUM => queue.size = value,
-        reg::VIRTIO_MMIO_QUEUE_DESC_LOW => low(&mut queue.desc_table),
-        reg::VIRTIO_MMIO_QUEUE_DESC_HIGH => high(&mut queue.desc_table),
-        reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW => low(&mut queue.avail_ring),
-        reg::VIRTIO_MMIO_QUEUE_AVAIL_HIGH => high(&mut queue.avail_ring),
-        reg::VIRTIO_MMIO_QUEUE_USED_LOW => low(&mut queue.used_ring),
-        reg::VIRTIO_MMIO_QUEUE_USED_HIGH => high(&mut queue.used_ring),
-        _ => {}
     }
 }
 
@@ -515,3 +453,6 @@ impl Drop for VirtioMmio {
         let _ticket = self.device.reset();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,9 @@
 //! Virtio 1.2: the transport, and what a device has to offer to it.
 
+pub(crate) mod blk;
 mod interrupt;
 mod mmio;
+mod queue_registers;
 
 use std::sync::Arc;
 
