@@ -1,0 +1,308 @@
+//! The driver side: what a job's body may do. Every method takes the job mutex
+//! for an instant and has released it when it returns.
+
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use block::GraphHandle;
+
+use crate::drain::OwnDrain;
+use crate::event::{ErrorAction, IoSide, OnError};
+use crate::home::LocalFuture;
+use crate::monitor::Jobs;
+use crate::progress::Progress;
+use crate::shared::{Shared, Slot};
+use crate::state::{Event, JobState};
+use crate::sync;
+use crate::sync::atomic::Ordering;
+
+/// A job, as its own body sees it.
+///
+/// The methods that wait are for the task that runs the body, one at a time
+/// (besides [`JobContext::kicked`], which is made for `select!`). None of them may
+/// be awaited while holding anything that a drained section, a graph change or the
+/// monitor could need.
+pub struct JobContext {
+    shared: Arc<Shared>,
+    slot: Arc<Slot>,
+}
+
+impl JobContext {
+    pub(crate) fn new(shared: Arc<Shared>, slot: Arc<Slot>) -> Self {
+        Self { shared, slot }
+    }
+
+    /// The job's id; `internal` for an internal job.
+    pub fn id(&self) -> &str {
+        self.slot.name()
+    }
+
+    /// The progress meter, also for other threads.
+    pub fn progress(&self) -> &Arc<Progress> {
+        &self.slot.progress
+    }
+
+    /// The way to main, for what the body has to have done there.
+    pub fn graph(&self) -> &GraphHandle {
+        &self.shared.graph
+    }
+
+    /// Lets I/O paths wake the body; takes no lock.
+    pub fn notifier(&self) -> JobNotifier {
+        JobNotifier {
+            slot: Arc::clone(&self.slot),
+        }
+    }
+
+    /// Whether the body is to stop at once.
+    pub fn is_force_cancelled(&self) -> bool {
+        self.read(|job| job.force_cancel)
+    }
+
+    /// Whether the job is to finish what it has begun and then end without
+    /// applying its result's effect on the graph. Never together with
+    /// [`JobContext::is_force_cancelled`].
+    pub fn is_soft_cancelled(&self) -> bool {
+        self.read(|job| job.cancel_requested && !job.force_cancel)
+    }
+
+    /// Whether `complete` was accepted.
+    pub fn is_complete_requested(&self) -> bool {
+        self.read(|job| job.complete_requested)
+    }
+
+    /// Whether the next pause point will park the body.
+    pub fn is_pause_requested(&self) -> bool {
+        self.read(JobState::should_pause)
+    }
+
+    /// The rate limit in bytes/s; 0 is none.
+    pub fn speed(&self) -> u64 {
+        self.read(|job| job.limit.speed())
+    }
+
+    /// The job has converged: ready from here on, and clients are told. Once it
+    /// is ready this does nothing.
+    pub fn ready(&self) {
+        self.happen(Event::Ready);
+    }
+
+    /// A request of the body failed: tells clients and says what `policy` makes of
+    /// it.
+    ///
+    /// `Report`: return the error from the body, after what is in flight has
+    /// ended. `Ignore`: try the range again, later. `Stop`: the same, and the next
+    /// pause point parks until the user resumes.
+    pub fn io_failed(&self, side: IoSide, errno: i32, policy: OnError) -> ErrorAction {
+        self.happen(Event::IoFailed {
+            side,
+            errno,
+            policy,
+        });
+        policy.action(errno)
+    }
+
+    /// Parks here while the job is to be paused; else goes on at once.
+    ///
+    /// Calls the driver's `pause` before parking and its `resume` afterwards. A
+    /// forced cancel ends the parking.
+    ///
+    /// Cancel: if the future is dropped while parked, the job counts as running
+    /// again, without the driver's `resume`.
+    pub async fn pause_point(&self) {
+        sync::assert_unlocked("a pause point was reached");
+        if !self.is_pause_requested() {
+            return;
+        }
+        self.slot.driver.pause().await;
+        // A pause that was taken back meanwhile leaves the body busy.
+        self.happen(Event::Park);
+        self.until_busy(None, false).await;
+        self.slot.driver.resume().await;
+    }
+
+    /// Sleeps, then passes a pause point. Ends early when the job is kicked (by a
+    /// pause, a drained section, a cancel, a completion, a higher speed) or
+    /// notified, also if that came before this call and was not looked at yet.
+    ///
+    /// Cancel: as for [`JobContext::pause_point`].
+    pub async fn sleep(&self, duration: Duration) {
+        self.sleep_once(Some(duration), true).await;
+        self.pause_point().await;
+    }
+
+    /// [`JobContext::sleep`] without an end of its own.
+    pub async fn idle(&self) {
+        self.sleep_once(None, true).await;
+        self.pause_point().await;
+    }
+
+    /// Ends when the job is kicked or notified, also if that came before this call
+    /// and was not looked at yet. To be selected against the body's own requests:
+    /// the job stays busy, and so a drained section waits for it.
+    ///
+    /// Cancel: nothing is lost; a kick that was not reported stays.
+    pub async fn kicked(&self) {
+        sync::assert_unlocked("a kick was awaited");
+        poll_fn(|cx| {
+            self.slot.waker.register(cx.waker());
+            // Both are taken: one look answers both.
+            let notified = self.slot.notified.swap(false, Ordering::SeqCst);
+            let kicked = self.read(|job| job.kicked);
+            if kicked {
+                self.happen(Event::Looked);
+            }
+            if kicked || notified {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+
+    /// Charges `bytes` of work to the rate limit, waits until the next request may
+    /// go, and passes a pause point.
+    ///
+    /// Pauses, drained sections and other early wake-ups do not shorten the wait;
+    /// a higher limit does, and a forced cancel ends it.
+    ///
+    /// Cancel: what was charged stays charged.
+    pub async fn throttle(&self, bytes: u64) {
+        self.pause_point().await;
+        self.slot.charged.fetch_add(bytes, Ordering::SeqCst);
+        loop {
+            let wait = self.charge();
+            if wait.is_zero() || self.is_force_cancelled() {
+                return;
+            }
+            self.sleep_once(Some(wait), false).await;
+            self.pause_point().await;
+        }
+    }
+
+    /// While the guard lives, no drained section waits for this job: for a body
+    /// that drains its own source. It must begin no request that the section is
+    /// meant to stop.
+    pub fn own_drain(&self) -> OwnDrain {
+        let jobs = Jobs {
+            shared: Arc::clone(&self.shared),
+        };
+        OwnDrain::new(jobs, self.slot.key)
+    }
+
+    /// Accounts for what was charged, and says how long to wait.
+    fn charge(&self) -> Duration {
+        let bytes = self.slot.charged.swap(0, Ordering::SeqCst);
+        let now = self.shared.environment.now();
+        let mut locked = self.shared.lock();
+        locked
+            .core
+            .machine
+            .limit(self.slot.key)
+            .map_or(Duration::ZERO, |limit| limit.charge(now, bytes))
+    }
+
+    async fn sleep_once(&self, duration: Option<Duration>, notifiable: bool) {
+        sync::assert_unlocked("a sleep was begun");
+        let timer = duration.map(|duration| self.shared.environment.sleep(duration));
+        self.happen(Event::Sleep {
+            timer: timer.is_some(),
+        });
+        self.until_busy(timer, notifiable).await;
+    }
+
+    /// Waits until the body is re-entered, re-entering it itself when the timer
+    /// fires or, if asked for, when somebody notifies.
+    fn until_busy(&self, timer: Option<LocalFuture>, notifiable: bool) -> Yielded<'_> {
+        Yielded {
+            context: self,
+            timer,
+            notifiable,
+            done: false,
+        }
+    }
+
+    fn read<R>(&self, look: impl FnOnce(&JobState) -> R) -> R
+    where
+        R: Default,
+    {
+        let locked = self.shared.lock();
+        locked
+            .core
+            .machine
+            .job(self.slot.key)
+            .map_or_else(R::default, look)
+    }
+
+    fn happen(&self, event: Event) {
+        self.shared.happen(self.slot.key, event);
+    }
+}
+
+/// The body has yielded, or is about to find out that it need not.
+struct Yielded<'a> {
+    context: &'a JobContext,
+    timer: Option<LocalFuture>,
+    notifiable: bool,
+    done: bool,
+}
+
+impl Future for Yielded<'_> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let context = self.context;
+        // Registered before the test: who re-enters sets `busy` before it wakes.
+        context.slot.waker.register(cx.waker());
+        let notified = self.notifiable && context.slot.notified.swap(false, Ordering::SeqCst);
+        let fired = notified
+            || self
+                .timer
+                .as_mut()
+                .is_some_and(|timer| timer.as_mut().poll(cx).is_ready());
+        if fired {
+            // One of many wakers; which one wins does not matter to the body.
+            context.happen(Event::WakeSelf);
+        }
+        // A job that is gone has nothing to wait for.
+        self.done = fired || !context.read(|job| !job.busy);
+        if self.done {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    }
+}
+
+impl Drop for Yielded<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            self.context.happen(Event::WakeSelf);
+        }
+    }
+}
+
+/// Wakes a job's body from any thread, I/O paths included: takes no lock.
+#[derive(Clone)]
+pub struct JobNotifier {
+    slot: Arc<Slot>,
+}
+
+impl JobNotifier {
+    /// Ends the body's present or next [`JobContext::sleep`], `idle` or `kicked`.
+    pub fn notify(&self) {
+        if !self.slot.notified.swap(true, Ordering::SeqCst) {
+            self.slot.waker.wake();
+        }
+    }
+
+    /// Charges work done on the job's behalf to its rate limit, in bytes. Does not
+    /// wait.
+    pub fn charge(&self, bytes: u64) {
+        self.slot.charged.fetch_add(bytes, Ordering::SeqCst);
+    }
+}

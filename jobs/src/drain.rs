@@ -1,0 +1,86 @@
+//! Drained sections and jobs: a job parks when one begins on an edge of it.
+
+use block::{AttachmentKind, BackendUser};
+
+use crate::id::JobKey;
+use crate::monitor::Jobs;
+use crate::state::Event;
+use crate::sync;
+
+/// What a job's backend tells the job.
+pub(crate) struct DrainUser {
+    jobs: Jobs,
+    key: JobKey,
+    kind: AttachmentKind,
+    description: String,
+    blocker: Option<String>,
+}
+
+impl DrainUser {
+    pub(crate) fn new(jobs: Jobs, key: JobKey, kind: AttachmentKind) -> Self {
+        let (description, job_type) = jobs.lock().describe_locked(key);
+        Self {
+            jobs,
+            key,
+            kind,
+            description,
+            blocker: job_type.map(|it| format!("block device is in use by block job: {it}")),
+        }
+    }
+}
+
+impl BackendUser for DrainUser {
+    fn drained_begin(&self) {
+        self.jobs.happen(self.key, Event::DrainedBegin);
+    }
+
+    fn drained_poll(&self) -> bool {
+        let busy = self.jobs.lock().drain_busy_locked(self.key);
+        sync::assert_unlocked("a hook was called");
+        busy.is_some_and(|driver| driver.drained_poll())
+    }
+
+    fn drained_end(&self) {
+        self.jobs.happen(self.key, Event::DrainedEnd);
+    }
+
+    /// A job hears of sections and parks; what it has in flight is only counted.
+    fn holds_requests(&self) -> bool {
+        false
+    }
+
+    fn kind(&self) -> AttachmentKind {
+        self.kind
+    }
+
+    fn blocker(&self) -> Option<String> {
+        self.blocker.clone()
+    }
+
+    fn describe(&self) -> String {
+        self.description.clone()
+    }
+}
+
+/// A drained section that the job itself holds: while this lives no drained
+/// section waits for the job.
+///
+/// Any thread; dropping it ends that.
+#[must_use = "dropping this at once protects nothing"]
+pub struct OwnDrain {
+    jobs: Jobs,
+    key: JobKey,
+}
+
+impl OwnDrain {
+    pub(crate) fn new(jobs: Jobs, key: JobKey) -> Self {
+        jobs.happen(key, Event::OwnDrainBegin);
+        Self { jobs, key }
+    }
+}
+
+impl Drop for OwnDrain {
+    fn drop(&mut self) {
+        self.jobs.happen(self.key, Event::OwnDrainEnd);
+    }
+}
