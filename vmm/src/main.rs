@@ -5,6 +5,7 @@
 //! what can be said on the command line is in [`cli`].
 
 mod cli;
+mod monitor;
 mod run;
 mod vm_control;
 

@@ -1,0 +1,326 @@
+//! A visitor of a command's arguments that answers mistakes with QEMU's texts.
+//!
+//! A command takes its arguments one by one, in the order of QEMU's schema,
+//! and then calls [`Args::finish`], which refuses what is left over. So the
+//! first mistake that QEMU would report is the one reported here.
+//!
+//! The same visitor reads `key=value` options of the command line, whose
+//! values are all strings ([`Args::from_keyval`]).
+
+use serde_json::{Map, Value};
+
+use super::error::QmpError;
+
+#[cfg(test)]
+mod tests;
+
+/// How the values were written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// JSON: typed.
+    Json,
+    /// The command line: strings, to be read as what is expected.
+    KeyValue,
+}
+
+/// Arguments not taken yet.
+#[derive(Debug)]
+#[must_use = "arguments that nobody expects are only noticed by finish()"]
+pub(crate) struct Args {
+    /// Path of this object in the command's arguments, with a dot at its end;
+    /// empty for the arguments themselves.
+    prefix: String,
+    members: Map<String, Value>,
+    form: Form,
+}
+
+/// A member that may be a string or an object.
+pub(crate) enum StringOrObject {
+    /// A string.
+    String(String),
+    /// An object.
+    Object(Args),
+}
+
+impl Args {
+    /// The arguments of a command.
+    pub(crate) fn new(members: Map<String, Value>) -> Self {
+        Self {
+            prefix: String::new(),
+            members,
+            form: Form::Json,
+        }
+    }
+
+    /// Options from `key=value,key.sub=value`. A comma in a value is doubled.
+    /// Only objects nest (no lists): no option here has a list in it.
+    ///
+    /// Errors: a part without `=`, a key given twice or used both as a value
+    /// and as an object, an empty part of a key, more than 16 levels.
+    pub(crate) fn from_keyval(text: &str) -> Result<Self, QmpError> {
+        let mut members = Map::new();
+        for part in split_unescaped(text) {
+            let Some((key, value)) = part.split_once('=') else {
+                return Err(QmpError::generic(format!(
+                    "Expected '=' after parameter '{part}'"
+                )));
+            };
+            insert_dotted(&mut members, key, value)?;
+        }
+        Ok(Self {
+            form: Form::KeyValue,
+            ..Self::new(members)
+        })
+    }
+
+    fn path(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    fn missing(&self, name: &str) -> QmpError {
+        QmpError::missing(&self.path(name))
+    }
+
+    fn wrong_type(&self, name: &str, expected: &str) -> QmpError {
+        QmpError::wrong_type(&self.path(name), expected)
+    }
+
+    /// A string, if given.
+    pub(crate) fn optional_str(&mut self, name: &str) -> Result<Option<String>, QmpError> {
+        match self.members.remove(name) {
+            None => Ok(None),
+            Some(Value::String(value)) => Ok(Some(value)),
+            Some(_) => Err(self.wrong_type(name, "string")),
+        }
+    }
+
+    /// A string.
+    pub(crate) fn required_str(&mut self, name: &str) -> Result<String, QmpError> {
+        self.optional_str(name)?.ok_or_else(|| self.missing(name))
+    }
+
+    /// A boolean, if given; `on` and `off` (or `yes`, `true`, …) on the
+    /// command line.
+    pub(crate) fn optional_bool(&mut self, name: &str) -> Result<Option<bool>, QmpError> {
+        match (self.form, self.members.remove(name)) {
+            (_, None) => Ok(None),
+            (Form::Json, Some(Value::Bool(value))) => Ok(Some(value)),
+            (Form::KeyValue, Some(Value::String(text))) => match text.as_str() {
+                "on" | "yes" | "true" | "y" => Ok(Some(true)),
+                "off" | "no" | "false" | "n" => Ok(Some(false)),
+                _ => Err(QmpError::expects(&self.path(name), "'on' or 'off'")),
+            },
+            _ => Err(self.wrong_type(name, "boolean")),
+        }
+    }
+
+    /// A signed integer, if given. On the command line with an optional
+    /// binary suffix (`64K`, `1M`).
+    pub(crate) fn optional_i64(&mut self, name: &str) -> Result<Option<i64>, QmpError> {
+        let value = match (self.form, self.members.remove(name)) {
+            (_, None) => return Ok(None),
+            (Form::Json, Some(Value::Number(value))) => value.as_i64(),
+            (Form::KeyValue, Some(Value::String(text))) => parse_size(&text),
+            _ => None,
+        };
+        match value {
+            Some(value) => Ok(Some(value)),
+            None => Err(self.wrong_type(name, "integer")),
+        }
+    }
+
+    /// A signed integer.
+    pub(crate) fn required_i64(&mut self, name: &str) -> Result<i64, QmpError> {
+        self.optional_i64(name)?.ok_or_else(|| self.missing(name))
+    }
+
+    /// An integer of 0 to 2^63-1, if given: QEMU's `int` where a negative
+    /// number has no meaning.
+    pub(crate) fn optional_non_negative(&mut self, name: &str) -> Result<Option<u64>, QmpError> {
+        match self.optional_i64(name)?.map(u64::try_from) {
+            None => Ok(None),
+            Some(Ok(value)) => Ok(Some(value)),
+            Some(Err(_)) => Err(QmpError::expects(
+                &self.path(name),
+                "a non-negative number below 2^64",
+            )),
+        }
+    }
+
+    /// An unsigned integer of 64 bits, if given.
+    pub(crate) fn optional_u64(&mut self, name: &str) -> Result<Option<u64>, QmpError> {
+        if let (Form::Json, Some(Value::Number(value))) = (self.form, self.members.get(name)) {
+            let value = value.as_u64();
+            self.members.remove(name);
+            return match value {
+                Some(value) => Ok(Some(value)),
+                None => Err(QmpError::expects(&self.path(name), "uint64")),
+            };
+        }
+        match self.optional_i64(name)?.map(u64::try_from) {
+            None => Ok(None),
+            Some(Ok(value)) => Ok(Some(value)),
+            Some(Err(_)) => Err(QmpError::expects(&self.path(name), "uint64")),
+        }
+    }
+
+    /// An unsigned integer of 32 bits, if given.
+    pub(crate) fn optional_u32(&mut self, name: &str) -> Result<Option<u32>, QmpError> {
+        match self.optional_i64(name)?.map(u32::try_from) {
+            None => Ok(None),
+            Some(Ok(value)) => Ok(Some(value)),
+            Some(Err(_)) => Err(QmpError::expects(&self.path(name), "uint32_t")),
+        }
+    }
+
+    /// One of a few words, if given.
+    pub(crate) fn optional_enum<T: Copy>(
+        &mut self,
+        name: &str,
+        words: &[(&str, T)],
+    ) -> Result<Option<T>, QmpError> {
+        let Some(given) = self.optional_str(name)? else {
+            return Ok(None);
+        };
+        match words.iter().find(|(word, _)| *word == given) {
+            Some((_, value)) => Ok(Some(*value)),
+            None => Err(QmpError::bad_value(name, &given)),
+        }
+    }
+
+    /// One of a few words.
+    pub(crate) fn required_enum<T: Copy>(
+        &mut self,
+        name: &str,
+        words: &[(&str, T)],
+    ) -> Result<T, QmpError> {
+        self.optional_enum(name, words)?
+            .ok_or_else(|| self.missing(name))
+    }
+
+    /// A list of words, if given.
+    pub(crate) fn optional_enum_list<T: Copy>(
+        &mut self,
+        name: &str,
+        words: &[(&str, T)],
+    ) -> Result<Option<Vec<T>>, QmpError> {
+        let elements = match self.members.remove(name) {
+            None => return Ok(None),
+            Some(Value::Array(elements)) => elements,
+            Some(_) => return Err(self.wrong_type(name, "array")),
+        };
+        let mut values = Vec::with_capacity(elements.len());
+        for (index, element) in elements.into_iter().enumerate() {
+            let Value::String(given) = element else {
+                return Err(self.wrong_type(&format!("{name}[{index}]"), "string"));
+            };
+            // An element has no name of its own, and QEMU prints that so.
+            match words.iter().find(|(word, _)| *word == given) {
+                Some((_, value)) => values.push(*value),
+                None => return Err(QmpError::bad_value("null", &given)),
+            }
+        }
+        Ok(Some(values))
+    }
+
+    /// An object, if given.
+    pub(crate) fn optional_object(&mut self, name: &str) -> Result<Option<Self>, QmpError> {
+        match self.members.remove(name) {
+            None => Ok(None),
+            Some(Value::Object(members)) => Ok(Some(self.nested(name, members))),
+            Some(_) => Err(self.wrong_type(name, "object")),
+        }
+    }
+
+    /// A string or an object; `type_name` is what QEMU calls the choice.
+    pub(crate) fn required_string_or_object(
+        &mut self,
+        name: &str,
+        type_name: &str,
+    ) -> Result<StringOrObject, QmpError> {
+        match self.members.remove(name) {
+            None => Err(self.missing(name)),
+            Some(Value::String(value)) => Ok(StringOrObject::String(value)),
+            Some(Value::Object(members)) => Ok(StringOrObject::Object(self.nested(name, members))),
+            Some(_) => Err(self.wrong_type(name, type_name)),
+        }
+    }
+
+    fn nested(&self, name: &str, members: Map<String, Value>) -> Self {
+        Self {
+            prefix: format!("{}{name}.", self.prefix),
+            members,
+            form: self.form,
+        }
+    }
+
+    /// Refuses what nobody took.
+    pub(crate) fn finish(self) -> Result<(), QmpError> {
+        match self.members.keys().next() {
+            None => Ok(()),
+            Some(name) => Err(QmpError::generic(format!(
+                "Parameter '{}' is unexpected",
+                self.path(name)
+            ))),
+        }
+    }
+}
+
+/// Splits at single commas; a doubled comma is one that stays.
+fn split_unescaped(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut characters = text.chars().peekable();
+    while let Some(character) = characters.next() {
+        if character == ',' && characters.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+        } else if let Some(part) = parts.last_mut() {
+            part.push(character);
+        }
+    }
+    parts
+}
+
+/// Puts `a.b.c=value` where it belongs.
+fn insert_dotted(members: &mut Map<String, Value>, key: &str, value: &str) -> Result<(), QmpError> {
+    const MAX_LEVELS: usize = 16;
+    let bad = || QmpError::generic(format!("Invalid parameter '{key}'"));
+    let names: Vec<&str> = key.split('.').collect();
+    let Some((last, objects)) = names.split_last() else {
+        return Err(bad());
+    };
+    if names.len() > MAX_LEVELS || names.iter().any(|name| name.is_empty()) {
+        return Err(bad());
+    }
+    let mut at = members;
+    for name in objects {
+        let child = at.entry(*name).or_insert_with(|| Value::Object(Map::new()));
+        let Value::Object(child) = child else {
+            return Err(bad());
+        };
+        at = child;
+    }
+    if at.contains_key(*last) {
+        return Err(QmpError::generic(format!(
+            "Parameter '{key}' is given twice"
+        )));
+    }
+    at.insert((*last).to_owned(), Value::from(value));
+    Ok(())
+}
+
+/// A number with an optional binary suffix.
+fn parse_size(text: &str) -> Option<i64> {
+    let shift = match text.chars().last()? {
+        'k' | 'K' => 10,
+        'M' => 20,
+        'G' => 30,
+        'T' => 40,
+        _ => 0,
+    };
+    let digits = if shift == 0 {
+        text
+    } else {
+        text.get(..text.len() - 1)?
+    };
+    digits.parse::<i64>().ok()?.checked_mul(1 << shift)
+}

@@ -1,0 +1,169 @@
+use serde_json::{Value, json};
+
+use super::*;
+
+fn read(value: Value) -> Result<BlockdevOptions, QmpError> {
+    let Value::Object(members) = value else {
+        panic!("options are an object");
+    };
+    blockdev_options(Args::new(members))
+}
+
+#[test]
+fn every_mistake_has_qemus_text() {
+    let file = |options: Value| json!({"driver": "raw", "node-name": "a", "file": options});
+    let null = |name: &str, value: Value| {
+        let mut options = json!({"driver": "null-co", "node-name": "a"});
+        options[name] = value;
+        options
+    };
+    let cases = [
+        (json!({"node-name": "x"}), "Parameter 'driver' is missing"),
+        (
+            json!({"driver": "floppy9", "node-name": "x"}),
+            "Parameter 'driver' does not accept value 'floppy9'",
+        ),
+        (
+            json!({"driver": null}),
+            "Invalid parameter type for 'driver', expected: string",
+        ),
+        (
+            json!({"driver": "null-co"}),
+            "'node-name' must be specified for the root node",
+        ),
+        (
+            json!({"driver": "file", "node-name": "x"}),
+            "Parameter 'filename' is missing",
+        ),
+        (
+            json!({"driver": "raw", "node-name": "x"}),
+            "Parameter 'file' is missing",
+        ),
+        (
+            file(json!({"driver": "file"})),
+            "Parameter 'file.filename' is missing",
+        ),
+        (
+            file(json!({"driver": "file", "filename": "x", "bla": 1})),
+            "Parameter 'file.bla' is unexpected",
+        ),
+        (
+            file(json!(5)),
+            "Invalid parameter type for 'file', expected: BlockdevRef",
+        ),
+        (file(json!({})), "Parameter 'file.driver' is missing"),
+        (
+            file(json!({"driver": "zz"})),
+            "Parameter 'driver' does not accept value 'zz'",
+        ),
+        (
+            file(json!({"driver": 7})),
+            "Invalid parameter type for 'file.driver', expected: string",
+        ),
+        (
+            file(json!({"driver": "file", "filename": ""})),
+            "The 'file' block driver requires a file name",
+        ),
+        (
+            null("size", json!("1M")),
+            "Invalid parameter type for 'size', expected: integer",
+        ),
+        (
+            null("size", json!(-1)),
+            "Parameter 'size' expects a non-negative number below 2^64",
+        ),
+        (
+            null("latency-ns", json!(1_u64 << 63)),
+            "latency-ns is invalid",
+        ),
+        (
+            null("colour", json!("red")),
+            "Parameter 'colour' is unexpected",
+        ),
+        (
+            null("read-only", json!(1)),
+            "Invalid parameter type for 'read-only', expected: boolean",
+        ),
+        (
+            null("cache", json!({"direct": "x"})),
+            "Invalid parameter type for 'cache.direct', expected: boolean",
+        ),
+        (
+            null("discard", json!("maybe")),
+            "Parameter 'discard' does not accept value 'maybe'",
+        ),
+        (
+            null("detect-zeroes", json!("unmap")),
+            "setting detect-zeroes to unmap is not allowed without setting discard operation \
+             to unmap",
+        ),
+        (
+            json!({"driver": "file", "node-name": "x", "filename": "y", "aio": "native"}),
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        ),
+    ];
+    for (options, text) in cases {
+        let shown = options.to_string();
+        assert_eq!(read(options).unwrap_err().desc, text, "{shown}");
+    }
+}
+
+#[test]
+fn json_and_key_value_say_the_same() {
+    let from_json = read(json!({
+        "driver": "raw", "node-name": "r", "read-only": true, "offset": 512,
+        "cache": {"direct": true}, "discard": "unmap", "detect-zeroes": "unmap",
+        "file": {
+            "driver": "file", "filename": "a,b", "locking": "off", "auto-read-only": true
+        },
+    }));
+    let from_text = blockdev_options(
+        Args::from_keyval(
+            "driver=raw,node-name=r,read-only=on,offset=512,cache.direct=on,discard=unmap,\
+             detect-zeroes=unmap,file.driver=file,file.filename=a,,b,file.locking=off,\
+             file.auto-read-only=on",
+        )
+        .unwrap(),
+    );
+    let expected = BlockdevOptions {
+        node_name: Some("r".to_owned()),
+        read_only: Some(true),
+        auto_read_only: false,
+        cache: CacheOptions {
+            direct: true,
+            no_flush: false,
+        },
+        discard: DiscardMode::Unmap,
+        detect_zeroes: DetectZeroes::Unmap,
+        driver: DriverOptions::Raw(RawOptions {
+            file: BlockdevRef::Inline(Box::new(BlockdevOptions {
+                node_name: None,
+                read_only: None,
+                auto_read_only: true,
+                cache: CacheOptions::default(),
+                discard: DiscardMode::Ignore,
+                detect_zeroes: DetectZeroes::Off,
+                driver: DriverOptions::File(FileOptions {
+                    filename: PathBuf::from("a,b"),
+                    locking: Some(false),
+                    host_device: false,
+                }),
+            })),
+            offset: 512,
+            size: None,
+        }),
+    };
+    assert_eq!(from_json.unwrap(), expected);
+    assert_eq!(from_text.unwrap(), expected);
+}
+
+#[test]
+fn a_null_node_has_a_size_of_its_own() {
+    let options = read(json!({"driver": "null-co", "node-name": "n"})).unwrap();
+    let expected = NullCoOptions {
+        size: 1 << 30,
+        latency_ns: 0,
+        read_zeroes: false,
+    };
+    assert_eq!(options.driver, DriverOptions::NullCo(expected));
+}

@@ -1,0 +1,130 @@
+//! The commands: one file per family, and the table that names them.
+//!
+//! A handler takes its arguments first, in the order of QEMU's schema, so that
+//! mistakes are reported as QEMU reports them; then it acts. It runs as a task of
+//! its own on main and never blocks there.
+
+mod blockdev;
+mod control;
+mod vm;
+
+use std::future::Future;
+use std::rc::Rc;
+use std::time::Duration;
+
+use block::runtime::sleep;
+use futures_util::future::{Either, LocalBoxFuture, select};
+use futures_util::{FutureExt, pin_mut};
+use serde_json::{Value, json};
+
+use super::Monitor;
+use super::args::Args;
+use super::error::QmpError;
+
+pub(crate) use blockdev::blockdev_options;
+
+/// The command that a session begins with; sessions carry it out themselves.
+pub(super) const NEGOTIATE: &str = "qmp_capabilities";
+
+/// How long a command may wait for the guest or for drained I/O.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a command gives: a value or a refusal.
+type Outcome = Result<Value, QmpError>;
+
+/// One command.
+struct Command {
+    name: &'static str,
+    /// There only with a guest's machine (`diptych run`).
+    needs_machine: bool,
+    start: fn(Rc<Monitor>, Args) -> LocalBoxFuture<'static, Outcome>,
+}
+
+/// Table rows: `"name" => handler` and, with a machine only,
+/// `"name" (machine) => handler`.
+macro_rules! commands {
+    ($($name:literal $(($machine:ident))? => $handler:path,)*) => {
+        &[$(Command {
+            name: $name,
+            needs_machine: commands!(@machine $($machine)?),
+            start: |monitor, args| $handler(monitor, args).boxed_local(),
+        },)*]
+    };
+    (@machine machine) => { true };
+    (@machine) => { false };
+}
+
+/// All commands but [`NEGOTIATE`], in alphabetical order.
+static COMMANDS: &[Command] = commands! {
+    "cont" (machine) => vm::cont,
+    "human-monitor-command" (machine) => control::human_monitor_command,
+    "query-commands" => control::query_commands,
+    "query-iothreads" (machine) => vm::query_iothreads,
+    "query-name" (machine) => vm::query_name,
+    "query-status" (machine) => vm::query_status,
+    "query-version" => control::query_version,
+    "quit" => control::quit,
+    "stop" (machine) => vm::stop,
+    "system_reset" (machine) => vm::system_reset,
+};
+
+/// The commands that this program has.
+fn available(monitor: &Monitor) -> impl Iterator<Item = &'static Command> {
+    let has_machine = monitor.machine().is_some();
+    COMMANDS
+        .iter()
+        .filter(move |command| has_machine || !command.needs_machine)
+}
+
+/// Starts a command: the future carries it out.
+///
+/// Errors: no such command.
+pub(super) fn start(
+    monitor: &Rc<Monitor>,
+    name: &str,
+    args: Args,
+) -> Result<LocalBoxFuture<'static, Outcome>, QmpError> {
+    let command = available(monitor)
+        .find(|command| command.name == name)
+        .ok_or_else(|| QmpError::not_found(name))?;
+    Ok((command.start)(Rc::clone(monitor), args))
+}
+
+/// What `exec-oob` is answered: no command of ours needs to overtake others,
+/// since none blocks the monitor.
+pub(super) fn refuse_out_of_band(monitor: &Monitor, name: &str) -> QmpError {
+    if name == NEGOTIATE || available(monitor).any(|command| command.name == name) {
+        QmpError::generic(format!("The command {name} does not support OOB"))
+    } else {
+        QmpError::not_found(name)
+    }
+}
+
+/// `query-version`: the QEMU whose interface this is, and who provides it.
+pub(super) fn version() -> Value {
+    json!({
+        "qemu": {"major": 7, "minor": 2, "micro": 0},
+        "package": concat!("diptych-", env!("CARGO_PKG_VERSION")),
+    })
+}
+
+/// An empty success.
+fn done() -> Outcome {
+    Ok(json!({}))
+}
+
+/// Waits for `work`, but no longer than [`PATIENCE`].
+///
+/// Errors: it takes longer; `what` then says what is not done. Cancel: as
+/// dropping `work`.
+async fn bounded<T>(what: &str, work: impl Future<Output = T>) -> Result<T, QmpError> {
+    let deadline = sleep(PATIENCE);
+    pin_mut!(work, deadline);
+    match select(work, deadline).await {
+        Either::Left((result, _)) => Ok(result),
+        Either::Right(_) => Err(QmpError::generic(format!(
+            "{what} took longer than {} seconds",
+            PATIENCE.as_secs()
+        ))),
+    }
+}

@@ -1,0 +1,217 @@
+//! The QMP monitor: sockets, sessions, commands, events.
+//!
+//! Every monitor socket serves one client at a time, as QEMU's do; the next is
+//! accepted when that one has left. Several sockets may be open; events go to
+//! every client that has negotiated. What a command *does* is elsewhere (`block`,
+//! `jobs`, the machine): here is its wire form, its checks and its place in the
+//! conversation.
+//!
+//! # Threads and locks
+//!
+//! Everything runs on the main thread, as tasks of its event loop; there is no
+//! lock. A command is a task of its own and waits without blocking, so that no
+//! client waits for another's.
+//!
+//! # Hostile clients
+//!
+//! What a client can make the monitor hold is bounded: the message being read
+//! ([`json::Limits`]), the messages that wait, and the bytes that it does not
+//! read ([`output`]).
+
+mod args;
+mod commands;
+mod error;
+mod events;
+mod json;
+mod output;
+mod request;
+mod session;
+mod socket;
+
+#[cfg(test)]
+mod tests;
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use block::runtime::{AsyncFd, Interest, sleep, spawn_local};
+use futures_util::FutureExt;
+use slab::Slab;
+
+use crate::vm_control::{VmControl, VmEvent};
+use output::Changed;
+use session::Session;
+
+pub(crate) use args::Args;
+pub(crate) use commands::blockdev_options;
+pub(crate) use error::QmpError;
+pub(crate) use events::Event;
+pub(crate) use socket::{QmpAddress, QmpSocket, SocketError};
+
+/// What all monitor sockets of the process share. Main thread only.
+pub(crate) struct Monitor {
+    machine: OnceCell<Rc<dyn VmControl>>,
+    sessions: RefCell<Slab<Rc<Session>>>,
+    quitting: Cell<bool>,
+    closing: Cell<bool>,
+    /// `quitting`, `closing` or `sessions` changed.
+    changed: Changed,
+}
+
+impl Monitor {
+    /// A monitor without a socket.
+    pub(crate) fn new() -> Rc<Self> {
+        Rc::new(Self {
+            machine: OnceCell::new(),
+            sessions: RefCell::default(),
+            quitting: Cell::new(false),
+            closing: Cell::new(false),
+            changed: Changed::default(),
+        })
+    }
+
+    /// Gives the monitor a guest: the commands that need one are there from now
+    /// on. A second machine is ignored.
+    pub(crate) fn set_machine(&self, machine: Rc<dyn VmControl>) {
+        if self.machine.set(machine).is_err() {
+            tracing::error!("The monitor has a machine already");
+        }
+    }
+
+    fn machine(&self) -> Option<Rc<dyn VmControl>> {
+        self.machine.get().cloned()
+    }
+
+    /// Serves clients of `socket` until [`close`](Self::close), in a task.
+    ///
+    /// Errors: the loop cannot watch the socket. Panics: no event loop on this
+    /// thread.
+    pub(crate) fn listen(self: &Rc<Self>, socket: QmpSocket) -> std::io::Result<()> {
+        let listener = AsyncFd::new(socket.listener()?)?;
+        let monitor = Rc::clone(self);
+        spawn_local(async move {
+            let accept = monitor.accept_all(&socket, &listener);
+            let closing = monitor.closing();
+            futures_util::pin_mut!(accept, closing);
+            // The socket's file goes here, when no client can be served.
+            futures_util::future::select(accept, closing).await;
+        })
+        .detach();
+        Ok(())
+    }
+
+    /// One client after another.
+    async fn accept_all(self: &Rc<Self>, socket: &QmpSocket, listener: &AsyncFd<UnixListener>) {
+        let path: Rc<Path> = socket.path().into();
+        /// Pause after a failure that may last, such as too many open files.
+        const RETRY: Duration = Duration::from_millis(100);
+        loop {
+            let accepted = listener.io(Interest::Readable, UnixListener::accept).await;
+            let stream = accepted.and_then(|(stream, _)| {
+                stream.set_nonblocking(true)?;
+                AsyncFd::new(stream)
+            });
+            match stream {
+                // A task of its own: it flushes its output when the monitor
+                // closes and nobody waits here any more.
+                Ok(stream) => {
+                    spawn_local(Rc::clone(self).serve(Rc::clone(&path), stream)).await;
+                }
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "Cannot accept a QMP client");
+                    sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// One client. Its panic harms no other.
+    async fn serve(self: Rc<Self>, path: Rc<Path>, stream: AsyncFd<UnixStream>) {
+        let path = path.display();
+        let session = Rc::new(Session::default());
+        let registered = Registered::new(&self, &session);
+        tracing::debug!(%path, "QMP client connected");
+        let served = AssertUnwindSafe(session.serve(&self, &stream)).catch_unwind();
+        match served.await {
+            Ok(Ok(())) => tracing::debug!(%path, "QMP client left"),
+            Ok(Err(error)) => tracing::warn!(%path, %error, "QMP client cut off"),
+            Err(_) => tracing::error!(%path, "QMP session panicked; client cut off"),
+        }
+        drop(registered);
+    }
+
+    /// Sends an event to every negotiated client.
+    pub(crate) fn emit(&self, event: &Event) {
+        let line = event.line();
+        for (_, session) in self.sessions.borrow().iter() {
+            session.send_event(&line);
+        }
+    }
+
+    /// Sends an event of the machine.
+    pub(crate) fn emit_machine(&self, event: VmEvent) {
+        self.emit(&Event::now(event.name(), event.data()));
+    }
+
+    /// Delivers what jobs have announced, so that it precedes a reply.
+    fn flush_job_events(&self) {}
+
+    fn request_quit(&self) {
+        self.quitting.set(true);
+        self.changed.notify();
+    }
+
+    fn is_quitting(&self) -> bool {
+        self.quitting.get()
+    }
+
+    /// Waits until a client says `quit`. Cancel: nothing happens.
+    pub(crate) async fn quit_requested(&self) {
+        self.changed
+            .until(|| self.quitting.get().then_some(()))
+            .await;
+    }
+
+    async fn closing(&self) {
+        self.changed
+            .until(|| self.closing.get().then_some(()))
+            .await;
+    }
+
+    /// Ends all sessions, each after it has been given everything announced so
+    /// far, and removes the sockets. Bounded: a client that does not read is cut
+    /// off.
+    pub(crate) async fn close(&self) {
+        self.closing.set(true);
+        self.changed.notify();
+        self.changed
+            .until(|| self.sessions.borrow().is_empty().then_some(()))
+            .await;
+    }
+}
+
+/// Keeps a session among those that get events.
+struct Registered {
+    monitor: Rc<Monitor>,
+    key: usize,
+}
+
+impl Registered {
+    fn new(monitor: &Rc<Monitor>, session: &Rc<Session>) -> Self {
+        Self {
+            key: monitor.sessions.borrow_mut().insert(Rc::clone(session)),
+            monitor: Rc::clone(monitor),
+        }
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.monitor.sessions.borrow_mut().remove(self.key);
+        self.monitor.changed.notify();
+    }
+}

@@ -1,0 +1,269 @@
+//! The listening socket: its address on the command line, its file, its end.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
+
+/// Clients that may wait to be accepted.
+const BACKLOG: i32 = 16;
+
+/// Where a monitor listens: `unix:PATH`.
+///
+/// The words that QEMU's users append (`,server=on,wait=off`) are accepted and
+/// change nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct QmpAddress {
+    path: PathBuf,
+}
+
+impl FromStr for QmpAddress {
+    type Err = SocketError;
+
+    fn from_str(text: &str) -> Result<Self, SocketError> {
+        let bad = || SocketError::Address {
+            address: text.to_owned(),
+        };
+        let rest = text.strip_prefix("unix:").ok_or_else(bad)?;
+        let mut parts = rest.split(',');
+        let path = parts
+            .next()
+            .filter(|path| !path.is_empty())
+            .ok_or_else(bad)?;
+        let known = ["server", "server=on", "wait=off", "nowait"];
+        if parts.any(|part| !known.contains(&part)) {
+            return Err(bad());
+        }
+        Ok(Self {
+            path: PathBuf::from(path),
+        })
+    }
+}
+
+/// Why there is no listening socket.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SocketError {
+    /// Not an address that is understood.
+    #[error("Bad QMP address '{address}'; give unix:PATH")]
+    Address {
+        /// As it was given.
+        address: String,
+    },
+    /// Somebody listens there.
+    #[error(
+        "Socket {} is in use by another process; stop that one, or give another path",
+        .path.display()
+    )]
+    InUse {
+        /// The socket's file.
+        path: PathBuf,
+    },
+    /// The path is taken by something else.
+    #[error(
+        "{} exists and is not a socket; remove it, or give another path",
+        .path.display()
+    )]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The system refused.
+    #[error("Cannot listen on {}", .path.display())]
+    Listen {
+        /// The socket's file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A socket that clients connect to; dropping it removes its file.
+///
+/// The file is the owner's alone (mode 0600, less what the umask takes): whoever
+/// can connect can read and write every image that diptych can.
+#[derive(Debug)]
+pub(crate) struct QmpSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the file, so that only our own is removed.
+    identity: Option<(u64, u64)>,
+}
+
+impl QmpSocket {
+    /// Begins to listen. A file left behind by a process that is gone is
+    /// replaced.
+    ///
+    /// Errors: [`SocketError`]; nothing of anybody else's is touched.
+    pub(crate) fn bind(address: &QmpAddress) -> Result<Self, SocketError> {
+        let path = &address.path;
+        let failed = |source: io::Error| SocketError::Listen {
+            path: path.clone(),
+            source,
+        };
+        let listener = match listen_at(path) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                remove_stale(path)?;
+                listen_at(path)
+            }
+            result => result,
+        }
+        .map_err(failed)?;
+        Ok(Self {
+            listener,
+            path: path.clone(),
+            identity: identity(path),
+        })
+    }
+
+    /// The descriptor to accept on, in non-blocking mode.
+    pub(super) fn listener(&self) -> io::Result<UnixListener> {
+        self.listener.try_clone()
+    }
+
+    /// The socket's file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for QmpSocket {
+    fn drop(&mut self) {
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            // It may have been removed by hand meanwhile.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+/// A non-blocking listening socket.
+fn listen_at(path: &Path) -> io::Result<UnixListener> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )?;
+    // Before bind: the file is never there with wider permissions.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &address)?;
+    listen(&socket, BACKLOG)?;
+    Ok(UnixListener::from(socket))
+}
+
+/// Removes the socket file of a process that is gone.
+fn remove_stale(path: &Path) -> Result<(), SocketError> {
+    let path = path.to_owned();
+    match fs::symlink_metadata(&path) {
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(SocketError::NotASocket { path });
+        }
+        Ok(_) => (),
+        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(SocketError::Listen { path, source }),
+    }
+    match UnixStream::connect(&path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(&path).map_err(|source| SocketError::Listen { path, source })
+        }
+        // Connected, or too many wait to be: it is alive.
+        _ => Err(SocketError::InUse { path }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn address(path: &Path) -> QmpAddress {
+        format!("unix:{}", path.display()).parse().unwrap()
+    }
+
+    #[test]
+    fn addresses_are_read_with_and_without_qemus_words() {
+        for text in [
+            "unix:/a/b",
+            "unix:/a/b,server=on,wait=off",
+            "unix:/a/b,server,nowait",
+        ] {
+            assert_eq!(text.parse::<QmpAddress>().unwrap().path, Path::new("/a/b"));
+        }
+        for text in ["/a/b", "tcp:x:1", "unix:", "unix:/a,wait=on", "unix:/a,x"] {
+            assert!(text.parse::<QmpAddress>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_file_is_the_owners_alone_and_goes_with_the_socket() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp.sock");
+        let socket = QmpSocket::bind(&address(&path)).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0);
+        assert_eq!(socket.path(), path);
+        drop(socket);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_live_socket_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp.sock");
+        let _socket = QmpSocket::bind(&address(&path)).unwrap();
+        let error = QmpSocket::bind(&address(&path)).unwrap_err();
+        assert!(matches!(error, SocketError::InUse { .. }), "{error}");
+        assert!(UnixStream::connect(&path).is_ok());
+    }
+
+    #[test]
+    fn a_file_left_behind_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let _socket = QmpSocket::bind(&address(&path)).unwrap();
+        assert!(UnixStream::connect(&path).is_ok());
+    }
+
+    #[test]
+    fn something_else_at_the_path_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data");
+        fs::write(&path, "precious").unwrap();
+        let error = QmpSocket::bind(&address(&path)).unwrap_err();
+        assert!(matches!(error, SocketError::NotASocket { .. }), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_file_that_took_our_place_is_not_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp.sock");
+        let socket = QmpSocket::bind(&address(&path)).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "other").unwrap();
+        drop(socket);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_path_that_is_too_long_is_an_error() {
+        let long = format!("unix:/tmp/{}", "x".repeat(200));
+        let error = QmpSocket::bind(&long.parse().unwrap()).unwrap_err();
+        assert!(matches!(error, SocketError::Listen { .. }));
+    }
+}
