@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::run;
+use crate::{run, storage_daemon};
 
 /// What `diptych` can be asked to do.
 #[derive(Debug, Parser)]
@@ -38,6 +38,8 @@ struct Cli {
 enum Command {
     /// Boot a guest on KVM
     Run(Box<run::RunArgs>),
+    /// Serve images, block jobs and QMP without a guest
+    StorageDaemon(storage_daemon::StorageDaemonArgs),
 }
 
 /// Parses the command line and runs the subcommand.
@@ -49,6 +51,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
     init_logging(&cli.log_level)?;
     match cli.command {
         Command::Run(args) => run::main(*args),
+        Command::StorageDaemon(args) => storage_daemon::main(args),
     }
 }
 

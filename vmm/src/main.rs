@@ -7,6 +7,8 @@
 mod cli;
 mod monitor;
 mod run;
+mod signals;
+mod storage_daemon;
 mod vm_control;
 
 use std::process::ExitCode;

@@ -90,3 +90,10 @@ impl QmpError {
         Self::generic(format!("Parameter '{path}' expects {what}"))
     }
 }
+
+impl From<block::GraphError> for QmpError {
+    /// The graph's texts are QEMU's already; their causes are part of them.
+    fn from(error: block::GraphError) -> Self {
+        Self::generic(error.to_string())
+    }
+}

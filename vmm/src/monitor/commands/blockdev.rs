@@ -1,17 +1,41 @@
 //! `blockdev-add`, `blockdev-del`, and the options of a node on the wire.
 
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use block::{
     BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, DiscardMode, DriverOptions,
     FileOptions, NullCoOptions, RawOptions,
 };
+use serde_json::Value;
 
+use super::{Outcome, bounded, done};
+use crate::monitor::Monitor;
 use crate::monitor::args::{Args, StringOrObject};
 use crate::monitor::error::QmpError;
+use crate::monitor::json::{Limits, Reader};
 
 #[cfg(test)]
 mod tests;
+
+pub(super) async fn blockdev_add(monitor: Rc<Monitor>, args: Args) -> Outcome {
+    let options = blockdev_options(args)?;
+    let _alone = monitor.graph_commands.lock().await;
+    bounded("Opening the node", monitor.graph.blockdev_add(options))
+        .await?
+        .map_err(QmpError::from)?;
+    done()
+}
+
+pub(super) async fn blockdev_del(monitor: Rc<Monitor>, mut args: Args) -> Outcome {
+    let name = args.required_str("node-name")?;
+    args.finish()?;
+    let _alone = monitor.graph_commands.lock().await;
+    bounded("Closing the node", monitor.graph.blockdev_del(&name))
+        .await?
+        .map_err(QmpError::from)?;
+    done()
+}
 
 /// Drivers by QMP's names.
 #[derive(Clone, Copy)]
@@ -37,11 +61,29 @@ enum Aio {
     IoUring,
 }
 
+/// Reads `--blockdev`: JSON if it begins with a brace, else `key=value,…`.
+///
+/// Errors: as `blockdev-add`.
+pub(crate) fn parse_blockdev(text: &str) -> Result<BlockdevOptions, QmpError> {
+    if !text.trim_start().starts_with('{') {
+        return blockdev_options(Args::from_keyval(text)?);
+    }
+    let mut reader = Reader::new(Limits::default());
+    let mut rest = text.as_bytes();
+    match reader.next(&mut rest) {
+        Some(Ok(Value::Object(members))) if rest.trim_ascii().is_empty() => {
+            blockdev_options(Args::new(members))
+        }
+        Some(Err(error)) => Err(QmpError::generic(error.to_string())),
+        _ => Err(QmpError::generic("Expecting one JSON object")),
+    }
+}
+
 /// Reads the options of a node that somebody will refer to, so it has to have a
 /// name.
 ///
 /// Errors: a missing, unknown or ill-typed option, in QEMU's words.
-pub(crate) fn blockdev_options(args: Args) -> Result<BlockdevOptions, QmpError> {
+fn blockdev_options(args: Args) -> Result<BlockdevOptions, QmpError> {
     let options = node_options(args)?;
     if options.node_name.is_none() {
         return Err(QmpError::generic(

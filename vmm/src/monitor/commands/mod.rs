@@ -6,6 +6,7 @@
 
 mod blockdev;
 mod control;
+mod query;
 mod vm;
 
 use std::future::Future;
@@ -21,7 +22,7 @@ use super::Monitor;
 use super::args::Args;
 use super::error::QmpError;
 
-pub(crate) use blockdev::blockdev_options;
+pub(crate) use blockdev::parse_blockdev;
 
 /// The command that a session begins with; sessions carry it out themselves.
 pub(super) const NEGOTIATE: &str = "qmp_capabilities";
@@ -56,11 +57,15 @@ macro_rules! commands {
 
 /// All commands but [`NEGOTIATE`], in alphabetical order.
 static COMMANDS: &[Command] = commands! {
+    "blockdev-add" => blockdev::blockdev_add,
+    "blockdev-del" => blockdev::blockdev_del,
     "cont" (machine) => vm::cont,
     "human-monitor-command" (machine) => control::human_monitor_command,
+    "query-block" => query::query_block,
     "query-commands" => control::query_commands,
     "query-iothreads" (machine) => vm::query_iothreads,
     "query-name" (machine) => vm::query_name,
+    "query-named-block-nodes" => query::query_named_block_nodes,
     "query-status" (machine) => vm::query_status,
     "query-version" => control::query_version,
     "quit" => control::quit,

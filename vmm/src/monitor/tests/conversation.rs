@@ -195,7 +195,7 @@ fn replies_are_given_to_a_client_that_has_ended_its_input() {
 
 #[test]
 fn events_go_to_negotiated_clients_only() {
-    let (emit, mut to_emit) = futures_util::channel::mpsc::unbounded::<()>();
+    let (emit, mut to_emit) = futures_channel::mpsc::unbounded::<()>();
     with_monitor(
         |monitor| {
             let monitor = Rc::clone(monitor);

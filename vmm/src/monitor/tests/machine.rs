@@ -5,8 +5,8 @@ use std::rc::{Rc, Weak};
 use std::sync::{Arc, Condvar, Mutex};
 
 use block::BoxFuture;
+use futures_channel::oneshot;
 use futures_util::FutureExt;
-use futures_util::channel::oneshot;
 use serde_json::json;
 
 use super::super::Monitor;

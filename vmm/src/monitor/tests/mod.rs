@@ -10,6 +10,7 @@ mod machine;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use block::Graph;
 use block::runtime::{EventLoop, unblock};
 
 use super::{Monitor, QmpSocket};
@@ -21,7 +22,7 @@ fn with_monitor(prepare: impl FnOnce(&Rc<Monitor>), test: impl FnOnce(&Path) + S
     let path: PathBuf = folder.path().join("qmp.sock");
     let event_loop = EventLoop::new("main").unwrap();
     event_loop.block_on(async {
-        let monitor = Monitor::new();
+        let monitor = Monitor::new(&Graph::new());
         prepare(&monitor);
         let address = format!("unix:{}", path.display()).parse().unwrap();
         monitor.listen(QmpSocket::bind(&address).unwrap()).unwrap();

@@ -1,4 +1,4 @@
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::*;
 
@@ -117,13 +117,10 @@ fn json_and_key_value_say_the_same() {
             "driver": "file", "filename": "a,b", "locking": "off", "auto-read-only": true
         },
     }));
-    let from_text = blockdev_options(
-        Args::from_keyval(
-            "driver=raw,node-name=r,read-only=on,offset=512,cache.direct=on,discard=unmap,\
-             detect-zeroes=unmap,file.driver=file,file.filename=a,,b,file.locking=off,\
-             file.auto-read-only=on",
-        )
-        .unwrap(),
+    let from_text = parse_blockdev(
+        "driver=raw,node-name=r,read-only=on,offset=512,cache.direct=on,discard=unmap,\
+         detect-zeroes=unmap,file.driver=file,file.filename=a,,b,file.locking=off,\
+         file.auto-read-only=on",
     );
     let expected = BlockdevOptions {
         node_name: Some("r".to_owned()),
@@ -166,4 +163,13 @@ fn a_null_node_has_a_size_of_its_own() {
         read_zeroes: false,
     };
     assert_eq!(options.driver, DriverOptions::NullCo(expected));
+}
+
+#[test]
+fn the_command_line_takes_one_json_object() {
+    let text = "{'driver': 'null-co', 'node-name': 'n'}";
+    assert!(parse_blockdev(text).is_ok());
+    for bad in ["{", "{}{}", "{\"driver\" 1}", "[]", "null-co"] {
+        assert!(parse_blockdev(bad).is_err(), "{bad}");
+    }
 }

@@ -1,0 +1,55 @@
+//! Signals that end the program, as something to wait for.
+
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
+
+use block::runtime::{AsyncFd, Interest};
+use signal_hook::SigId;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::low_level::{pipe, unregister};
+
+/// SIGINT, SIGTERM and SIGHUP: each is a wish for an orderly end, and none kills
+/// the process any more while this exists.
+///
+/// Belongs to the event loop of the thread that made it.
+pub(crate) struct EndSignals {
+    receiver: AsyncFd<UnixStream>,
+    registered: Vec<SigId>,
+}
+
+impl EndSignals {
+    /// Begins to listen for the signals.
+    ///
+    /// Panics: no event loop on this thread.
+    pub(crate) fn new() -> io::Result<Self> {
+        let (receiver, sender) = UnixStream::pair()?;
+        receiver.set_nonblocking(true)?;
+        let mut signals = Self {
+            receiver: AsyncFd::new(receiver)?,
+            registered: Vec::new(),
+        };
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            let id = pipe::register(signal, sender.try_clone()?)?;
+            signals.registered.push(id);
+        }
+        Ok(signals)
+    }
+
+    /// Waits for the next of the signals; several at once may count as one.
+    /// Cancel: a signal that came meanwhile is found by the next call.
+    pub(crate) async fn next(&self) -> io::Result<()> {
+        let mut bytes = [0; 64];
+        self.receiver
+            .io(Interest::Readable, |mut stream| stream.read(&mut bytes))
+            .await
+            .map(|_| ())
+    }
+}
+
+impl Drop for EndSignals {
+    fn drop(&mut self) {
+        for id in self.registered.drain(..) {
+            unregister(id);
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! `diptych storage-daemon`: block graph, jobs and monitor without a guest.
+
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use anyhow::Context;
+use block::runtime::EventLoop;
+use block::{BlockdevOptions, Graph};
+use futures_util::future::{Either, select};
+use futures_util::pin_mut;
+
+use crate::monitor::{Monitor, QmpAddress, QmpError, QmpSocket, parse_blockdev};
+use crate::signals::EndSignals;
+
+/// Arguments of `diptych storage-daemon`.
+#[derive(Debug, clap::Args)]
+pub struct StorageDaemonArgs {
+    /// Listen for QMP clients on a unix socket (may be given several times)
+    #[arg(long, value_name = "unix:PATH", required = true)]
+    qmp: Vec<QmpAddress>,
+
+    /// Open a node, as blockdev-add does: JSON, or key=value,... with dots for
+    /// what is nested and doubled commas in values (may be given several times)
+    #[arg(long, value_name = "OPTIONS", value_parser = blockdev_parser)]
+    blockdev: Vec<BlockdevOptions>,
+}
+
+fn blockdev_parser(text: &str) -> Result<BlockdevOptions, QmpError> {
+    parse_blockdev(text)
+}
+
+/// Serves until a client says `quit` or a signal asks for the end.
+pub fn main(args: StorageDaemonArgs) -> anyhow::Result<ExitCode> {
+    let event_loop = EventLoop::new("main").context("Cannot make the main event loop")?;
+    event_loop.block_on(serve(args))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
+    let signals = EndSignals::new().context("Cannot listen for signals")?;
+    // Taken before any image is opened: a socket in use is the cheaper mistake.
+    let sockets = args
+        .qmp
+        .iter()
+        .map(QmpSocket::bind)
+        .collect::<Result<Vec<_>, _>>()?;
+    let graph = Graph::new();
+    let monitor = Monitor::new(&graph);
+    for options in args.blockdev {
+        let name = options.node_name.clone().unwrap_or_default();
+        graph
+            .blockdev_add(options)
+            .await
+            .with_context(|| format!("Cannot add node '{name}'"))?;
+    }
+    for socket in sockets {
+        monitor
+            .listen(socket)
+            .context("Cannot watch a QMP socket")?;
+    }
+    wait_for_end(&monitor, &signals).await?;
+    monitor.close().await;
+    Ok(())
+}
+
+/// Returns when somebody wants the program to end.
+async fn wait_for_end(monitor: &Rc<Monitor>, signals: &EndSignals) -> anyhow::Result<()> {
+    let quit = monitor.quit_requested();
+    let signal = signals.next();
+    pin_mut!(quit, signal);
+    match select(quit, signal).await {
+        Either::Left(((), _)) => Ok(()),
+        Either::Right((result, _)) => result.context("Cannot wait for signals"),
+    }
+}
