@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::{run, storage_daemon};
+use crate::{guest, run, storage_daemon};
 
 /// What `diptych` can be asked to do.
 #[derive(Debug, Parser)]
@@ -40,6 +40,9 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Serve images, block jobs and QMP without a guest
     StorageDaemon(storage_daemon::StorageDaemonArgs),
+    /// Write the embedded guest's kernel to a file
+    #[command(hide = true)]
+    Guest(guest::GuestArgs),
 }
 
 /// Parses the command line and runs the subcommand.
@@ -52,6 +55,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Run(args) => run::main(*args),
         Command::StorageDaemon(args) => storage_daemon::main(args),
+        Command::Guest(args) => guest::main(args),
     }
 }
 

@@ -5,6 +5,7 @@
 //! what can be said on the command line is in [`cli`].
 
 mod cli;
+mod guest;
 mod monitor;
 mod run;
 mod signals;

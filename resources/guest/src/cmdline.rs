@@ -32,9 +32,12 @@ pub enum Order {
 /// How the end of the run is told to the VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PowerOff {
+    /// ACPI's sleep control register, where the tables name one; else the
+    /// reset.
+    Acpi,
     /// The keyboard controller's reset line (0xfe to port 0x64).
     Reset,
-    /// A byte to an I/O port: ACPI's sleep control register, or a debug exit.
+    /// A byte to an I/O port, as of a debug exit device.
     Port(u16, u8),
     /// Nothing: the processor halts for good.
     Halt,
@@ -114,7 +117,7 @@ impl Default for Config {
             verify: true,
             adopt: false,
             tsc_khz: 0,
-            power_off: PowerOff::Reset,
+            power_off: PowerOff::Acpi,
         }
     }
 }
@@ -293,8 +296,9 @@ fn mix(value: &str) -> Result<[u32; 5], &'static str> {
 }
 
 fn power_off(value: &str) -> Result<PowerOff, &'static str> {
-    const FORM: &str = "reset, halt or PORT:BYTE is expected";
+    const FORM: &str = "acpi, reset, halt or PORT:BYTE is expected";
     match value {
+        "acpi" => Ok(PowerOff::Acpi),
         "reset" => Ok(PowerOff::Reset),
         "halt" => Ok(PowerOff::Halt),
         _ => {

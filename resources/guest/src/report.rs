@@ -75,6 +75,29 @@ pub fn write_report(
     out.write_str("]}\n")
 }
 
+/// Writes the line that is said instead when the guest cannot go on.
+///
+/// Errors: those of `out`.
+pub fn write_error(out: &mut impl Write, message: fmt::Arguments<'_>) -> fmt::Result {
+    write!(out, "{PREFIX}\"error\":\"")?;
+    write!(Quoted(out), "{message}")?;
+    out.write_str("\"}\n")
+}
+
+/// Passes text on as the inside of a JSON string, with a `?` for whatever
+/// would have to be escaped.
+struct Quoted<'a, W>(&'a mut W);
+
+impl<W: Write> Write for Quoted<'_, W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for c in text.chars() {
+            let plain = (' '..='~').contains(&c) && c != '"' && c != '\\';
+            self.0.write_char(if plain { c } else { '?' })?;
+        }
+        Ok(())
+    }
+}
+
 fn write_disk(out: &mut impl Write, disk: &DiskReport) -> fmt::Result {
     write!(
         out,
@@ -139,6 +162,14 @@ mod tests {
 
     use super::*;
     use crate::phase::Phases;
+
+    #[test]
+    fn an_error_is_json_whatever_it_says() {
+        let mut line = String::new();
+        write_error(&mut line, format_args!("a \"b\"\\\n{}", 'ß')).unwrap();
+        let report: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(report["error"], "a ?b????");
+    }
 
     #[test]
     fn the_line_is_json_with_all_that_was_counted() {
