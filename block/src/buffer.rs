@@ -174,6 +174,32 @@ impl IoVec {
         }
     }
 
+    /// Copies all of `from` in at `offset`. Where both share memory, the result
+    /// is either's.
+    ///
+    /// # Panics
+    ///
+    /// If it does not fit.
+    pub fn copy_from_iov(&self, offset: usize, from: &Self) {
+        let mut offset = offset;
+        for source in &from.segments {
+            let mut done = 0;
+            for segment in &self.slice(offset, source.len).segments {
+                // SAFETY: both segments are alive (owners); the source has
+                // `source.len` bytes, of which `done` are copied. Others may
+                // write either meanwhile, as in `copy_to`.
+                unsafe {
+                    segment
+                        .base
+                        .as_ptr()
+                        .copy_from(source.base.as_ptr().add(done), segment.len);
+                }
+                done += segment.len;
+            }
+            offset += source.len;
+        }
+    }
+
     /// Sets all bytes to `byte`.
     pub fn fill(&self, byte: u8) {
         for segment in &self.segments {
@@ -279,6 +305,22 @@ mod tests {
         let mut back = [0; 10];
         iov.copy_to(5, &mut back);
         assert_eq!(back[..], bytes[5..15]);
+    }
+
+    #[test]
+    fn lists_are_copied_whatever_their_segments() {
+        let from = scattered();
+        from.copy_from(0, &(1..=32).collect::<Vec<u8>>());
+        let into = AlignedBuffer::new(40).io_vec(40);
+        into.copy_from_iov(3, &from.slice(2, 30));
+        let other = scattered();
+        other.copy_from_iov(1, &into.slice(3, 30));
+        let mut back = [0; 32];
+        other.copy_to(0, &mut back);
+        let mut expected: Vec<u8> = (2..=32).collect();
+        expected[0] = 0;
+        expected.push(0);
+        assert_eq!(back[..], expected);
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod backend;
 mod buffer;
 mod dirty_bitmap;
 mod driver;
+pub mod drivers;
 mod error;
 mod gate;
 mod graph;
@@ -28,7 +29,6 @@ pub mod runtime;
 mod sync;
 #[cfg(any(test, feature = "test-util"))]
 pub mod test_storage;
-#[allow(dead_code, reason = "the file driver is its user")]
 mod uring;
 
 pub use backend::{AttachmentKind, Backend, BackendUser, InFlight};

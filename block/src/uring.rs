@@ -46,6 +46,18 @@ struct Keep {
     /// The array that the kernel reads; at a fixed address.
     _iovecs: Option<Box<[libc::iovec]>>,
     _iov: Option<IoVec>,
+    /// What else must last until the completion: the lock of the range.
+    hold: Option<Rc<dyn Hold>>,
+}
+
+/// Something that a request holds until the kernel has done with it, even if its
+/// future is dropped.
+pub(crate) trait Hold {
+    /// The kernel has done with a request that held this, with `result`: 0 or
+    /// more, or a negative errno.
+    fn completed(&self, result: i32) {
+        let _ = result;
+    }
 }
 
 enum State {
@@ -184,7 +196,10 @@ impl Ring {
                 }
             };
             drop(entries);
-            // Outside the borrow: both may own anything.
+            // Outside the borrow: all three may do anything.
+            if let Some(hold) = keep.as_ref().and_then(|keep| keep.hold.as_ref()) {
+                hold.completed(result);
+            }
             drop(keep);
             if let Some(waker) = waker {
                 waker.wake();
@@ -375,6 +390,7 @@ fn transfer(
     offset: u64,
     iov: IoVec,
     direction: Direction,
+    hold: Option<Rc<dyn Hold>>,
 ) -> Operation {
     let fd = types::Fd(file.as_raw_fd());
     let mut iovecs = iov.to_iovecs();
@@ -383,6 +399,7 @@ fn transfer(
         _file: Arc::clone(file),
         _iovecs: None,
         _iov: Some(iov),
+        hold,
     };
     match (iovecs.as_slice(), direction) {
         ([one], direction) => {
@@ -440,7 +457,8 @@ pub(crate) async fn read(
     let mut done = 0;
     while done < iov.len() {
         let part = iov.slice(done, (iov.len() - done).min(MAX_BYTES));
-        match transfer(ring, file, offset + done as u64, part, Direction::Read).await {
+        let at = offset + done as u64;
+        match transfer(ring, file, at, part, Direction::Read, None).await {
             Ok(0) => break,
             Ok(count) => {
                 done += count;
@@ -458,7 +476,8 @@ pub(crate) async fn read(
 /// Writes all of `iov`. `dsync`: the data is durable when it ends (`RWF_DSYNC`).
 /// `alignment` (a power of two) is what the file wants of offsets and lengths.
 ///
-/// Cancel: the memory stays owned; all, part or nothing of it is written.
+/// Cancel: the memory stays owned, and `hold` held, until the kernel has done with
+/// it; all, part or nothing of it is written.
 pub(crate) async fn write(
     ring: &Rc<Ring>,
     file: &Arc<File>,
@@ -466,13 +485,15 @@ pub(crate) async fn write(
     iov: &IoVec,
     alignment: usize,
     dsync: bool,
+    hold: Option<&Rc<dyn Hold>>,
 ) -> io::Result<()> {
     let flags = if dsync { libc::RWF_DSYNC } else { 0 };
     let mut done = 0;
     while done < iov.len() {
         let part = iov.slice(done, (iov.len() - done).min(MAX_BYTES));
         let direction = Direction::Write { flags };
-        match transfer(ring, file, offset + done as u64, part, direction).await {
+        let at = offset + done as u64;
+        match transfer(ring, file, at, part, direction, hold.cloned()).await {
             // A full device; trying again would spin.
             Ok(count) if count < alignment => {
                 return Err(io::Error::from_raw_os_error(libc::ENOSPC));
@@ -487,13 +508,19 @@ pub(crate) async fn write(
 }
 
 /// Makes written data durable (`fdatasync`).
-pub(crate) async fn fdatasync(ring: &Rc<Ring>, file: &Arc<File>) -> io::Result<()> {
+///
+/// Cancel: it goes on; `hold` learns the result.
+pub(crate) async fn fdatasync(
+    ring: &Rc<Ring>,
+    file: &Arc<File>,
+    hold: &Rc<dyn Hold>,
+) -> io::Result<()> {
     loop {
         let sqe = opcode::Fsync::new(types::Fd(file.as_raw_fd()))
             .flags(types::FsyncFlags::DATASYNC)
             .build();
         // SAFETY: points to no memory; the file is kept.
-        let operation = unsafe { ring.push(sqe, Keep::file(file)) };
+        let operation = unsafe { ring.push(sqe, Keep::file(file, Some(Rc::clone(hold)))) };
         match operation.await {
             Ok(_) => return Ok(()),
             // Not EAGAIN: a failed fsync must not be repeated into a success.
@@ -510,6 +537,7 @@ pub(crate) async fn fallocate(
     mode: i32,
     offset: u64,
     len: u64,
+    hold: Option<&Rc<dyn Hold>>,
 ) -> io::Result<()> {
     loop {
         let sqe = opcode::Fallocate::new(types::Fd(file.as_raw_fd()), len)
@@ -517,7 +545,7 @@ pub(crate) async fn fallocate(
             .mode(mode)
             .build();
         // SAFETY: points to no memory; the file is kept.
-        let operation = unsafe { ring.push(sqe, Keep::file(file)) };
+        let operation = unsafe { ring.push(sqe, Keep::file(file, hold.cloned())) };
         match operation.await {
             Ok(_) => return Ok(()),
             Err(error) if transient(&error) => crate::runtime::yield_now().await,
@@ -527,11 +555,15 @@ pub(crate) async fn fallocate(
 }
 
 impl Keep {
-    fn file(file: &Arc<File>) -> Self {
+    fn file(file: &Arc<File>, hold: Option<Rc<dyn Hold>>) -> Self {
         Self {
             _file: Arc::clone(file),
             _iovecs: None,
             _iov: None,
+            hold,
         }
     }
 }
+
+#[cfg(all(test, not(shuttle)))]
+mod tests;

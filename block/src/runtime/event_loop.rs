@@ -498,3 +498,18 @@ impl Drop for EventLoop {
 pub fn current() -> Option<IothreadHandle> {
     LoopCore::try_current().map(|core| IothreadHandle::new(core.shared()))
 }
+
+/// This thread's ring.
+///
+/// # Panics
+///
+/// If the thread has no loop: drivers are called on loops only.
+pub(crate) fn current_ring() -> Rc<Ring> {
+    CURRENT.with(|current| {
+        let current = current.borrow();
+        let core = current
+            .as_ref()
+            .expect("block I/O on a thread without event loop (block::runtime)");
+        Rc::clone(&core.ring)
+    })
+}

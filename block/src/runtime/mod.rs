@@ -33,5 +33,7 @@ pub use iothread::{Iothread, IothreadHandle};
 pub use task::{LocalTask, spawn_local, unblock, yield_now};
 pub use timers::{sleep, sleep_until};
 
+pub(crate) use event_loop::current_ring;
+
 #[cfg(all(test, not(shuttle)))]
 mod tests;

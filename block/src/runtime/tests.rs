@@ -255,18 +255,15 @@ fn a_stopped_iothread_refuses_calls_and_has_dropped_its_tasks() {
     // Waits on the iothread when that stops.
     let pending = handle.clone();
     let (entered, wait_entered) = oneshot::channel();
-    let waiting = main.block_on(async {
-        let waiting = spawn_local(async move {
-            pending
-                .call(|| async {
-                    entered.send(()).unwrap();
-                    std::future::pending::<()>().await;
-                })
-                .await
-        });
-        wait_entered.await.unwrap();
-        waiting
+    let waiting = spawn_local(async move {
+        pending
+            .call(|| async {
+                entered.send(()).unwrap();
+                std::future::pending::<()>().await;
+            })
+            .await
     });
+    main.block_on(wait_entered).unwrap();
     iothread.stop();
     assert_eq!(Arc::strong_count(&alive), 1);
     assert!(matches!(

@@ -1,0 +1,158 @@
+//! Why a driver cannot be opened.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why a driver cannot be opened.
+///
+/// [`OpenError::Open`] carries the kernel's answer in its text, since this is
+/// what QEMU's QMP replies say.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The file cannot be opened.
+    #[error("Could not open '{}': {}", path.display(), os_text(error))]
+    Open {
+        /// Path of the file.
+        path: PathBuf,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// The file is not of a kind that can be a disk.
+    #[error("'{}' is a {found}; an image must be a regular file or a block device", path.display())]
+    WrongKind {
+        /// Path of the file.
+        path: PathBuf,
+        /// What it is: `directory`, `FIFO`, …
+        found: &'static str,
+    },
+    /// `host_device` with something else than a block device.
+    #[error("'{}' is not a block device; use driver 'file'", path.display())]
+    NotADevice {
+        /// Path of the file.
+        path: PathBuf,
+    },
+    /// The file system cannot do what an option asks for.
+    #[error("'{}' does not support {what}; {remedy}", path.display())]
+    NotSupported {
+        /// Path of the file.
+        path: PathBuf,
+        /// What it cannot do.
+        what: &'static str,
+        /// What the user may do about it.
+        remedy: &'static str,
+    },
+    /// Size or alignment could not be found out.
+    #[error("Cannot get {what} of '{}'", path.display())]
+    Probe {
+        /// Path of the file.
+        path: PathBuf,
+        /// What was asked for.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The part that `raw` is to show is not there.
+    #[error(
+        "Offset {offset} and size {size} of raw node '{node}' reach past the end of \
+         '{file}' ({available} bytes)"
+    )]
+    PastEnd {
+        /// Name of the raw node.
+        node: String,
+        /// Name of the node it stands on.
+        file: String,
+        /// First byte to show.
+        offset: u64,
+        /// Bytes to show.
+        size: u64,
+        /// Size of the node it stands on.
+        available: u64,
+    },
+    /// A size or offset is not a multiple of the sector size.
+    #[error("{what} {value} of node '{node}' is not a multiple of 512")]
+    Unaligned {
+        /// Name of the node.
+        node: String,
+        /// `Offset` or `Size`.
+        what: &'static str,
+        /// What was given.
+        value: u64,
+    },
+}
+
+/// The kernel's text without the number that the standard library adds.
+fn os_text(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.find(" (os error ") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_error_reads_as_a_sentence() {
+        let path = PathBuf::from("/a/b.img");
+        let io = || io::Error::from_raw_os_error(libc::ENOENT);
+        let cases = [
+            (
+                OpenError::Open {
+                    path: path.clone(),
+                    error: io(),
+                },
+                "Could not open '/a/b.img': No such file or directory",
+            ),
+            (
+                OpenError::WrongKind {
+                    path: path.clone(),
+                    found: "FIFO",
+                },
+                "'/a/b.img' is a FIFO; an image must be a regular file or a block device",
+            ),
+            (
+                OpenError::NotADevice { path: path.clone() },
+                "'/a/b.img' is not a block device; use driver 'file'",
+            ),
+            (
+                OpenError::NotSupported {
+                    path: path.clone(),
+                    what: "O_DIRECT",
+                    remedy: "use cache.direct=off",
+                },
+                "'/a/b.img' does not support O_DIRECT; use cache.direct=off",
+            ),
+            (
+                OpenError::Probe {
+                    path,
+                    what: "the size",
+                    source: io(),
+                },
+                "Cannot get the size of '/a/b.img'",
+            ),
+            (
+                OpenError::PastEnd {
+                    node: "r".into(),
+                    file: "f".into(),
+                    offset: 512,
+                    size: 1024,
+                    available: 1024,
+                },
+                "Offset 512 and size 1024 of raw node 'r' reach past the end of 'f' (1024 bytes)",
+            ),
+            (
+                OpenError::Unaligned {
+                    node: "r".into(),
+                    what: "Offset",
+                    value: 7,
+                },
+                "Offset 7 of node 'r' is not a multiple of 512",
+            ),
+        ];
+        for (error, text) in cases {
+            assert_eq!(error.to_string(), text);
+        }
+    }
+}

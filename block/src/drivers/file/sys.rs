@@ -1,0 +1,144 @@
+//! System calls that the standard library has not, as safe functions.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use libc::c_int;
+
+/// What O_DIRECT wants, in bytes (`statx(2)`, `STATX_DIOALIGN`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DirectAlignment {
+    /// Of buffers in memory.
+    pub memory: u32,
+    /// Of offsets and lengths.
+    pub request: u32,
+}
+
+fn check(result: c_int) -> io::Result<()> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// The file system's word on O_DIRECT; `None` if it has none (before Linux 6.1).
+pub(super) fn direct_alignment(file: &File) -> Option<DirectAlignment> {
+    // SAFETY: statx is plain data, for which zeroes are a value.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is a literal that ends in NUL, and the kernel writes no
+    // more than `stat`.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &mut stat,
+        )
+    };
+    if result < 0 || stat.stx_mask & libc::STATX_DIOALIGN == 0 {
+        return None;
+    }
+    Some(DirectAlignment {
+        memory: stat.stx_dio_mem_align,
+        request: stat.stx_dio_offset_align,
+    })
+}
+
+/// Reads `len` bytes at offset 0 into `buffer` from `skip` on, to see whether
+/// the kernel lets us.
+pub(super) fn probe_read(
+    file: &File,
+    buffer: &mut [u8],
+    skip: usize,
+    len: usize,
+) -> io::Result<()> {
+    let into = &mut buffer[skip..skip + len];
+    // SAFETY: the kernel writes into `into` only, which is ours.
+    let result = unsafe { libc::pread(file.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), 0) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Size of a block device in bytes (`BLKGETSIZE64`).
+pub(super) fn device_size(file: &File) -> io::Result<u64> {
+    /// `_IOR(0x12, 114, size_t)`, from linux/fs.h.
+    const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
+    let mut size = 0u64;
+    // SAFETY: the kernel writes one u64.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &mut size) })?;
+    Ok(size)
+}
+
+/// Logical sector size of a block device in bytes (`BLKSSZGET`).
+pub(super) fn sector_size(file: &File) -> io::Result<u32> {
+    let mut size: c_int = 0;
+    // SAFETY: the kernel writes one int.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::BLKSSZGET, &mut size) })?;
+    u32::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::ERANGE))
+}
+
+/// Whether a block device refuses writes (`BLKROGET`).
+pub(super) fn device_read_only(file: &File) -> io::Result<bool> {
+    /// `_IO(0x12, 94)`, from linux/fs.h.
+    const BLKROGET: libc::Ioctl = 0x125e;
+    let mut read_only: c_int = 0;
+    // SAFETY: the kernel writes one int.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), BLKROGET, &mut read_only) })?;
+    Ok(read_only != 0)
+}
+
+/// Discards a range of a block device (`BLKDISCARD`). Blocks.
+pub(super) fn device_discard(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    /// `_IO(0x12, 119)`, from linux/fs.h.
+    const BLKDISCARD: libc::Ioctl = 0x1277;
+    let range = [offset, len];
+    // SAFETY: the kernel reads two u64.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD, &range) })
+}
+
+/// `lseek(2)` with `SEEK_DATA` or `SEEK_HOLE`; `None` if there is none of it
+/// from `offset` on. Blocks. Moves the file position, which nobody uses.
+pub(super) fn seek(file: &File, offset: u64, whence: c_int) -> io::Result<Option<u64>> {
+    let from = libc::off64_t::try_from(offset)
+        .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+    // SAFETY: touches no memory of ours.
+    let at = unsafe { libc::lseek64(file.as_raw_fd(), from, whence) };
+    match u64::try_from(at) {
+        Ok(at) => Ok(Some(at)),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error => Err(error),
+        },
+    }
+}
+
+fn one_byte(kind: c_int, offset: i64) -> libc::flock {
+    libc::flock {
+        // The constants are small.
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: offset,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+/// Takes (`F_RDLCK`) or gives up (`F_UNLCK`) the lock of one byte for this open
+/// file description.
+pub(super) fn set_byte_lock(file: &File, kind: c_int, offset: i64) -> io::Result<()> {
+    let lock = one_byte(kind, offset);
+    // SAFETY: the kernel reads one flock.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) })
+}
+
+/// Whether another open file description holds the lock of one byte.
+pub(super) fn byte_is_locked(file: &File, offset: i64) -> io::Result<bool> {
+    let mut lock = one_byte(libc::F_WRLCK, offset);
+    // SAFETY: the kernel reads and writes one flock.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) })?;
+    Ok(c_int::from(lock.l_type) != libc::F_UNLCK)
+}

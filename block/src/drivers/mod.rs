@@ -1,0 +1,11 @@
+//! Drivers that nodes are made of.
+//!
+//! What does not live here: nodes, edges and permissions between them (`graph`).
+
+pub mod file;
+pub mod null;
+pub mod raw;
+
+mod error;
+
+pub use error::OpenError;
