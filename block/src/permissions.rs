@@ -48,7 +48,7 @@ impl Perm {
     }
 
     /// The set without `other`.
-    pub fn without(self, other: Self) -> Self {
+    pub const fn without(self, other: Self) -> Self {
         Self(self.0 & !other.0)
     }
 

@@ -175,7 +175,7 @@ impl JobContext {
         self.pause_point().await;
         self.slot.charged.fetch_add(bytes, Ordering::SeqCst);
         loop {
-            let wait = self.charge();
+            let wait = self.throttle_wait();
             if wait.is_zero() || self.is_force_cancelled() {
                 return;
             }
@@ -194,8 +194,10 @@ impl JobContext {
         OwnDrain::new(jobs, self.slot.key)
     }
 
-    /// Accounts for what was charged, and says how long to wait.
-    fn charge(&self) -> Duration {
+    /// Accounts for what was charged ([`JobNotifier::charge`]), and says how long
+    /// the rate limit wants the next request to wait. For a body with several
+    /// requests in flight, which cannot stop in [`JobContext::throttle`].
+    pub fn throttle_wait(&self) -> Duration {
         let bytes = self.slot.charged.swap(0, Ordering::SeqCst);
         let now = self.shared.environment.now();
         let mut locked = self.shared.lock();

@@ -38,6 +38,7 @@ mod event;
 mod home;
 mod id;
 mod main_task;
+pub mod mirror;
 mod monitor;
 mod progress;
 mod query;

@@ -1,0 +1,458 @@
+//! The job's body: which range is copied next, how many at a time, and when the
+//! mirror is ready.
+//!
+//! One task on the job's home. Operations (`copy`) run inside it, side by side.
+//! The guest is held only in the drained sections of `converge`.
+
+use std::ops::Range;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use block::runtime;
+use futures_util::future::{Either, select};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+
+use crate::{CopyMode, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, SLICE};
+
+use super::copy::{Copied, Copier, CopyError, Entered, Look, Side};
+use super::driver::{MirrorDriver, Places};
+use super::pace::Pace;
+use super::pool::BufferPool;
+use super::state::MirrorState;
+
+/// Most operations in flight.
+const MAX_OPERATIONS: u64 = 16;
+/// Largest buffer, which is the largest request to a node.
+const MAX_REQUEST: u64 = 1 << 20;
+/// Smallest request while the guest is active (the granularity may be larger).
+const MIN_REQUEST: u64 = 256 << 10;
+/// Most bytes that one operation looks at, when all before were zeroes.
+const MAX_LEAP: u64 = 1 << 30;
+/// First and longest wait after a failure that is to be tried again.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// An operation in flight.
+struct Done {
+    range: Range<u64>,
+    /// What it counts for in the window.
+    cost: u64,
+    result: Result<Copied, CopyError>,
+}
+
+/// State of the body. Home only.
+pub(super) struct Body<'a> {
+    pub(super) ctx: &'a JobContext,
+    notifier: JobNotifier,
+    pub(super) driver: &'a MirrorDriver,
+    pub(super) places: &'a Places,
+    pub(super) state: Arc<MirrorState>,
+    pub(super) copier: Rc<Copier>,
+    operations: FuturesUnordered<Pin<Box<dyn Future<Output = Done>>>>,
+    max_operations: usize,
+    /// Bytes in flight as the window counts them.
+    window_used: u64,
+    /// Bytes in flight as progress counts them.
+    in_flight: u64,
+    pub(super) pace: Pace,
+    /// Where the scan of the bitmap goes on.
+    cursor: u64,
+    /// Bytes that were dirty when the scan last began anew.
+    pass_began_with: u64,
+    /// Scans that reached the end of the disk.
+    pub(super) passes: u32,
+    /// The source has data up to here, unless it was zeroed since.
+    data_until: u64,
+    zeroed_seen: u64,
+    /// How much to look at at once where extents are not known.
+    leap: u64,
+    /// Nothing is started before this instant (rest, failure).
+    not_before: Option<Instant>,
+    backoff: Duration,
+    pub(super) failure: Option<JobFailure>,
+    /// Nothing was written to the target since it was flushed.
+    pub(super) flushed: bool,
+    /// The job has said that it is ready.
+    pub(super) ready: bool,
+    /// Drained sections so far, and the pass in which the last one was.
+    pub(super) sections: u32,
+    pub(super) section_pass: u32,
+    /// The end was asked for when the passes were last counted.
+    ending: bool,
+    /// The log has it that the mirror does not converge.
+    told: bool,
+}
+
+impl<'a> Body<'a> {
+    pub(super) fn new(ctx: &'a JobContext, driver: &'a MirrorDriver, places: &'a Places) -> Self {
+        let state = Arc::clone(driver.state());
+        let buf_size = driver.settings().buf_size;
+        let request = request_size(buf_size);
+        let max_operations = (buf_size / request).clamp(1, MAX_OPERATIONS);
+        let floor = MIN_REQUEST.max(state.granularity).min(buf_size);
+        Self {
+            ctx,
+            notifier: ctx.notifier(),
+            driver,
+            places,
+            copier: driver.copier(places, max_operations as usize),
+            operations: FuturesUnordered::new(),
+            max_operations: max_operations as usize,
+            window_used: 0,
+            in_flight: 0,
+            pace: Pace::new(floor, buf_size, Instant::now()),
+            cursor: 0,
+            pass_began_with: state.dirty.count_bytes(),
+            passes: 0,
+            data_until: 0,
+            zeroed_seen: state.zeroed(),
+            leap: request,
+            not_before: None,
+            backoff: BACKOFF.0,
+            failure: None,
+            flushed: false,
+            ready: false,
+            sections: 0,
+            section_pass: 0,
+            ending: false,
+            told: false,
+            state,
+        }
+    }
+
+    /// Runs until the mirror is complete, cancelled or has failed. After a
+    /// success that was not forced, the driver knows what is to become of the
+    /// target and holds the last drained section if there is one.
+    pub(super) async fn run(mut self) -> Result<(), JobFailure> {
+        loop {
+            if self.ctx.is_force_cancelled() {
+                self.quiesce().await;
+                return Ok(());
+            }
+            if let Some(error) = self.state.take_active_error() {
+                self.failed(Side::Target, &error);
+            }
+            if let Some(failure) = self.failure.take() {
+                self.quiesce().await;
+                self.report_progress();
+                return Err(failure);
+            }
+            if self.ctx.is_pause_requested() {
+                self.quiesce().await;
+                self.report_progress();
+                self.ctx.pause_point().await;
+                self.not_before = None;
+                continue;
+            }
+            if self.should_end() && !self.ending {
+                self.ending = true;
+                self.count_anew();
+            }
+            self.adapt();
+            let wait = self.start_operations();
+            self.report_progress();
+            if !self.operations.is_empty() {
+                self.wait_for_operation(wait).await;
+            } else if self.wants_section() {
+                if self.converge().await {
+                    return Ok(());
+                }
+            } else if self.state.dirty.is_clean() {
+                self.idle().await;
+            } else {
+                self.ctx.sleep(wait).await;
+            }
+        }
+    }
+
+    /// Whether the user wants the mirror to end: with the pivot, or without.
+    pub(super) fn should_end(&self) -> bool {
+        self.ready && (self.ctx.is_complete_requested() || self.ctx.is_soft_cancelled())
+    }
+
+    /// Waits until nothing is in flight.
+    pub(super) async fn quiesce(&mut self) {
+        while let Some(done) = self.operations.next().await {
+            self.ended(done);
+        }
+    }
+
+    /// Nothing is dirty or in flight.
+    async fn idle(&mut self) {
+        if let Some(left) = self.wait_left() {
+            self.ctx.sleep(left.min(SLICE)).await;
+            return;
+        }
+        if !self.ready {
+            let flushed = self.flushed || self.flush().await;
+            if flushed && self.state.dirty.is_clean() {
+                self.become_ready();
+            }
+            return;
+        }
+        if self.state.copy_mode() == CopyMode::WriteBlocking && !self.state.is_actively_synced() {
+            self.state.set_actively_synced(true);
+            if !self.state.dirty.is_clean() {
+                self.state.set_actively_synced(false);
+                return;
+            }
+        }
+        self.copier.pool().shrink();
+        self.ctx.sleep(SLICE).await;
+    }
+
+    /// What is left of a rest or of the wait after a failure.
+    pub(super) fn wait_left(&self) -> Option<Duration> {
+        let left = self.not_before?.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
+    }
+
+    /// Another phase begins: passes of the one before do not count.
+    fn count_anew(&mut self) {
+        self.passes = 0;
+        self.sections = 0;
+        self.pass_began_with = self.state.dirty.count_bytes();
+    }
+
+    /// Tells that the mirror is ready, with progress that says so.
+    pub(super) fn become_ready(&mut self) {
+        self.report_progress();
+        self.ready = true;
+        self.count_anew();
+        if self.state.copy_mode() == CopyMode::WriteBlocking {
+            self.state.set_actively_synced(self.state.dirty.is_clean());
+        }
+        self.ctx.ready();
+    }
+
+    /// Flushes the target. `false`: it failed, and may be tried again later.
+    pub(super) async fn flush(&mut self) -> bool {
+        let Some(nodes) = self.copier.enter() else {
+            self.not_before = Some(Instant::now() + SLICE);
+            return false;
+        };
+        match nodes.target.flush().await {
+            Ok(()) => {
+                self.flushed = true;
+                true
+            }
+            Err(error) => {
+                self.failed(Side::Target, &error);
+                false
+            }
+        }
+    }
+
+    /// Lets the controller look at the guest, if it is time to.
+    fn adapt(&mut self) {
+        let now = Instant::now();
+        if self.pace.is_due(now) {
+            self.pace.decide(self.state.latency.take_mean_ns(), now);
+        }
+    }
+
+    /// Starts what may be started; gives the time after which there may be more
+    /// to start even if nothing ends, at most a slice.
+    fn start_operations(&mut self) -> Duration {
+        loop {
+            if let Some(left) = self.wait_left() {
+                return left.min(SLICE);
+            }
+            let window = self.pace.window();
+            let request = self.request_size(window);
+            let full = self.window_used > 0 && self.window_used + request > window;
+            if self.operations.len() >= self.max_operations || full {
+                return SLICE;
+            }
+            let limited = self.ctx.throttle_wait();
+            if !limited.is_zero() {
+                return limited.min(SLICE);
+            }
+            let Some((range, look)) = self.next_range(request) else {
+                return SLICE;
+            };
+            let Some(nodes) = self.copier.enter() else {
+                // Somebody drains a node; the job is about to be paused.
+                return Duration::from_millis(1);
+            };
+            self.cursor = range.end;
+            self.start(range, look, request, nodes);
+            let rest = self.pace.rest();
+            if !rest.is_zero() {
+                self.not_before = Some(Instant::now() + rest);
+            }
+        }
+    }
+
+    fn start(&mut self, range: Range<u64>, look: Look, request: u64, nodes: Entered) {
+        let len = range.end - range.start;
+        let cost = len.min(request);
+        self.window_used += cost;
+        self.in_flight += len;
+        let operation = self.copier.copy(range.clone(), look, nodes);
+        self.operations.push(Box::pin(async move {
+            Done {
+                range,
+                cost,
+                result: operation.await,
+            }
+        }));
+    }
+
+    /// Size of a request under this window: several fit in it, so that the guest
+    /// never waits for a long one.
+    fn request_size(&self, window: u64) -> u64 {
+        let most = self.copier.pool().buffer_size() as u64;
+        (window / 4)
+            .clamp(MIN_REQUEST.min(most), most)
+            .max(self.state.granularity)
+            / self.state.granularity
+            * self.state.granularity
+    }
+
+    /// The next dirty range from the cursor on, and how to look at it.
+    fn next_range(&mut self, request: u64) -> Option<(Range<u64>, Look)> {
+        if self.state.zeroed() != self.zeroed_seen {
+            self.zeroed_seen = self.state.zeroed();
+            self.data_until = 0;
+        }
+        let reach = self.leap.max(request);
+        let mut range = match self.state.dirty.next_dirty_area(self.cursor, reach) {
+            Some(range) => range,
+            None => {
+                self.pass_ended();
+                self.state.dirty.next_dirty_area(0, reach)?
+            }
+        };
+        let data = if range.start < self.data_until {
+            let until = self.state.round_in(&(0..self.data_until)).end;
+            (until > range.start).then_some(until)
+        } else {
+            None
+        };
+        let look = match data {
+            Some(until) => {
+                range.end = range.end.min(until).min(range.start + request);
+                Look::Data
+            }
+            None => Look::Probe { request },
+        };
+        Some((range, look))
+    }
+
+    /// The scan has come to the end of the disk.
+    fn pass_ended(&mut self) {
+        self.cursor = 0;
+        self.data_until = 0;
+        if self.pass_began_with > 0 {
+            let dirty = self.state.dirty.count_bytes();
+            self.passes = self.passes.saturating_add(1);
+            if !self.ready || self.should_end() {
+                self.pace.pass_ended(self.pass_began_with, dirty);
+                self.tell_of_pass(dirty);
+            }
+        }
+        self.pass_began_with = self.state.dirty.count_bytes();
+    }
+
+    fn tell_of_pass(&mut self, dirty: u64) {
+        tracing::debug!(
+            job = self.ctx.id(),
+            passes = self.passes,
+            dirty,
+            pressure = self.pace.pressure(),
+            "mirror: pass ended"
+        );
+        if self.pace.is_at_full_pressure() && !self.told {
+            self.told = true;
+            tracing::warn!(
+                job = self.ctx.id(),
+                dirty,
+                "mirror: the guest writes faster than can be copied; switch to copy mode \
+                 write-blocking with block-job-change"
+            );
+        }
+    }
+
+    async fn wait_for_operation(&mut self, wait: Duration) {
+        let timer = pin!(runtime::sleep(wait.min(SLICE)));
+        let kicked = pin!(self.ctx.kicked());
+        let done = match select(self.operations.next(), select(timer, kicked)).await {
+            Either::Left((done, _)) => done,
+            Either::Right(_) => None,
+        };
+        if let Some(done) = done {
+            self.ended(done);
+        }
+    }
+
+    fn ended(&mut self, done: Done) {
+        self.window_used -= done.cost;
+        self.in_flight -= done.range.end - done.range.start;
+        match done.result {
+            Ok(copied) => {
+                self.account(&copied);
+                if copied.range.end < done.range.end {
+                    self.cursor = self.cursor.min(copied.range.end);
+                }
+                if copied.was_zero && copied.range == done.range {
+                    self.leap = self.leap.saturating_mul(2).min(MAX_LEAP);
+                } else if !copied.was_zero {
+                    self.leap = self.copier.pool().buffer_size() as u64;
+                }
+                self.data_until = self.data_until.max(copied.data_until);
+                self.backoff = BACKOFF.0;
+            }
+            Err(CopyError { side, error }) => self.failed(side, &error),
+        }
+    }
+
+    /// Notes what an operation did, whoever started it.
+    pub(super) fn account(&mut self, copied: &Copied) {
+        self.flushed = false;
+        self.ctx
+            .progress()
+            .add_done(copied.range.end - copied.range.start);
+        self.notifier.charge(copied.charged);
+    }
+
+    /// A request failed: acts as the policy of its side says. Its range is dirty
+    /// again.
+    pub(super) fn failed(&mut self, side: Side, error: &block::IoError) {
+        self.state.set_actively_synced(false);
+        let (policy, io_side) = match side {
+            Side::Source => (self.driver.settings().on_source_error, IoSide::Read),
+            Side::Target => (self.driver.settings().on_target_error, IoSide::Write),
+        };
+        if self.failure.is_some() {
+            return;
+        }
+        let action = self.ctx.io_failed(io_side, error.errno, policy);
+        tracing::warn!(job = self.ctx.id(), %error, action = action.name(), "mirror request failed");
+        match action {
+            ErrorAction::Report => self.failure = Some(JobFailure::from(error)),
+            ErrorAction::Ignore | ErrorAction::Stop => {
+                self.not_before = Some(Instant::now() + self.backoff);
+                self.backoff = (self.backoff * 2).min(BACKOFF.1);
+            }
+        }
+    }
+
+    /// Tells what is left: dirty, being copied, or being mirrored by the guest's
+    /// own requests.
+    pub(super) fn report_progress(&self) {
+        let left = self.state.dirty_bytes() + self.in_flight + self.state.active_bytes();
+        self.ctx.progress().set_remaining(left);
+    }
+}
+
+/// Size of the buffers for this `buf-size`.
+pub(super) fn request_size(buf_size: u64) -> u64 {
+    buf_size.min(MAX_REQUEST)
+}
+
+/// A pool of buffers for this `buf-size`.
+pub(super) fn buffer_pool(buf_size: u64, keep: usize) -> BufferPool {
+    BufferPool::new(request_size(buf_size) as usize, keep)
+}

@@ -1,0 +1,168 @@
+//! Drained sections of the body: the moments in which the guest is held so that
+//! source and target can be the same.
+//!
+//! A section is entered only when little is left to copy, and given up when it
+//! lasts too long; then the copier goes on beside the guest, and the next
+//! section may be longer. The last one stays held after the body's end, until
+//! main has put the target in place (`complete`).
+
+use std::ops::ControlFlow;
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use block::{Drained, Graph, GraphError};
+use futures_util::future::{Either, select};
+
+use crate::JobFailure;
+
+use super::body::Body;
+use super::copy::{CopyError, Side};
+use super::driver::{Ending, Held};
+use super::sweep::{Swept, sweep};
+
+/// Most bytes that the first section leaves to be copied inside it. Doubles with
+/// each section that did not suffice, and with each two passes of the scan.
+const FIRST_SECTION: u64 = 8 << 20;
+/// The bound does not grow beyond this many doublings (8 GiB).
+const MAX_DOUBLINGS: u32 = 10;
+/// Time that the first section may take for copying; doubles as well.
+const FIRST_LIMIT: Duration = Duration::from_millis(250);
+/// No section copies for longer than this.
+const MAX_LIMIT: Duration = Duration::from_secs(5);
+/// Passes beside the guest before a section helps a mirror to become ready.
+const PASSES_BEFORE_SECTION: u32 = 3;
+
+impl Body<'_> {
+    /// Whether it is time to hold the guest: the mirror is to end, or does not
+    /// become ready because the guest goes on writing, and little is left.
+    pub(super) fn wants_section(&self) -> bool {
+        if self.wait_left().is_some() || (self.sections > 0 && self.passes == self.section_pass) {
+            // A failure, or a section that did not suffice: the copier first.
+            return self.should_end() && self.wait_left().is_none() && self.state.dirty.is_clean();
+        }
+        let left = self.state.dirty_bytes();
+        let doublings = (self.sections + self.passes / 2).min(MAX_DOUBLINGS);
+        let little = left <= FIRST_SECTION << doublings;
+        if self.should_end() {
+            return little;
+        }
+        !self.ready && left > 0 && self.passes >= PASSES_BEFORE_SECTION && little
+    }
+
+    /// Holds the guest and copies the rest. Nothing may be in flight.
+    ///
+    /// Returns whether the body is done; the section is with the driver then. If
+    /// not, the guest goes on, and the job is ready if it could be.
+    pub(super) async fn converge(&mut self) -> bool {
+        let own = self.ctx.own_drain();
+        let drained = match self.drain_source().await {
+            Some(Ok(drained)) => drained,
+            Some(Err(error)) => {
+                self.failure = Some(drain_failure(&error));
+                return false;
+            }
+            None => return false,
+        };
+        let held = Held {
+            drained,
+            _own: Some(own),
+        };
+        let limit = FIRST_LIMIT
+            .saturating_mul(1 << self.sections.min(8))
+            .min(MAX_LIMIT);
+        self.sections = self.sections.saturating_add(1);
+        self.section_pass = self.passes;
+        let clean = self.copy_rest(Instant::now() + limit).await;
+        self.report_progress();
+        // A cancel that came while the rest was copied counts.
+        if clean && self.should_end() && !self.ctx.is_force_cancelled() {
+            let ending = if self.ctx.is_soft_cancelled() {
+                Ending::Copy
+            } else {
+                Ending::Pivot
+            };
+            self.finish(ending, held);
+            return true;
+        }
+        self.driver.end_section(held, self.ctx.id());
+        if clean && !self.ready && !self.ctx.is_force_cancelled() {
+            self.become_ready();
+        }
+        false
+    }
+
+    /// Leaves the rest to main's hooks.
+    fn finish(&mut self, ending: Ending, held: Held) {
+        if ending == Ending::Copy {
+            // The target is a copy of this moment, whatever the guest does next.
+            self.state.set_engaged(false);
+        }
+        self.driver.set_ending(ending);
+        if self.driver.settings().auto_finalize {
+            self.driver.keep_section(held);
+        } else {
+            // A job that waits to be finalized by hand must not hold the guest
+            // meanwhile: a pivot then makes a section of its own.
+            self.driver.end_section(held, self.ctx.id());
+        }
+    }
+
+    /// `None` if the job was cancelled meanwhile.
+    async fn drain_source(&self) -> Option<Result<Drained, GraphError>> {
+        let source = Arc::clone(&self.places.source);
+        let backend = Arc::clone(&self.places.source_backend);
+        let drained = self.ctx.graph().run(move |graph: Rc<Graph>| {
+            Box::pin(async move { graph.drain(&source, &[&backend]).await })
+        });
+        let mut drained = pin!(drained);
+        loop {
+            match select(&mut drained, pin!(self.ctx.kicked())).await {
+                Either::Left((drained, _)) => return Some(drained.and_then(|drained| drained)),
+                Either::Right(_) if self.ctx.is_force_cancelled() => return None,
+                Either::Right(_) => {}
+            }
+        }
+    }
+
+    /// Copies what is dirty and flushes the target. `true` if both are as they
+    /// should be.
+    async fn copy_rest(&mut self, deadline: Instant) -> bool {
+        let copier = Rc::clone(&self.copier);
+        let state = Arc::clone(&self.state);
+        let swept = sweep(&copier, &state, |copied| {
+            self.account(copied);
+            if self.ctx.is_force_cancelled() || Instant::now() > deadline {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        })
+        .await;
+        match swept {
+            Swept::Clean => self.state.dirty.is_clean() && (self.flushed || self.flush().await),
+            Swept::Stopped => false,
+            Swept::Failed(CopyError { side, error }) => {
+                self.failed(side, &error);
+                false
+            }
+        }
+    }
+}
+
+/// What the job says when the guest could not be held.
+pub(super) fn drain_failure(error: &GraphError) -> JobFailure {
+    JobFailure::new(
+        libc::ETIMEDOUT,
+        format!("Cannot hold the requests to the source for the switch to the target: {error}"),
+    )
+}
+
+/// The side that a failed section is put down to.
+pub(super) fn describe(side: Side) -> &'static str {
+    match side {
+        Side::Source => "source",
+        Side::Target => "target",
+    }
+}

@@ -1,0 +1,226 @@
+//! The mirror as the job core sees it: body and hooks.
+
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+
+use block::{Backend, BoxFuture, Drained, Graph, Node};
+
+use crate::{
+    CopyMode, JobChange, JobContext, JobDetails, JobDriver, JobFailure, JobKind, OnError, OwnDrain,
+    SoftCancel,
+};
+
+use super::body::{Body, buffer_pool};
+use super::complete;
+use super::copy::Copier;
+use super::state::MirrorState;
+
+/// Mirrors as the job core knows them.
+pub(super) const KIND: JobKind = JobKind {
+    name: "mirror",
+    block_job: true,
+    soft_cancel: SoftCancel::FinishesWhenReady,
+    completes: true,
+};
+
+/// What is known when the job is created, and never changes.
+pub(super) struct Settings {
+    pub(super) buf_size: u64,
+    pub(super) on_source_error: OnError,
+    pub(super) on_target_error: OnError,
+    pub(super) auto_finalize: bool,
+}
+
+/// The job's places in the graph: known when it starts.
+pub(super) struct Places {
+    pub(super) source: Arc<Node>,
+    pub(super) target: Arc<Node>,
+    pub(super) filter: Arc<Node>,
+    /// Reads the source, below the filter.
+    pub(super) source_backend: Arc<Backend>,
+    /// Writes the target: the job and the filter do.
+    pub(super) target_backend: Arc<Backend>,
+    /// Keeps others from using the filter. No requests.
+    pub(super) filter_hold: Arc<Backend>,
+}
+
+/// What is to become of the mirror when its body has ended well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// It was forced, or has failed.
+    #[default]
+    None,
+    /// The guest stays on the source; the target is a copy of a moment.
+    Copy,
+    /// The guest goes on on the target.
+    Pivot,
+}
+
+/// A drained section that outlives the body. The section ends first.
+pub(super) struct Held {
+    pub(super) drained: Drained,
+    /// Tells the job core not to wait for this job.
+    pub(super) _own: Option<OwnDrain>,
+}
+
+/// How the body ended.
+#[derive(Default)]
+struct Finish {
+    ending: Ending,
+    held: Option<Held>,
+    left: bool,
+}
+
+/// The driver of one mirror.
+pub(super) struct MirrorDriver {
+    settings: Settings,
+    state: Arc<MirrorState>,
+    places: OnceLock<Places>,
+    /// How the body ended. A leaf lock, taken for a move only: by the body at
+    /// its end, by main's hooks after that.
+    finish: Mutex<Finish>,
+    /// Length of the longest drained section so far, in microseconds. Atomic.
+    longest_section_us: AtomicU64,
+}
+
+impl MirrorDriver {
+    pub(super) fn new(settings: Settings, state: Arc<MirrorState>) -> Self {
+        Self {
+            settings,
+            state,
+            places: OnceLock::new(),
+            finish: Mutex::default(),
+            longest_section_us: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn set_places(&self, places: Places) {
+        // Set once, before the job is started.
+        let _ = self.places.set(places);
+    }
+
+    pub(super) fn places(&self) -> Option<&Places> {
+        self.places.get()
+    }
+
+    pub(super) fn state(&self) -> &Arc<MirrorState> {
+        &self.state
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Operations that copy from the source, with up to `buffers` buffers kept.
+    pub(super) fn copier(&self, places: &Places, buffers: usize) -> Rc<Copier> {
+        Copier::new(
+            Arc::clone(&self.state),
+            Arc::clone(&places.source_backend),
+            buffer_pool(self.settings.buf_size, buffers),
+        )
+    }
+
+    fn finish(&self) -> MutexGuard<'_, Finish> {
+        self.finish
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Leaves word for main's hooks how the body ended.
+    pub(super) fn set_ending(&self, ending: Ending) {
+        self.finish().ending = ending;
+    }
+
+    /// How the body ended.
+    pub(super) fn ending(&self) -> Ending {
+        self.finish().ending
+    }
+
+    /// Leaves a drained section for the next hook.
+    pub(super) fn keep_section(&self, held: Held) {
+        let before = self.finish().held.replace(held);
+        drop(before);
+    }
+
+    /// The drained section that was left, if one was.
+    pub(super) fn take_section(&self) -> Option<Held> {
+        self.finish().held.take()
+    }
+
+    /// Whether this is the first call: the mirror leaves the graph once.
+    pub(super) fn leaves_now(&self) -> bool {
+        !std::mem::replace(&mut self.finish().left, true)
+    }
+
+    /// Ends a drained section, and notes how long it held the guest.
+    pub(super) fn end_section(&self, held: Held, job: &str) {
+        let took = held.drained.elapsed();
+        drop(held);
+        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.longest_section_us.fetch_max(us, Ordering::Relaxed);
+        tracing::info!(job, held_us = us, "mirror: drained section ended");
+    }
+}
+
+impl JobDriver for MirrorDriver {
+    fn run(self: Arc<Self>, context: JobContext) -> BoxFuture<'static, Result<(), JobFailure>> {
+        Box::pin(async move {
+            let Some(places) = self.places() else {
+                return Err(JobFailure::new(libc::EINVAL, "The mirror was not set up"));
+            };
+            if places.source.size() != places.target.size() {
+                return Err(JobFailure::new(
+                    libc::EINVAL,
+                    "Source and target image have different sizes",
+                ));
+            }
+            Body::new(&context, &self, places).run().await
+        })
+    }
+
+    fn cancel(&self, force: bool) {
+        if force {
+            // Nothing will be copied any more, so nothing has to be recorded, and
+            // no guest request has to wait for the target.
+            self.state.set_engaged(false);
+        }
+    }
+
+    fn change(&self, change: &JobChange) -> Result<(), String> {
+        let JobChange::CopyMode(mode) = change;
+        match (self.state.copy_mode(), mode) {
+            (CopyMode::WriteBlocking, CopyMode::Background) => Err(
+                "Change to copy mode 'background' is not implemented: cancel the job and start \
+                 it anew"
+                    .to_owned(),
+            ),
+            (_, mode) => {
+                self.state.set_copy_mode(*mode);
+                Ok(())
+            }
+        }
+    }
+
+    fn query(&self) -> JobDetails {
+        JobDetails {
+            actively_synced: Some(self.state.is_actively_synced()),
+        }
+    }
+
+    fn prepare<'a>(&'a self, graph: &'a Rc<Graph>) -> BoxFuture<'a, Result<(), JobFailure>> {
+        Box::pin(complete::prepare(self, graph))
+    }
+
+    fn commit<'a>(&'a self, graph: &'a Rc<Graph>) -> BoxFuture<'a, ()> {
+        Box::pin(complete::leave(self, graph))
+    }
+
+    fn abort<'a>(&'a self, graph: &'a Rc<Graph>) -> BoxFuture<'a, ()> {
+        Box::pin(complete::leave(self, graph))
+    }
+
+    fn clean<'a>(&'a self, graph: &'a Rc<Graph>) -> BoxFuture<'a, ()> {
+        Box::pin(complete::leave(self, graph))
+    }
+}

@@ -1,0 +1,341 @@
+//! The filter above the source: sees every guest request of a mirrored disk.
+//!
+//! In `background` mode it records what a request changed. In `write-blocking`
+//! mode it also writes the target, from a private copy of the payload (the guest
+//! may scribble over its own), source first; what it cannot mirror there and
+//! then is recorded and left to the copier. The rules both follow are in
+//! `state`.
+//!
+//! A guest request never fails because of the target.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use block::{
+    BlockDriver, BoxFuture, Child, Extent, IoError, IoVec, Limits, Node, WriteFlags, ZeroFlags,
+};
+
+use crate::CopyMode;
+
+use super::private_copy::PrivateCopy;
+use super::state::{DirtyOnDrop, MirrorState};
+
+/// Bytes of one write that are mirrored in one piece. Longer writes go in
+/// several, so that a private copy stays small.
+const ACTIVE_PIECE: u64 = 1 << 20;
+
+/// The driver of the filter node.
+pub(crate) struct MirrorTop {
+    source: Child,
+    state: Arc<MirrorState>,
+}
+
+impl MirrorTop {
+    /// A filter over `source` that records in `state` while that is engaged.
+    pub(crate) fn new(source: Child, state: Arc<MirrorState>) -> Self {
+        Self { source, state }
+    }
+
+    /// Runs `request`, which may change `range` of the source, as `background`
+    /// mode does: dirty afterwards, whatever becomes of it.
+    async fn record<T>(
+        &self,
+        range: Range<u64>,
+        request: impl Future<Output = Result<T, IoError>>,
+    ) -> Result<T, IoError> {
+        if !self.state.is_engaged() {
+            return request.await;
+        }
+        let dirty = DirtyOnDrop::new(&*self.state, range);
+        let result = request.await;
+        drop(dirty);
+        self.state.set_actively_synced(false);
+        result
+    }
+
+    fn mirrors_actively(&self) -> bool {
+        self.state.is_engaged() && self.state.copy_mode() == CopyMode::WriteBlocking
+    }
+
+    async fn write_pieces(
+        &self,
+        offset: u64,
+        iov: IoVec,
+        flags: WriteFlags,
+    ) -> Result<(), IoError> {
+        let source = self.source.node();
+        let len = iov.len() as u64;
+        let mut done = 0;
+        // A write of no bytes still goes to the source, which may refuse it.
+        loop {
+            let piece_len = (len - done).min(ACTIVE_PIECE);
+            let piece = offset + done..offset + done + piece_len;
+            let part = iov.slice(done as usize, piece_len as usize);
+            if self.mirrors_actively() {
+                self.write_actively(&source, piece, part, flags).await?;
+            } else {
+                self.record(piece.clone(), source.write(piece.start, part, flags))
+                    .await?;
+            }
+            done += piece_len;
+            if done >= len {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn write_actively(
+        &self,
+        source: &Node,
+        range: Range<u64>,
+        iov: IoVec,
+        flags: WriteFlags,
+    ) -> Result<(), IoError> {
+        let state = &*self.state;
+        let Some(_budget) = state.reserve_active(range.end - range.start) else {
+            return self
+                .record(range.clone(), source.write(range.start, iov, flags))
+                .await;
+        };
+        let _lock = state.in_flight.lock(range.clone()).await;
+        let mirrored = ActivePart::of(state, &range);
+        if mirrored.is_empty() {
+            return self
+                .record(range.clone(), source.write(range.start, iov, flags))
+                .await;
+        }
+        let copy = PrivateCopy::of(&iov);
+        drop(iov);
+        let dirty = mirrored.begin(state, &range);
+        source.write(range.start, copy.io_vec(), flags).await?;
+        let Some(target) = state.try_enter_target() else {
+            state.set_actively_synced(false);
+            return Ok(());
+        };
+        let part = mirrored.range();
+        let skip = (part.start - range.start) as usize;
+        let data = copy.io_vec().slice(skip, (part.end - part.start) as usize);
+        let written = target.write(part.start, data, WriteFlags::default()).await;
+        self.finish_active(written, dirty);
+        copy.give_back();
+        Ok(())
+    }
+
+    async fn zero_actively(
+        &self,
+        source: &Node,
+        range: Range<u64>,
+        flags: ZeroFlags,
+    ) -> Result<(), IoError> {
+        let state = &*self.state;
+        let _lock = state.in_flight.lock(range.clone()).await;
+        let mirrored = ActivePart::of(state, &range);
+        let dirty = mirrored.begin(state, &range);
+        source
+            .write_zeroes(range.start, range.end - range.start, flags)
+            .await?;
+        if mirrored.is_empty() {
+            return Ok(());
+        }
+        let Some(target) = state.try_enter_target() else {
+            state.set_actively_synced(false);
+            return Ok(());
+        };
+        let part = mirrored.range();
+        let zero = ZeroFlags {
+            fua: false,
+            may_unmap: flags.may_unmap && state.unmap,
+            no_fallback: false,
+        };
+        let written = target
+            .write_zeroes(part.start, part.end - part.start, zero)
+            .await;
+        self.finish_active(written, dirty);
+        Ok(())
+    }
+
+    /// A discard leaves it to the source what its range reads as. Where that is
+    /// zeroes the target gets zeroes (unmapped if it may); what else it is, the
+    /// copier finds out. So source and target stay equal even if one of them
+    /// ignores discards.
+    async fn discard_actively(&self, source: &Node, range: Range<u64>) -> Result<(), IoError> {
+        let state = &*self.state;
+        let _lock = state.in_flight.lock(range.clone()).await;
+        let mirrored = ActivePart::of(state, &range);
+        let dirty = mirrored.begin(state, &range);
+        let len = range.end - range.start;
+        source.discard(range.start, len).await?;
+        if mirrored.is_empty() {
+            return Ok(());
+        }
+        let reads_as_zero = source
+            .block_status(range.start, len)
+            .await
+            .is_ok_and(|extent| extent.flags.zero && extent.len >= len);
+        let target = reads_as_zero.then(|| state.try_enter_target()).flatten();
+        let Some(target) = target else {
+            state.set_actively_synced(false);
+            return Ok(());
+        };
+        let part = mirrored.range();
+        let zero = ZeroFlags {
+            fua: false,
+            may_unmap: state.unmap,
+            no_fallback: false,
+        };
+        let written = target
+            .write_zeroes(part.start, part.end - part.start, zero)
+            .await;
+        self.finish_active(written, dirty);
+        Ok(())
+    }
+
+    /// The target has been written, or not: then the range stays to be copied.
+    fn finish_active(&self, written: Result<(), IoError>, dirty: DirtyOnDrop<&MirrorState>) {
+        match written {
+            Ok(()) => dirty.disarm(),
+            Err(error) => {
+                drop(dirty);
+                self.state.note_active_error(error);
+            }
+        }
+    }
+}
+
+/// The part of a write-blocking request that goes to the target now.
+///
+/// A chunk that the request covers in part, and that is dirty, will be copied by
+/// the copier anyway; its part is left out.
+struct ActivePart {
+    range: Range<u64>,
+}
+
+impl ActivePart {
+    /// The caller holds the range lock, so the copier cannot take these chunks.
+    fn of(state: &MirrorState, range: &Range<u64>) -> Self {
+        let whole = state.round_in(range);
+        let mut part = range.clone();
+        if part.start != whole.start && state.dirty.is_dirty(part.start) {
+            part.start = part
+                .start
+                .saturating_add(1)
+                .next_multiple_of(state.granularity);
+        }
+        if part.end > part.start && part.end != whole.end && state.dirty.is_dirty(part.end - 1) {
+            part.end = (part.end - 1) & !(state.granularity - 1);
+        }
+        part.end = part.end.max(part.start);
+        Self { range: part }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
+    fn range(&self) -> Range<u64> {
+        self.range.clone()
+    }
+
+    /// Cleans the chunks that the request covers, and arms their return for the
+    /// whole request.
+    fn begin<'a>(
+        &self,
+        state: &'a MirrorState,
+        range: &Range<u64>,
+    ) -> DirtyOnDrop<&'a MirrorState> {
+        let dirty = DirtyOnDrop::new(state, range.clone());
+        let whole = state.round_in(range);
+        if !whole.is_empty() {
+            state.clear_dirty(whole);
+        }
+        dirty
+    }
+}
+
+impl BlockDriver for MirrorTop {
+    fn name(&self) -> &'static str {
+        "mirror_top"
+    }
+
+    fn size(&self) -> u64 {
+        self.source.node().size()
+    }
+
+    fn limits(&self) -> Limits {
+        self.source.node().limits()
+    }
+
+    fn filename(&self) -> String {
+        self.source.node().driver().filename()
+    }
+
+    fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            let started = Instant::now();
+            let result = self.source.node().read(offset, iov).await;
+            self.state.latency.record(started.elapsed());
+            result
+        })
+    }
+
+    fn write<'a>(
+        &'a self,
+        offset: u64,
+        iov: IoVec,
+        flags: WriteFlags,
+    ) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            let started = Instant::now();
+            let result = self.write_pieces(offset, iov, flags).await;
+            self.state.latency.record(started.elapsed());
+            result
+        })
+    }
+
+    fn write_zeroes<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            let range = offset..offset.saturating_add(len);
+            let source = self.source.node();
+            let result = if self.mirrors_actively() {
+                self.zero_actively(&source, range, flags).await
+            } else {
+                self.record(range, source.write_zeroes(offset, len, flags))
+                    .await
+            };
+            self.state.note_zeroed();
+            result
+        })
+    }
+
+    fn discard<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            let range = offset..offset.saturating_add(len);
+            let source = self.source.node();
+            let result = if self.mirrors_actively() {
+                self.discard_actively(&source, range).await
+            } else {
+                self.record(range, source.discard(offset, len)).await
+            };
+            self.state.note_zeroed();
+            result
+        })
+    }
+
+    fn flush<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move { self.source.node().flush().await })
+    }
+
+    fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {
+        Box::pin(async move { self.source.node().block_status(offset, len).await })
+    }
+
+    fn is_filter(&self) -> bool {
+        true
+    }
+}

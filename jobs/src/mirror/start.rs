@@ -1,0 +1,212 @@
+//! Starting a mirror: filter in, bitmap live, job running; or nothing at all.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block::{
+    AttachmentKind, Backend, BackendUser, Drained, Graph, GraphError, Node, Perm, Permissions,
+};
+
+use crate::{JobDriver, JobKey, JobSpec, Jobs};
+
+use super::driver::{KIND, MirrorDriver, Places, Settings};
+use super::error::MirrorError;
+use super::filter::MirrorTop;
+use super::spec::{MirrorSpec, Sizes, SyncMode, sizes};
+use super::state::MirrorState;
+use super::user::FilterHold;
+
+/// The job's hold on the source: nobody may change its size.
+const READ_SOURCE: Permissions = Permissions {
+    need: Perm::CONSISTENT_READ,
+    share: Perm::ALL.without(Perm::RESIZE),
+};
+/// The job's hold on the target: nobody else writes it, or trusts what it reads
+/// there.
+const WRITE_TARGET: Permissions = Permissions {
+    need: Perm::WRITE,
+    share: Perm::WRITE_UNCHANGED,
+};
+
+/// Starts a mirror. The job has been created and is running when this returns.
+///
+/// The guest's requests are held for the moment in which the filter goes in;
+/// from then on every write is recorded. Sizes that differ make the *job* fail.
+///
+/// Thread: main. Errors: what [`MirrorError`] says; source, target and jobs are
+/// as before then. Cancel: the same.
+pub async fn start_mirror(
+    graph: &Rc<Graph>,
+    jobs: &Jobs,
+    spec: MirrorSpec,
+) -> Result<JobKey, MirrorError> {
+    let sizes = check(graph, &spec)?;
+    let drained = graph.drain(&spec.source, &[]).await?;
+    // Nothing is awaited from here on, so that nobody can come in between; but
+    // much may have happened while the requests ended.
+    check(graph, &spec)?;
+    let key = set_up(graph, jobs, spec, sizes, &drained)?;
+    let held = drained.elapsed();
+    drop(drained);
+    tracing::info!(
+        held_us = u64::try_from(held.as_micros()).unwrap_or(u64::MAX),
+        "mirror: filter inserted"
+    );
+    let effects = jobs.lock().start(key);
+    jobs.run(effects);
+    Ok(key)
+}
+
+fn check(graph: &Graph, spec: &MirrorSpec) -> Result<Sizes, MirrorError> {
+    graph.check_root_node(&spec.source)?;
+    let sizes = sizes(
+        spec.granularity,
+        spec.buf_size,
+        spec.target.limits().cluster_size,
+    )?;
+    match spec.sync {
+        SyncMode::Full | SyncMode::Top | SyncMode::None => {}
+        SyncMode::Incremental => return Err(MirrorError::SyncMode("incremental")),
+        SyncMode::Bitmap => return Err(MirrorError::SyncMode("bitmap")),
+    }
+    if spec.speed < 0 {
+        return Err(MirrorError::Speed);
+    }
+    graph.check_not_blocked(&spec.source)?;
+    graph.check_not_blocked(&spec.target)?;
+    if let Some(name) = &spec.replaces {
+        let Ok(node) = graph.find_node(name) else {
+            return Err(GraphError::NoSuchNode(name.clone()).into());
+        };
+        if node.id() != spec.source.id() {
+            return Err(MirrorError::Replaces(name.clone()));
+        }
+    }
+    let data = |node| graph.skip_filters(node).id();
+    if data(&spec.source) == data(&spec.target) {
+        return Err(MirrorError::SameNode);
+    }
+    Ok(sizes)
+}
+
+/// Takes back what was done, when dropped before [`Undo::disarm`].
+struct Undo<'a> {
+    graph: &'a Rc<Graph>,
+    jobs: &'a Jobs,
+    drained: &'a Drained,
+    filter: Option<Arc<Node>>,
+    job: Option<JobKey>,
+    backends: Vec<Arc<Backend>>,
+}
+
+impl Undo<'_> {
+    fn disarm(mut self) {
+        self.filter = None;
+        self.job = None;
+        self.backends.clear();
+    }
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        for backend in self.backends.drain(..) {
+            self.graph.detach(&backend);
+        }
+        if let Some(filter) = self.filter.take()
+            && let Err(error) = self.graph.remove_filter(&filter, self.drained)
+        {
+            // It was put in within the same section, and passes everything on.
+            tracing::error!(%error, "mirror: the filter could not be taken out again");
+        }
+        if let Some(key) = self.job.take() {
+            let effects = self.jobs.lock().set_up_failed(key);
+            self.jobs.run(effects);
+        }
+    }
+}
+
+fn set_up(
+    graph: &Rc<Graph>,
+    jobs: &Jobs,
+    spec: MirrorSpec,
+    sizes: Sizes,
+    drained: &Drained,
+) -> Result<JobKey, MirrorError> {
+    let state = Arc::new(MirrorState::new(
+        spec.source.size(),
+        sizes.granularity,
+        spec.copy_mode,
+        spec.unmap,
+    )?);
+    let filter = graph.insert_filter(
+        spec.filter_node_name.as_deref(),
+        &spec.source,
+        &[],
+        drained,
+        |source| Box::new(MirrorTop::new(source, Arc::clone(&state))),
+    )?;
+    let mut undo = Undo {
+        graph,
+        jobs,
+        drained,
+        filter: Some(Arc::clone(&filter)),
+        job: None,
+        backends: Vec::new(),
+    };
+    let driver = Arc::new(MirrorDriver::new(
+        Settings {
+            buf_size: sizes.buf_size,
+            on_source_error: spec.on_source_error,
+            on_target_error: spec.on_target_error,
+            auto_finalize: spec.auto_finalize,
+        },
+        Arc::clone(&state),
+    ));
+    let job = JobSpec {
+        id: Some(spec.job_id.clone()),
+        auto_finalize: spec.auto_finalize,
+        auto_dismiss: spec.auto_dismiss,
+        speed: spec.speed.unsigned_abs(),
+        home: spec.home.clone(),
+        ..JobSpec::new(KIND)
+    };
+    let as_driver: Arc<dyn JobDriver> = Arc::clone(&driver) as _;
+    let (key, effects) = jobs.lock().create(job, &as_driver)?;
+    jobs.run(effects);
+    undo.job = Some(key);
+
+    let mut attach = |node: &Arc<Node>, permissions, user: Arc<dyn BackendUser>| {
+        let backend = graph.attach("", node, permissions, Some(user))?;
+        undo.backends.push(Arc::clone(&backend));
+        Ok::<_, GraphError>(backend)
+    };
+    let as_source = jobs.backend_user(key, AttachmentKind::Job);
+    let source_backend = attach(&spec.source, READ_SOURCE, as_source)?;
+    let as_target = jobs.backend_user(key, AttachmentKind::Root);
+    let target_backend = attach(&spec.target, WRITE_TARGET, as_target)?;
+    let hold = Arc::new(FilterHold {
+        job_id: spec.job_id.clone(),
+    });
+    let filter_hold = attach(&filter, Permissions::IDLE, hold)?;
+
+    if spec.sync != SyncMode::None {
+        state.dirty.set_all();
+    }
+    let progress = jobs.lock().progress(key);
+    if let Ok(progress) = progress {
+        progress.set_remaining(state.dirty_bytes());
+    }
+    state.set_target(Arc::clone(&target_backend));
+    // From here on every guest request counts; all of them are still held.
+    state.set_engaged(true);
+    driver.set_places(Places {
+        source: spec.source,
+        target: spec.target,
+        filter,
+        source_backend,
+        target_backend,
+        filter_hold,
+    });
+    undo.disarm();
+    Ok(key)
+}

@@ -1,0 +1,274 @@
+//! What the filter and the copier of one mirror share.
+//!
+//! Everything here is used by the guest's iothreads and the job's home at once.
+//! The protocol that keeps the target right has three rules:
+//!
+//! 1. A guest request that may have changed the source makes its range dirty
+//!    *after* the change and *before* the guest sees its end.
+//! 2. Whoever writes the target takes a place in the queue for the range, clears
+//!    its bits, waits for the range, and only then looks at the source. So a
+//!    change that comes later sets a bit that nobody clears before the source is
+//!    read again.
+//! 3. Whoever fails to write the target, or stops half-way, sets the bits again
+//!    before it unlocks the range.
+//!
+//! Nobody waits for a second range while holding one, so waits cannot form a
+//! circle. The copier does not wait at all with a range in hand except for its
+//! own I/O, and has entered both backends before it locks: a drain never has to
+//! wait for somebody who waits for the drain.
+
+use std::ops::{Deref, Range};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use block::{Backend, BitmapError, DirtyBitmap, InFlight, IoError, RangeLock};
+
+use super::pace::GuestLatency;
+use crate::CopyMode;
+
+/// Bytes of private copies that write-blocking requests may hold at a time.
+/// What goes beyond is left to the copier.
+const ACTIVE_BYTES_LIMIT: u64 = 64 << 20;
+
+/// State shared by filter, copier and driver of one mirror.
+pub(crate) struct MirrorState {
+    /// Size of source and target in bytes. Set once.
+    pub(crate) size: u64,
+    /// Bytes per bit. Set once.
+    pub(crate) granularity: u64,
+    /// The job's way to the target. Set once, before the mirror is engaged.
+    target: OnceLock<Arc<Backend>>,
+    /// Zeroes may be unmapped on the target. Set once.
+    pub(crate) unmap: bool,
+    /// Ranges in which the target may differ from the source. Atomic.
+    pub(crate) dirty: DirtyBitmap,
+    /// Ranges whose copy on the target is being written. Synchronises itself.
+    pub(crate) in_flight: RangeLock,
+    /// What the guest feels. Atomic.
+    pub(crate) latency: GuestLatency,
+    /// [`CopyMode`], changed by the monitor. Atomic.
+    copy_mode: AtomicU8,
+    /// Whether guest requests are recorded and mirrored: from the insertion of
+    /// the filter to the pivot or the failure of the job. Atomic.
+    engaged: AtomicBool,
+    /// Target and source are equal, and stay so by write-blocking. Atomic.
+    actively_synced: AtomicBool,
+    /// Bytes that write-blocking requests have in hand. Atomic.
+    active_bytes: AtomicU64,
+    /// Counts guest discards and zero writes: what was known of the source's
+    /// extents before may be too coarse since. Atomic.
+    zeroed: AtomicU64,
+    /// Whether `active_error` holds something. Atomic.
+    active_failed: AtomicBool,
+    /// First failure of a write-blocking write since the job last looked. A leaf
+    /// lock, taken for a move only, on the path of failures only.
+    active_error: Mutex<Option<IoError>>,
+}
+
+impl MirrorState {
+    /// State of a mirror of `size` bytes; nothing is dirty, nothing recorded.
+    ///
+    /// Errors: the bitmap would be too large.
+    pub(crate) fn new(
+        size: u64,
+        granularity: u64,
+        copy_mode: CopyMode,
+        unmap: bool,
+    ) -> Result<Self, BitmapError> {
+        Ok(Self {
+            size,
+            granularity,
+            target: OnceLock::new(),
+            unmap,
+            dirty: DirtyBitmap::new(size, granularity)?,
+            in_flight: RangeLock::new(),
+            latency: GuestLatency::default(),
+            copy_mode: AtomicU8::new(copy_mode as u8),
+            engaged: AtomicBool::new(false),
+            actively_synced: AtomicBool::new(false),
+            active_bytes: AtomicU64::new(0),
+            zeroed: AtomicU64::new(0),
+            active_failed: AtomicBool::new(false),
+            active_error: Mutex::new(None),
+        })
+    }
+
+    pub(crate) fn set_target(&self, target: Arc<Backend>) {
+        let _ = self.target.set(target);
+    }
+
+    /// Counts a request to the target in; `None` while there is none to be had.
+    pub(crate) fn try_enter_target(&self) -> Option<InFlight> {
+        self.target.get()?.try_enter()
+    }
+
+    /// Bytes of the disk in dirty chunks.
+    pub(crate) fn dirty_bytes(&self) -> u64 {
+        let whole = self.dirty.count_bytes();
+        // The last chunk may be a short one.
+        let excess = match self.size % self.granularity {
+            0 => 0,
+            short if self.dirty.is_dirty(self.size - 1) => self.granularity - short,
+            _ => 0,
+        };
+        whole.saturating_sub(excess).min(self.size)
+    }
+
+    pub(crate) fn copy_mode(&self) -> CopyMode {
+        if self.copy_mode.load(Ordering::Acquire) == CopyMode::WriteBlocking as u8 {
+            CopyMode::WriteBlocking
+        } else {
+            CopyMode::Background
+        }
+    }
+
+    pub(crate) fn set_copy_mode(&self, mode: CopyMode) {
+        self.copy_mode.store(mode as u8, Ordering::Release);
+    }
+
+    /// Whether guest requests count.
+    pub(crate) fn is_engaged(&self) -> bool {
+        self.engaged.load(Ordering::Acquire)
+    }
+
+    /// Begins or ends recording. Main, inside a drained section (to begin), so
+    /// that no request is half-way.
+    pub(crate) fn set_engaged(&self, engaged: bool) {
+        self.engaged.store(engaged, Ordering::Release);
+    }
+
+    pub(crate) fn is_actively_synced(&self) -> bool {
+        self.actively_synced.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_actively_synced(&self, synced: bool) {
+        if self.actively_synced.load(Ordering::Relaxed) != synced {
+            self.actively_synced.store(synced, Ordering::Release);
+        }
+    }
+
+    /// How many guest requests have made zeroes.
+    pub(crate) fn zeroed(&self) -> u64 {
+        self.zeroed.load(Ordering::Acquire)
+    }
+
+    /// Notes a guest request that makes zeroes.
+    pub(crate) fn note_zeroed(&self) {
+        self.zeroed.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Bytes that write-blocking requests have in hand.
+    pub(crate) fn active_bytes(&self) -> u64 {
+        self.active_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Takes `len` bytes of the budget for private copies, if they are there.
+    pub(crate) fn reserve_active(&self, len: u64) -> Option<ActiveBytes<'_>> {
+        let before = self.active_bytes.fetch_add(len, Ordering::Relaxed);
+        let reserved = ActiveBytes { state: self, len };
+        (before + len <= ACTIVE_BYTES_LIMIT).then_some(reserved)
+    }
+
+    /// Notes that a write-blocking write of the target failed.
+    pub(crate) fn note_active_error(&self, error: IoError) {
+        self.set_actively_synced(false);
+        let mut slot = self
+            .active_error
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        slot.get_or_insert(error);
+        drop(slot);
+        self.active_failed.store(true, Ordering::Release);
+    }
+
+    /// The first failure of a write-blocking write since the last call.
+    pub(crate) fn take_active_error(&self) -> Option<IoError> {
+        if !self.active_failed.swap(false, Ordering::AcqRel) {
+            return None;
+        }
+        self.active_error
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .take()
+    }
+
+    /// Cleans the whole chunks in a range. The caller holds the range.
+    pub(crate) fn clear_dirty(&self, range: Range<u64>) {
+        self.dirty
+            .clear(range.start, range.end.saturating_sub(range.start));
+    }
+
+    /// Makes a range dirty.
+    pub(crate) fn set_dirty(&self, range: Range<u64>) {
+        self.dirty
+            .set(range.start, range.end.saturating_sub(range.start));
+    }
+
+    /// The range, widened to whole chunks (the last one ends with the disk).
+    pub(crate) fn round_out(&self, range: &Range<u64>) -> Range<u64> {
+        let mask = self.granularity - 1;
+        let start = range.start & !mask;
+        let end = range
+            .end
+            .checked_next_multiple_of(self.granularity)
+            .unwrap_or(self.size)
+            .min(self.size);
+        start..end
+    }
+
+    /// The whole chunks inside the range; empty if there are none.
+    pub(crate) fn round_in(&self, range: &Range<u64>) -> Range<u64> {
+        let start = range
+            .start
+            .checked_next_multiple_of(self.granularity)
+            .unwrap_or(self.size)
+            .min(self.size);
+        let end = if range.end >= self.size {
+            self.size
+        } else {
+            range.end & !(self.granularity - 1)
+        };
+        start..end.max(start)
+    }
+}
+
+/// A share of the budget for private copies, until dropped.
+pub(crate) struct ActiveBytes<'a> {
+    state: &'a MirrorState,
+    len: u64,
+}
+
+impl Drop for ActiveBytes<'_> {
+    fn drop(&mut self) {
+        self.state
+            .active_bytes
+            .fetch_sub(self.len, Ordering::Relaxed);
+    }
+}
+
+/// Makes a range dirty when dropped, unless [disarmed](Self::disarm): armed
+/// before the first wait of whatever may leave source and target different.
+#[must_use]
+pub(crate) struct DirtyOnDrop<S: Deref<Target = MirrorState>> {
+    state: S,
+    range: Range<u64>,
+}
+
+impl<S: Deref<Target = MirrorState>> DirtyOnDrop<S> {
+    pub(crate) fn new(state: S, range: Range<u64>) -> Self {
+        Self { state, range }
+    }
+
+    /// Source and target are equal in the range as far as the holder knows.
+    pub(crate) fn disarm(mut self) {
+        self.range = 0..0;
+    }
+}
+
+impl<S: Deref<Target = MirrorState>> Drop for DirtyOnDrop<S> {
+    fn drop(&mut self) {
+        if !self.range.is_empty() {
+            self.state.set_dirty(self.range.clone());
+        }
+    }
+}
