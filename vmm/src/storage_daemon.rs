@@ -2,15 +2,20 @@
 
 use std::process::ExitCode;
 use std::rc::Rc;
+use std::time::Duration;
 
 use anyhow::Context;
 use block::runtime::EventLoop;
 use block::{BlockdevOptions, Graph};
 use futures_util::future::{Either, select};
 use futures_util::pin_mut;
+use jobs::Jobs;
 
 use crate::monitor::{Monitor, QmpAddress, QmpError, QmpSocket, parse_blockdev};
 use crate::signals::EndSignals;
+
+/// How long jobs may take to end when the program does.
+const END_TIME: Duration = Duration::from_secs(3);
 
 /// Arguments of `diptych storage-daemon`.
 #[derive(Debug, clap::Args)]
@@ -45,7 +50,8 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
         .map(QmpSocket::bind)
         .collect::<Result<Vec<_>, _>>()?;
     let graph = Graph::new();
-    let monitor = Monitor::new(&graph);
+    let jobs = Jobs::new(graph.handle());
+    let monitor = Monitor::new(&graph, &jobs);
     for options in args.blockdev {
         let name = options.node_name.clone().unwrap_or_default();
         graph
@@ -59,8 +65,18 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
             .context("Cannot watch a QMP socket")?;
     }
     wait_for_end(&monitor, &signals).await?;
-    monitor.close().await;
+    end(&monitor).await;
     Ok(())
+}
+
+/// Ends in order: jobs, then clients, who are told how the jobs ended. Bounded:
+/// what hangs is left to the end of the process, as a crash would leave it.
+async fn end(monitor: &Monitor) {
+    let left = monitor.jobs().cancel_all(END_TIME).await;
+    if !left.is_empty() {
+        tracing::error!(jobs = left.join(", "), "Jobs did not end in time");
+    }
+    monitor.close().await;
 }
 
 /// Returns when somebody wants the program to end.

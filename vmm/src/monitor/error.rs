@@ -97,3 +97,16 @@ impl From<block::GraphError> for QmpError {
         Self::generic(error.to_string())
     }
 }
+
+impl From<jobs::JobError> for QmpError {
+    /// The job core's texts are QEMU's already.
+    fn from(error: jobs::JobError) -> Self {
+        Self {
+            class: match error.class() {
+                jobs::ErrorClass::Generic => ErrorClass::Generic,
+                jobs::ErrorClass::DeviceNotActive => ErrorClass::DeviceNotActive,
+            },
+            desc: error.to_string(),
+        }
+    }
+}

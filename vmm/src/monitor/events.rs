@@ -2,8 +2,9 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use jobs::{BlockJobProgress, JobEvent, JobEventKind};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::json;
 
@@ -19,14 +20,54 @@ pub(crate) struct Event {
 impl Event {
     /// An event of this moment. `name` is QMP's.
     pub(crate) fn now(name: &'static str, data: Option<Value>) -> Self {
+        Self::at(SystemTime::now(), name, data)
+    }
+
+    fn at(time: SystemTime, name: &'static str, data: Option<Value>) -> Self {
         Self {
             name,
             data,
             // A clock before 1970 is shown as 1970.
-            time: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .unwrap_or_default(),
+            time: time.duration_since(UNIX_EPOCH).unwrap_or_default(),
         }
+    }
+
+    /// An event of a job. `device` of block jobs carries the job's id.
+    pub(super) fn of_job(event: &JobEvent) -> Self {
+        let id = event.id.as_str();
+        let numbers = |progress: &BlockJobProgress| {
+            json!({
+                "type": event.job_type,
+                "device": id,
+                "len": progress.len,
+                "offset": progress.offset,
+                "speed": progress.speed,
+            })
+        };
+        let (name, data) = match &event.kind {
+            JobEventKind::StatusChange(status) => (
+                "JOB_STATUS_CHANGE",
+                json!({"id": id, "status": status.name()}),
+            ),
+            JobEventKind::Ready(progress) => ("BLOCK_JOB_READY", numbers(progress)),
+            JobEventKind::Pending => (
+                "BLOCK_JOB_PENDING",
+                json!({"type": event.job_type, "id": id}),
+            ),
+            JobEventKind::Error { operation, action } => (
+                "BLOCK_JOB_ERROR",
+                json!({"device": id, "operation": operation.name(), "action": action.name()}),
+            ),
+            JobEventKind::Completed { progress, error } => {
+                let mut data = numbers(progress);
+                if let Some(error) = error {
+                    data["error"] = Value::from(error.as_str());
+                }
+                ("BLOCK_JOB_COMPLETED", data)
+            }
+            JobEventKind::Cancelled(progress) => ("BLOCK_JOB_CANCELLED", numbers(progress)),
+        };
+        Self::at(event.time, name, Some(data))
     }
 
     /// The event as a line of QMP.
@@ -83,5 +124,75 @@ mod tests {
         let line: Value = serde_json::from_slice(&event.line()).unwrap();
         assert_eq!(line["data"], json!({"guest": true}));
         assert_eq!(line["timestamp"], json!({"seconds": 0, "microseconds": 0}));
+    }
+
+    #[test]
+    fn events_of_jobs_carry_what_qemus_carry() {
+        let progress = BlockJobProgress {
+            len: 10,
+            offset: 5,
+            speed: 7,
+        };
+        let numbers = json!({"type": "mirror", "device": "j0", "len": 10, "offset": 5, "speed": 7});
+        let mut failed = numbers.clone();
+        failed["error"] = json!("Input/output error");
+        let cases = [
+            (
+                JobEventKind::StatusChange(jobs::JobStatus::Ready),
+                "JOB_STATUS_CHANGE",
+                json!({"id": "j0", "status": "ready"}),
+            ),
+            (
+                JobEventKind::Ready(progress),
+                "BLOCK_JOB_READY",
+                numbers.clone(),
+            ),
+            (
+                JobEventKind::Pending,
+                "BLOCK_JOB_PENDING",
+                json!({"type": "mirror", "id": "j0"}),
+            ),
+            (
+                JobEventKind::Error {
+                    operation: jobs::IoSide::Write,
+                    action: jobs::ErrorAction::Stop,
+                },
+                "BLOCK_JOB_ERROR",
+                json!({"device": "j0", "operation": "write", "action": "stop"}),
+            ),
+            (
+                JobEventKind::Completed {
+                    progress,
+                    error: None,
+                },
+                "BLOCK_JOB_COMPLETED",
+                numbers.clone(),
+            ),
+            (
+                JobEventKind::Completed {
+                    progress,
+                    error: Some("Input/output error".to_owned()),
+                },
+                "BLOCK_JOB_COMPLETED",
+                failed,
+            ),
+            (
+                JobEventKind::Cancelled(progress),
+                "BLOCK_JOB_CANCELLED",
+                numbers,
+            ),
+        ];
+        for (kind, name, data) in cases {
+            let event = Event::of_job(&JobEvent {
+                sequence: 1,
+                time: UNIX_EPOCH + Duration::new(3, 4_000),
+                id: jobs::JobId::new("j0").unwrap(),
+                job_type: "mirror",
+                kind,
+            });
+            assert_eq!(event.name, name);
+            assert_eq!(event.data, Some(data));
+            assert_eq!(event.time, Duration::new(3, 4_000));
+        }
     }
 }

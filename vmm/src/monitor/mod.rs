@@ -38,12 +38,13 @@ use std::cell::{Cell, OnceCell, RefCell};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use block::Graph;
 use block::runtime::{AsyncFd, Interest, sleep, spawn_local};
 use futures_util::FutureExt;
+use jobs::{Jobs, MainJobs};
 use slab::Slab;
 
 use crate::vm_control::{VmControl, VmEvent};
@@ -58,6 +59,7 @@ pub(crate) use socket::{QmpAddress, QmpSocket};
 /// What all monitor sockets of the process share. Main thread only.
 pub(crate) struct Monitor {
     graph: Rc<Graph>,
+    jobs: MainJobs,
     /// Held by commands that change the graph, so that they take effect one after
     /// another whichever client sent them. Queries and job verbs do not wait.
     graph_commands: futures_util::lock::Mutex<()>,
@@ -70,10 +72,21 @@ pub(crate) struct Monitor {
 }
 
 impl Monitor {
-    /// A monitor without a socket.
-    pub(crate) fn new(graph: &Rc<Graph>) -> Rc<Self> {
-        Rc::new(Self {
+    /// A monitor without a socket. Becomes main's part of `jobs`: it delivers
+    /// their events and runs their hooks.
+    ///
+    /// Panics: no event loop on this thread.
+    pub(crate) fn new(graph: &Rc<Graph>, jobs: &Jobs) -> Rc<Self> {
+        Rc::new_cyclic(|weak: &Weak<Self>| Self {
             graph: Rc::clone(graph),
+            jobs: jobs.attach_main(Rc::clone(graph), {
+                let monitor = weak.clone();
+                move |event| {
+                    if let Some(monitor) = monitor.upgrade() {
+                        monitor.emit(&Event::of_job(&event));
+                    }
+                }
+            }),
             graph_commands: futures_util::lock::Mutex::new(()),
             machine: OnceCell::new(),
             sessions: RefCell::default(),
@@ -89,6 +102,11 @@ impl Monitor {
         if self.machine.set(machine).is_err() {
             tracing::error!("The monitor has a machine already");
         }
+    }
+
+    /// Main's part of the jobs.
+    pub(crate) fn jobs(&self) -> &MainJobs {
+        &self.jobs
     }
 
     fn machine(&self) -> Option<Rc<dyn VmControl>> {
@@ -167,7 +185,9 @@ impl Monitor {
     }
 
     /// Delivers what jobs have announced, so that it precedes a reply.
-    fn flush_job_events(&self) {}
+    fn flush_job_events(&self) {
+        self.jobs.flush_events();
+    }
 
     fn request_quit(&self) {
         self.quitting.set(true);

@@ -6,6 +6,7 @@
 
 mod blockdev;
 mod control;
+mod jobs;
 mod query;
 mod vm;
 
@@ -57,13 +58,29 @@ macro_rules! commands {
 
 /// All commands but [`NEGOTIATE`], in alphabetical order.
 static COMMANDS: &[Command] = commands! {
+    "block-job-cancel" => jobs::block_job_cancel,
+    "block-job-change" => jobs::block_job_change,
+    "block-job-complete" => jobs::block_job_complete,
+    "block-job-dismiss" => jobs::block_job_dismiss,
+    "block-job-finalize" => jobs::block_job_finalize,
+    "block-job-pause" => jobs::block_job_pause,
+    "block-job-resume" => jobs::block_job_resume,
+    "block-job-set-speed" => jobs::block_job_set_speed,
     "blockdev-add" => blockdev::blockdev_add,
     "blockdev-del" => blockdev::blockdev_del,
     "cont" (machine) => vm::cont,
     "human-monitor-command" (machine) => control::human_monitor_command,
+    "job-cancel" => jobs::job_cancel,
+    "job-complete" => jobs::job_complete,
+    "job-dismiss" => jobs::job_dismiss,
+    "job-finalize" => jobs::job_finalize,
+    "job-pause" => jobs::job_pause,
+    "job-resume" => jobs::job_resume,
     "query-block" => query::query_block,
+    "query-block-jobs" => jobs::query_block_jobs,
     "query-commands" => control::query_commands,
     "query-iothreads" (machine) => vm::query_iothreads,
+    "query-jobs" => jobs::query_jobs,
     "query-name" (machine) => vm::query_name,
     "query-named-block-nodes" => query::query_named_block_nodes,
     "query-status" (machine) => vm::query_status,

@@ -13,6 +13,8 @@ use std::rc::Rc;
 use block::Graph;
 use block::runtime::{EventLoop, unblock};
 
+use jobs::Jobs;
+
 use super::{Monitor, QmpSocket};
 use client::Client;
 
@@ -22,7 +24,8 @@ fn with_monitor(prepare: impl FnOnce(&Rc<Monitor>), test: impl FnOnce(&Path) + S
     let path: PathBuf = folder.path().join("qmp.sock");
     let event_loop = EventLoop::new("main").unwrap();
     event_loop.block_on(async {
-        let monitor = Monitor::new(&Graph::new());
+        let graph = Graph::new();
+        let monitor = Monitor::new(&graph, &Jobs::new(graph.handle()));
         prepare(&monitor);
         let address = format!("unix:{}", path.display()).parse().unwrap();
         monitor.listen(QmpSocket::bind(&address).unwrap()).unwrap();
