@@ -47,7 +47,7 @@ impl JobContext {
 
     /// The way to main, for what the body has to have done there.
     pub fn graph(&self) -> &GraphHandle {
-        &self.shared.graph
+        self.shared.environment.graph()
     }
 
     /// Lets I/O paths wake the body; takes no lock.

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
+use block::GraphHandle;
 use block::runtime::{self, Iothread, IothreadHandle};
 
 use crate::error::JobFailure;
@@ -28,6 +29,9 @@ pub(crate) trait Environment: Send + Sync {
     fn home(&self, name: &str, given: Option<&IothreadHandle>)
     -> Result<Box<dyn Home>, JobFailure>;
 
+    /// The way to main for bodies.
+    fn graph(&self) -> &GraphHandle;
+
     fn now(&self) -> Instant;
 
     /// Ends after `duration`, not earlier. On a thread that runs bodies, or main.
@@ -35,7 +39,9 @@ pub(crate) trait Environment: Send + Sync {
 }
 
 /// Iothreads and timers of the block layer.
-pub(crate) struct RuntimeEnvironment;
+pub(crate) struct RuntimeEnvironment {
+    pub(crate) graph: GraphHandle,
+}
 
 impl Environment for RuntimeEnvironment {
     fn home(
@@ -56,6 +62,10 @@ impl Environment for RuntimeEnvironment {
                 ))
             }
         }
+    }
+
+    fn graph(&self) -> &GraphHandle {
+        &self.graph
     }
 
     fn now(&self) -> Instant {

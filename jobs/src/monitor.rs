@@ -67,12 +67,12 @@ impl JobSpec {
 impl Jobs {
     /// No jobs yet. Hooks and events wait until [`Jobs::attach_main`].
     pub fn new(graph: GraphHandle) -> Self {
-        Self::with_environment(graph, Box::new(RuntimeEnvironment))
+        Self::with_environment(Box::new(RuntimeEnvironment { graph }))
     }
 
-    pub(crate) fn with_environment(graph: GraphHandle, environment: Box<dyn Environment>) -> Self {
+    pub(crate) fn with_environment(environment: Box<dyn Environment>) -> Self {
         Self {
-            shared: Shared::new(graph, environment),
+            shared: Shared::new(environment),
         }
     }
 

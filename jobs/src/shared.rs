@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use block::GraphHandle;
 use block::runtime::IothreadHandle;
 use futures_util::task::AtomicWaker;
 
@@ -78,7 +77,6 @@ pub(crate) struct Shared {
     /// ceased to hold, a drain or a vCPU could wait for a job that waits for it.
     core: Mutex<Core>,
     pub(crate) environment: Box<dyn Environment>,
-    pub(crate) graph: GraphHandle,
     /// Main's task for events and quick hooks.
     pub(crate) main_quick: AtomicWaker,
     /// Main's task for hooks that wait.
@@ -94,11 +92,10 @@ pub(crate) struct Locked<'a> {
 }
 
 impl Shared {
-    pub(crate) fn new(graph: GraphHandle, environment: Box<dyn Environment>) -> Arc<Self> {
+    pub(crate) fn new(environment: Box<dyn Environment>) -> Arc<Self> {
         Arc::new(Self {
             core: Mutex::new(Core::default()),
             environment,
-            graph,
             main_quick: AtomicWaker::new(),
             main_slow: AtomicWaker::new(),
         })

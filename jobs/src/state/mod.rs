@@ -23,6 +23,15 @@ mod machine;
 mod status;
 mod txn;
 
+#[cfg(test)]
+mod random_tests;
+#[cfg(test)]
+mod rig;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod txn_tests;
+
 pub use job::SoftCancel;
 pub(crate) use job::{JobSettings, JobState};
 pub use limit::SLICE;
