@@ -7,6 +7,7 @@
 mod blockdev;
 mod control;
 mod jobs;
+mod mirror;
 mod query;
 mod vm;
 
@@ -68,6 +69,7 @@ static COMMANDS: &[Command] = commands! {
     "block-job-set-speed" => jobs::block_job_set_speed,
     "blockdev-add" => blockdev::blockdev_add,
     "blockdev-del" => blockdev::blockdev_del,
+    "blockdev-mirror" => mirror::blockdev_mirror,
     "cont" (machine) => vm::cont,
     "human-monitor-command" (machine) => control::human_monitor_command,
     "job-cancel" => jobs::job_cancel,
