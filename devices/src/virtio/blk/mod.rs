@@ -255,3 +255,6 @@ impl VirtioDevice for VirtioBlk {
         send_all(&queues, Control::Stop)
     }
 }
+
+#[cfg(test)]
+mod tests;
