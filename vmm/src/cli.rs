@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::{guest, run, storage_daemon};
+use crate::{demo, guest, run, storage_daemon};
 
 /// What `diptych` can be asked to do.
 #[derive(Debug, Parser)]
@@ -40,6 +40,9 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Serve images, block jobs and QMP without a guest
     StorageDaemon(storage_daemon::StorageDaemonArgs),
+    /// Mirror the disk of a small guest while it writes, pivot, and prove that
+    /// nothing was lost
+    Demo(demo::DemoArgs),
     /// Write the embedded guest's kernel to a file
     #[command(hide = true)]
     Guest(guest::GuestArgs),
@@ -55,6 +58,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Run(args) => run::main(*args),
         Command::StorageDaemon(args) => storage_daemon::main(args),
+        Command::Demo(args) => demo::main(args),
         Command::Guest(args) => guest::main(args),
     }
 }

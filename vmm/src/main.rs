@@ -5,6 +5,8 @@
 //! what can be said on the command line is in [`cli`].
 
 mod cli;
+mod client;
+mod demo;
 mod guest;
 mod monitor;
 mod run;

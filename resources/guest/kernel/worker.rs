@@ -324,7 +324,10 @@ fn finish(
     }
     match request.operation {
         Operation::Flush => {}
-        Operation::Write if ok => record.finish_write(run, request.tag),
+        Operation::Write if ok => {
+            report.lag = report.lag.max(record.last_generation() - request.tag);
+            record.finish_write(run, request.tag);
+        }
         Operation::WriteZeroes if ok => record.finish_write(run, 0),
         Operation::Write | Operation::WriteZeroes | Operation::Discard => {
             record.finish_unknown(run);

@@ -31,6 +31,9 @@ pub struct DiskReport {
     pub span: u64,
     /// Newest generation handed out.
     pub last_generation: u64,
+    /// The most writes begun between the beginning and the end of one write:
+    /// how far generations can be out of order.
+    pub lag: u64,
     /// Digest of the record (see [`crate::record::Digest`]).
     pub digest: u64,
     /// Requests that the device failed.
@@ -101,11 +104,12 @@ impl<W: Write> Write for Quoted<'_, W> {
 fn write_disk(out: &mut impl Write, disk: &DiskReport) -> fmt::Result {
     write!(
         out,
-        "{{\"sectors\":{},\"span\":{},\"last\":{},\"digest\":\"{:016x}\",\"queues\":{},\
-         \"depth\":{},\"failed\":{},\"bad\":{}",
+        "{{\"sectors\":{},\"span\":{},\"last\":{},\"lag\":{},\"digest\":\"{:016x}\",\
+         \"queues\":{},\"depth\":{},\"failed\":{},\"bad\":{}",
         disk.sectors,
         disk.span,
         disk.last_generation,
+        disk.lag,
         disk.digest,
         disk.queues,
         disk.depth,

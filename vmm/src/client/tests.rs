@@ -1,0 +1,103 @@
+//! The client against a scripted peer.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixListener;
+use std::thread::JoinHandle;
+
+use super::*;
+
+/// A peer that greets, then answers each line it reads by the next script.
+fn peer(scripts: &'static [&'static str]) -> (tempfile::TempDir, PathBuf, JoinHandle<Vec<Value>>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    let thread = thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        let mut reader = BufReader::new(stream.try_clone().unwrap());
+        let mut writer = stream;
+        writer
+            .write_all(b"{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n")
+            .unwrap();
+        let mut commands = Vec::new();
+        for script in scripts {
+            let mut line = String::new();
+            reader.read_line(&mut line).unwrap();
+            commands.push(serde_json::from_str(&line).unwrap());
+            writer.write_all(script.as_bytes()).unwrap();
+        }
+        commands
+    });
+    (dir, path, thread)
+}
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[test]
+fn events_before_a_reply_are_kept_in_order() {
+    let (_dir, path, thread) = peer(&[
+        "{\"return\": {}, \"id\": 1}\r\n",
+        "{\"event\": \"A\", \"timestamp\": {}}\r\n{\"event\": \"B\", \"data\": {\"x\": 1}}\r\n\
+         {\"return\": 7, \"id\": 2}\r\n",
+    ]);
+    let mut client = Client::connect(&path, PATIENCE, ()).unwrap();
+    assert_eq!(client.execute("get", json!({"a": 1})).unwrap(), json!(7));
+    let a = client.next_event(PATIENCE).unwrap().unwrap();
+    let b = client.next_event(PATIENCE).unwrap().unwrap();
+    assert_eq!((a.name.as_str(), a.data), ("A", Value::Null));
+    assert_eq!((b.name.as_str(), b.data), ("B", json!({"x": 1})));
+    let commands = thread.join().unwrap();
+    assert_eq!(commands[0]["execute"], "qmp_capabilities");
+    assert_eq!(
+        commands[1],
+        json!({"execute": "get", "arguments": {"a": 1}, "id": 2})
+    );
+}
+
+#[test]
+fn a_refusal_tells_class_and_text() {
+    let (_dir, path, _thread) = peer(&[
+        "{\"return\": {}, \"id\": 1}\r\n",
+        "{\"id\": 2, \"error\": {\"class\": \"GenericError\", \"desc\": \"No\"}}\r\n",
+    ]);
+    let mut client = Client::connect(&path, PATIENCE, ()).unwrap();
+    let error = client.execute("get", json!({})).unwrap_err();
+    assert!(matches!(&error, ClientError::Refused { class, .. } if class == "GenericError"));
+    assert_eq!(error.to_string(), "get: No");
+}
+
+#[test]
+fn a_closed_connection_is_told() {
+    let (_dir, path, _thread) = peer(&["{\"return\": {}, \"id\": 1}\r\n"]);
+    let mut client = Client::connect(&path, PATIENCE, ()).unwrap();
+    let error = client.next_event(PATIENCE).unwrap_err();
+    assert!(matches!(error, ClientError::Closed), "{error}");
+}
+
+#[test]
+fn the_watch_ends_a_wait() {
+    #[derive(Debug)]
+    struct Never;
+    impl Watch for Never {
+        fn check(&mut self) -> Result<(), String> {
+            Err("The child has ended".into())
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let error = Client::connect(&dir.path().join("none"), PATIENCE, Never).unwrap_err();
+    assert_eq!(error.to_string(), "The child has ended");
+}
+
+#[test]
+fn a_peer_that_speaks_otherwise_is_told() {
+    let (_dir, path, _thread) = peer(&["HTTP/1.1 200 OK\r\n"]);
+    let error = Client::connect(&path, PATIENCE, ()).unwrap_err();
+    assert!(matches!(error, ClientError::Protocol(_)), "{error}");
+}
+
+#[test]
+fn a_missing_socket_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("none");
+    let error = Client::connect(&path, Duration::ZERO, ()).unwrap_err();
+    assert!(error.to_string().contains("none'"), "{error}");
+}
