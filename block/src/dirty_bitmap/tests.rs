@@ -1,4 +1,6 @@
+#[cfg(not(shuttle))]
 use std::collections::BTreeSet;
+#[cfg(not(shuttle))]
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -183,7 +185,7 @@ mod against_the_model {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(12))]
+        #![proptest_config(ProptestConfig::with_cases(6))]
 
         // 1030 to 1100 words: three levels.
         #[test]
@@ -347,7 +349,7 @@ mod shuttle_tests {
                 assert_eq!(bitmap.next_dirty(0), Some(512..1024));
                 assert_eq!(bitmap.count_bytes(), 512);
             },
-            20_000,
+            5_000,
         );
     }
 
@@ -372,7 +374,7 @@ mod shuttle_tests {
                 writer.join().unwrap();
                 assert!(copied || bitmap.is_dirty(0), "a write was lost");
             },
-            10_000,
+            5_000,
         );
     }
 
@@ -408,7 +410,7 @@ mod shuttle_tests {
                 assert_eq!(dirty, u64::from(leaves) * 512);
                 assert_eq!(bitmap.count_bytes(), dirty);
             },
-            10_000,
+            5_000,
         );
     }
 }

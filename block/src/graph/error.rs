@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use crate::drivers::OpenError;
 use crate::permissions::{Perm, PermissionError};
 
 /// A backend that a drained section waited for in vain.
@@ -104,13 +105,8 @@ pub enum GraphError {
     )]
     DetectZeroesUnmap,
     /// A driver could not be opened.
-    #[error("{message}")]
-    Open {
-        /// What could not be opened, and why, in QEMU's words.
-        message: String,
-        /// The kernel's error, if it was one.
-        source: Option<std::io::Error>,
-    },
+    #[error(transparent)]
+    Open(#[from] OpenError),
     /// The change would make a node its own child.
     #[error("Making '{child}' a {role} child of '{parent}' would create a cycle")]
     Loop {

@@ -1,26 +1,55 @@
 //! `blockdev-add` and `blockdev-del`.
+//!
+//! What the options mean to one driver is the driver's business.
 
 use std::sync::Arc;
 
-use super::topology::Owner;
-use super::{Graph, GraphError};
+use super::names::ReservedName;
+use super::topology::{ChildEntry, NodeEntry, Owner};
+use super::{Graph, GraphError, LocalFuture, above_inserted_filters};
 use crate::backend::AttachmentKind;
-use crate::node::Node;
-use crate::options::BlockdevOptions;
+use crate::driver::{BlockDriver, ChildRole};
+use crate::drivers::file::OpenFlags;
+use crate::drivers::null::NullDriver;
+use crate::drivers::raw::RawDriver;
+use crate::drivers::{OpenError, file};
+use crate::node::{Child, Node, NodeOptions};
+use crate::options::{BlockdevOptions, BlockdevRef, DetectZeroes, DiscardMode, DriverOptions};
+use crate::permissions::Permissions;
+use crate::runtime::unblock;
 
 impl Graph {
-    /// Opens a node and the children given inline.
+    /// Opens a node, and the children given inline, which belong to it and go
+    /// with it. An inline child that does not say otherwise is read-only if its
+    /// parent is, has its parent's cache options, and unmaps (the parent has
+    /// decided whether to).
+    ///
+    /// A child given by name that is under a job's filter stands for the filter,
+    /// unless the new node is read-only: its writes would bypass the job.
+    ///
+    /// Files are opened on helper threads, so main does not wait for a slow file
+    /// system. Cancel: everything opened so far is closed.
     pub async fn blockdev_add(&self, options: BlockdevOptions) -> Result<Arc<Node>, GraphError> {
         if options.node_name.is_none() {
             return Err(GraphError::NodeNameRequired);
         }
-        Err(GraphError::Open {
-            message: "No driver can be opened".to_owned(),
-            source: None,
-        })
+        let mut opening = Opening {
+            graph: self,
+            nodes: Vec::new(),
+            names: Vec::new(),
+        };
+        let node = opening.open(options, Owner::Monitor).await?;
+        let mut topology = self.topology.borrow().clone();
+        // Parents first, as they are listed.
+        topology.nodes.extend(opening.nodes.iter().rev().cloned());
+        self.commit(topology)?;
+        // They are the graph's now.
+        opening.nodes.clear();
+        Ok(node)
     }
 
-    /// Removes a node that `blockdev-add` made, and the children that it owns.
+    /// Removes a node that `blockdev-add` made and that nothing uses, and the
+    /// children that belong to it.
     pub async fn blockdev_del(&self, name: &str) -> Result<(), GraphError> {
         let mut topology = self.topology.borrow().clone();
         let Some(entry) = topology.nodes.iter_mut().find(|e| e.node.name() == name) else {
@@ -45,4 +74,141 @@ impl Graph {
         }
         self.commit(topology)
     }
+}
+
+/// Nodes that have been opened and are not in the graph yet, children first.
+/// Dropping it closes them.
+struct Opening<'a> {
+    graph: &'a Graph,
+    nodes: Vec<NodeEntry>,
+    names: Vec<ReservedName<'a>>,
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        for entry in self.nodes.drain(..).rev() {
+            entry.node.driver().close();
+        }
+    }
+}
+
+impl<'a> Opening<'a> {
+    fn open<'b>(
+        &'b mut self,
+        options: BlockdevOptions,
+        owner: Owner,
+    ) -> LocalFuture<'b, Result<Arc<Node>, GraphError>>
+    where
+        'a: 'b,
+    {
+        Box::pin(async move {
+            let name = self.graph.reserve_node_name(options.node_name.as_deref())?;
+            let node_name = name.as_str().to_owned();
+            self.names.push(name);
+            if options.detect_zeroes == DetectZeroes::Unmap && options.discard != DiscardMode::Unmap
+            {
+                return Err(GraphError::DetectZeroesUnmap);
+            }
+            let opened = self.open_driver(&node_name, &options).await?;
+            let node = Node::new(
+                &node_name,
+                opened.driver,
+                NodeOptions {
+                    read_only: opened.read_only,
+                    discard: options.discard,
+                    detect_zeroes: options.detect_zeroes,
+                    cache: options.cache,
+                },
+            );
+            self.nodes.push(NodeEntry {
+                node: Arc::clone(&node),
+                owner,
+                children: opened.children,
+                permissions: Permissions::IDLE,
+            });
+            Ok(node)
+        })
+    }
+
+    async fn open_driver(
+        &mut self,
+        node: &str,
+        options: &BlockdevOptions,
+    ) -> Result<Opened, GraphError> {
+        let read_only = options.read_only.unwrap_or(false);
+        match &options.driver {
+            DriverOptions::File(file_options) => {
+                let flags = OpenFlags {
+                    read_only,
+                    auto_read_only: options.auto_read_only,
+                    cache: options.cache,
+                };
+                let (node, file_options) = (node.to_owned(), file_options.clone());
+                let driver: Result<_, OpenError> =
+                    unblock(move || file::open(&node, &file_options, flags)).await;
+                let driver = driver?;
+                Ok(Opened {
+                    read_only: driver.read_only(),
+                    driver: Box::new(driver),
+                    children: Vec::new(),
+                })
+            }
+            DriverOptions::Raw(raw) => {
+                let edge = self.child(&raw.file, options).await?;
+                let recorded = edge.share();
+                Ok(Opened {
+                    driver: Box::new(RawDriver::new(node, raw, edge)?),
+                    read_only,
+                    children: vec![ChildEntry {
+                        target: recorded.node(),
+                        child: Arc::new(recorded),
+                        permissions: Permissions::IDLE,
+                    }],
+                })
+            }
+            DriverOptions::NullCo(null) => Ok(Opened {
+                driver: Box::new(NullDriver::new(*null)),
+                read_only,
+                children: Vec::new(),
+            }),
+        }
+    }
+
+    /// The edge to a node's `file`, which is opened if it is given inline.
+    async fn child(
+        &mut self,
+        child: &BlockdevRef,
+        parent: &BlockdevOptions,
+    ) -> Result<Child, GraphError> {
+        let node = match child {
+            BlockdevRef::Name(name) => {
+                let node = self.graph.find(name)?;
+                if parent.read_only == Some(true) {
+                    node
+                } else {
+                    above_inserted_filters(&self.graph.topology.borrow(), &node)
+                }
+            }
+            BlockdevRef::Inline(options) => {
+                self.open(inherit(options, parent), Owner::Parent).await?
+            }
+        };
+        Ok(Child::new(ChildRole::File, node))
+    }
+}
+
+struct Opened {
+    driver: Box<dyn BlockDriver>,
+    read_only: bool,
+    children: Vec<ChildEntry>,
+}
+
+fn inherit(child: &BlockdevOptions, parent: &BlockdevOptions) -> BlockdevOptions {
+    let mut options = child.clone();
+    options.read_only = child.read_only.or(parent.read_only);
+    options.auto_read_only |= parent.auto_read_only;
+    options.cache.direct |= parent.cache.direct;
+    options.cache.no_flush |= parent.cache.no_flush;
+    options.discard = DiscardMode::Unmap;
+    options
 }

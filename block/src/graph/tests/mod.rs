@@ -19,6 +19,7 @@ use crate::test_storage::{HoldAt, Match, TestStorage};
 mod change;
 mod drain;
 mod node_io;
+mod open;
 mod permissions;
 mod stress;
 
