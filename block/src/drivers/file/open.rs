@@ -177,7 +177,7 @@ fn alignment(file: &File, kind: Kind) -> io::Result<DirectAlignment> {
 const MAX_ALIGNMENT: usize = AlignedBuffer::ALIGNMENT;
 
 /// Reads until the kernel is content.
-fn try_alignment(file: &File, smallest: u32) -> io::Result<DirectAlignment> {
+pub(super) fn try_alignment(file: &File, smallest: u32) -> io::Result<DirectAlignment> {
     let mut memory = vec![0u8; 3 * MAX_ALIGNMENT];
     let aligned = memory.as_ptr().align_offset(MAX_ALIGNMENT);
     let sizes = || std::iter::successors(Some(smallest as usize), |size| Some(size * 2));

@@ -37,6 +37,23 @@ impl Support {
             dsync: AtomicBool::new(true),
         }
     }
+
+    /// As on storage that has refused everything.
+    #[cfg(test)]
+    pub(super) fn none() -> Self {
+        Self {
+            punch_hole: AtomicBool::new(false),
+            zero_range: AtomicBool::new(false),
+            allocate: AtomicBool::new(false),
+            discard: AtomicBool::new(false),
+            dsync: AtomicBool::new(false),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn has_zero_range(&self) -> bool {
+        self.zero_range.load(Ordering::Relaxed)
+    }
 }
 
 /// Whether the storage says that it cannot do something at all.

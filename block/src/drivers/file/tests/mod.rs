@@ -1,0 +1,61 @@
+//! The file driver on real files: in memory (tmpfs) and on the disk that holds
+//! the build directory.
+
+mod content;
+mod locking;
+mod opening;
+mod storage;
+
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+
+use super::*;
+
+/// A directory on tmpfs, and one on the disk.
+fn places() -> [PathBuf; 2] {
+    [PathBuf::from("/dev/shm"), disk()]
+}
+
+/// A directory on the disk, where tests may write.
+fn disk() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("..")
+        .join("target")
+}
+
+fn image_in(place: &Path, size: u64) -> NamedTempFile {
+    let image = NamedTempFile::new_in(place).unwrap();
+    image.as_file().set_len(size).unwrap();
+    image
+}
+
+fn file_options(path: &Path) -> FileOptions {
+    FileOptions {
+        filename: path.to_owned(),
+        locking: None,
+        host_device: false,
+    }
+}
+
+fn flags(direct: bool) -> OpenFlags {
+    OpenFlags {
+        cache: CacheOptions {
+            direct,
+            no_flush: false,
+        },
+        ..OpenFlags::default()
+    }
+}
+
+fn open_image(path: &Path, direct: bool) -> FileDriver {
+    open("node", &file_options(path), flags(direct)).unwrap()
+}
+
+/// As on storage with larger blocks than the one at hand.
+fn with_blocks(mut driver: FileDriver, memory: u32, request: u32) -> FileDriver {
+    let found = driver.direct.expect("O_DIRECT");
+    assert!(found.memory <= memory && found.request <= request);
+    driver.direct = Some(DirectAlignment { memory, request });
+    driver
+}
