@@ -84,7 +84,7 @@ pub(crate) fn parse_blockdev(text: &str) -> Result<BlockdevOptions, QmpError> {
 ///
 /// Errors: a missing, unknown or ill-typed option, in QEMU's words.
 fn blockdev_options(args: Args) -> Result<BlockdevOptions, QmpError> {
-    let options = node_options(args)?;
+    let options = node_options(args, &Inherited::default())?;
     if options.node_name.is_none() {
         return Err(QmpError::generic(
             "'node-name' must be specified for the root node",
@@ -93,8 +93,17 @@ fn blockdev_options(args: Args) -> Result<BlockdevOptions, QmpError> {
     Ok(options)
 }
 
+/// What a child opened with its parent takes from it where it says nothing.
+#[derive(Clone, Copy, Default)]
+struct Inherited {
+    read_only: Option<bool>,
+    auto_read_only: bool,
+    cache: CacheOptions,
+    discard: DiscardMode,
+}
+
 /// Reads the options of one node, and of those that are opened with it.
-fn node_options(mut args: Args) -> Result<BlockdevOptions, QmpError> {
+fn node_options(mut args: Args, parent: &Inherited) -> Result<BlockdevOptions, QmpError> {
     let driver = args.required_enum("driver", DRIVERS)?;
     let node_name = args.optional_str("node-name")?;
     let discard = args
@@ -107,13 +116,15 @@ fn node_options(mut args: Args) -> Result<BlockdevOptions, QmpError> {
                 ("on", DiscardMode::Unmap),
             ],
         )?
-        .unwrap_or_default();
+        .unwrap_or(parent.discard);
     let cache = match args.optional_object("cache")? {
-        Some(args) => cache_options(args)?,
-        None => CacheOptions::default(),
+        Some(args) => cache_options(args, parent.cache)?,
+        None => parent.cache,
     };
-    let read_only = args.optional_bool("read-only")?;
-    let auto_read_only = args.optional_bool("auto-read-only")?.unwrap_or(false);
+    let read_only = args.optional_bool("read-only")?.or(parent.read_only);
+    let auto_read_only = args
+        .optional_bool("auto-read-only")?
+        .unwrap_or(parent.auto_read_only);
     if args.optional_bool("force-share")? == Some(true) {
         return Err(QmpError::generic(
             "Parameter 'force-share' is not supported here; leave it out",
@@ -133,7 +144,16 @@ fn node_options(mut args: Args) -> Result<BlockdevOptions, QmpError> {
         Driver::File => DriverOptions::File(file_options(&mut args, &cache, false)?),
         Driver::HostDevice => DriverOptions::File(file_options(&mut args, &cache, true)?),
         Driver::NullCo => DriverOptions::NullCo(null_co_options(&mut args)?),
-        Driver::Raw => DriverOptions::Raw(raw_options(&mut args)?),
+        Driver::Raw => {
+            // The parent decides about discards; what it lets through is done.
+            let inherited = Inherited {
+                read_only,
+                auto_read_only,
+                cache,
+                discard: DiscardMode::Unmap,
+            };
+            DriverOptions::Raw(raw_options(&mut args, &inherited)?)
+        }
     };
     args.finish()?;
     if detect_zeroes == DetectZeroes::Unmap && discard != DiscardMode::Unmap {
@@ -153,9 +173,9 @@ fn node_options(mut args: Args) -> Result<BlockdevOptions, QmpError> {
     })
 }
 
-fn cache_options(mut args: Args) -> Result<CacheOptions, QmpError> {
-    let direct = args.optional_bool("direct")?.unwrap_or(false);
-    let no_flush = args.optional_bool("no-flush")?.unwrap_or(false);
+fn cache_options(mut args: Args, parent: CacheOptions) -> Result<CacheOptions, QmpError> {
+    let direct = args.optional_bool("direct")?.unwrap_or(parent.direct);
+    let no_flush = args.optional_bool("no-flush")?.unwrap_or(parent.no_flush);
     args.finish()?;
     Ok(CacheOptions { direct, no_flush })
 }
@@ -213,10 +233,12 @@ fn null_co_options(args: &mut Args) -> Result<NullCoOptions, QmpError> {
     })
 }
 
-fn raw_options(args: &mut Args) -> Result<RawOptions, QmpError> {
+fn raw_options(args: &mut Args, inherited: &Inherited) -> Result<RawOptions, QmpError> {
     let file = match args.required_string_or_object("file", "BlockdevRef")? {
         StringOrObject::String(name) => BlockdevRef::Name(name),
-        StringOrObject::Object(args) => BlockdevRef::Inline(Box::new(node_options(args)?)),
+        StringOrObject::Object(args) => {
+            BlockdevRef::Inline(Box::new(node_options(args, inherited)?))
+        }
     };
     let offset = args.optional_non_negative("offset")?.unwrap_or(0);
     let size = args.optional_non_negative("size")?;

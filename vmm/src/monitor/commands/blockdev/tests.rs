@@ -135,10 +135,13 @@ fn json_and_key_value_say_the_same() {
         driver: DriverOptions::Raw(RawOptions {
             file: BlockdevRef::Inline(Box::new(BlockdevOptions {
                 node_name: None,
-                read_only: None,
+                read_only: Some(true),
                 auto_read_only: true,
-                cache: CacheOptions::default(),
-                discard: DiscardMode::Ignore,
+                cache: CacheOptions {
+                    direct: true,
+                    no_flush: false,
+                },
+                discard: DiscardMode::Unmap,
                 detect_zeroes: DetectZeroes::Off,
                 driver: DriverOptions::File(FileOptions {
                     filename: PathBuf::from("a,b"),
