@@ -6,7 +6,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use jobs::{CopyMode, Effects, JobChange, JobError, JobInfo, JobKey, JobsGuard};
+use jobs::{CopyMode, Effects, JobChange, JobError, JobInfo, JobKey, JobStatus, JobsGuard};
 use serde_json::{Value, json};
 
 use super::{Outcome, done};
@@ -182,6 +182,13 @@ fn job_info(job: &JobInfo) -> Value {
     info
 }
 
+/// QEMU holds the guest's requests while a mirror waits to be finalized by hand,
+/// and shows it as paused for that. Here the guest goes on meanwhile, but what
+/// clients are shown is the same.
+fn waits_in_drain(job: &JobInfo) -> bool {
+    job.status == JobStatus::Pending && job.job_type == "mirror"
+}
+
 fn block_job_info(job: &JobInfo) -> Value {
     let mut info = json!({
         "device": job.id.as_str(),
@@ -190,7 +197,7 @@ fn block_job_info(job: &JobInfo) -> Value {
         "offset": job.current_progress,
         "len": job.total_progress,
         "busy": job.busy,
-        "paused": job.paused,
+        "paused": job.paused || waits_in_drain(job),
         "ready": job.ready,
         "speed": job.speed,
         "io-status": job.io_status.name(),
@@ -200,8 +207,7 @@ fn block_job_info(job: &JobInfo) -> Value {
     if let Some(error) = &job.error {
         info["error"] = Value::from(error.as_str());
     }
-    // QEMU 7.2 does not know it, and compares of its replies would fail over
-    // the many jobs for which it means nothing.
+    // QEMU 7.2 does not know it: shown only where it says something.
     if job.actively_synced == Some(true) {
         info["actively-synced"] = Value::from(true);
     }
