@@ -48,6 +48,8 @@ mod spec;
 mod start;
 mod state;
 mod sweep;
+#[cfg(all(test, not(shuttle)))]
+mod tests;
 mod user;
 
 pub use error::MirrorError;
