@@ -23,7 +23,7 @@ mod worker;
 use core::fmt;
 use core::panic::PanicInfo;
 
-use guest::cmdline::{Config, MAX_DEVICES, PowerOff};
+use guest::cmdline::{Config, MAX_DEVICES, PowerOff, power_off_of};
 use guest::mailbox::Status;
 use guest::phase::{Operation, Phases};
 use guest::report;
@@ -51,14 +51,16 @@ extern "C" fn guest_main(start_info: u32) -> ! {
     let cmdline = unsafe { memory::command_line(start_info) };
     // SAFETY: as above; the VMM says where the RSDP is.
     let acpi_port = unsafe { acpi::sleep_control_port(memory::rsdp(start_info)) };
-    let acpi_off = acpi_port.map_or(PowerOff::Reset, |port| PowerOff::Port(port, SOFT_OFF));
+    let resolve = |how| match (how, acpi_port) {
+        (PowerOff::Acpi, Some(port)) => PowerOff::Port(port, SOFT_OFF),
+        (PowerOff::Acpi, None) => PowerOff::Reset,
+        (how, _) => how,
+    };
     let mut config = match Config::parse(cmdline) {
         Ok(config) => config,
-        Err(error) => fail(format_args!("{error}"), acpi_off),
+        Err(error) => fail(format_args!("{error}"), resolve(power_off_of(cmdline))),
     };
-    if config.power_off == PowerOff::Acpi {
-        config.power_off = acpi_off;
-    }
+    config.power_off = resolve(config.power_off);
     // SAFETY: as above, and this is the only arena.
     let mut arena = unsafe { Arena::new(start_info) };
     let mut guest = match Guest::new(&mut arena, &config) {

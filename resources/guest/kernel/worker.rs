@@ -204,17 +204,20 @@ impl Worker {
         if stop || (config.requests > 0 && self.requests >= config.requests) {
             return Err(Fed::Done);
         }
-        if config.rate > 0 {
+        if let Some(interval_ns) = 1_000_000_000u64.checked_div(config.rate) {
             if now_ns < self.allowed_ns {
                 return Err(Fed::Later);
             }
             // After a stall the rate may be caught up with for one full queue.
-            let interval_ns = 1_000_000_000 / config.rate;
             let oldest = now_ns.saturating_sub(interval_ns * u64::from(self.disk.depth()));
             self.allowed_ns = self.allowed_ns.max(oldest) + interval_ns;
         }
-        let operation = config.operation(self.random.below(config.total_weight()));
-        if operation == Operation::Flush || !self.disk.takes(operation) {
+        let wanted = config.operation(self.random.below(config.total_weight()));
+        let operation = [wanted, Operation::Flush]
+            .into_iter()
+            .find(|&operation| self.disk.takes(operation))
+            .unwrap_or(Operation::Write);
+        if operation == Operation::Flush {
             self.requests += 1;
             return self.submit(Operation::Flush, Run { first: 0, count: 0 }, now_ns);
         }

@@ -295,6 +295,17 @@ fn mix(value: &str) -> Result<[u32; 5], &'static str> {
     Ok(weights)
 }
 
+/// How to end by a command line that is wrong elsewhere.
+pub fn power_off_of(cmdline: &str) -> PowerOff {
+    let values = cmdline
+        .split_ascii_whitespace()
+        .filter_map(|word| word.strip_prefix("poweroff="));
+    values
+        .filter_map(|value| power_off(value).ok())
+        .last()
+        .unwrap_or(PowerOff::Acpi)
+}
+
 fn power_off(value: &str) -> Result<PowerOff, &'static str> {
     const FORM: &str = "acpi, reset, halt or PORT:BYTE is expected";
     match value {
@@ -442,6 +453,13 @@ mod tests {
             let key = line.split('=').next().unwrap();
             assert!(error.word.starts_with(key), "{line}: {error}");
         }
+    }
+
+    #[test]
+    fn the_end_is_known_however_wrong_the_rest() {
+        let end = power_off_of("depth=none poweroff=halt poweroff=0x501:0");
+        assert_eq!(end, PowerOff::Port(0x501, 0));
+        assert_eq!(power_off_of("poweroff=never"), PowerOff::Acpi);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The process that runs the guest: `diptych run`, started by the demo.
 
 use std::cell::RefCell;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -12,32 +12,40 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
+use kvm_ioctls::Kvm;
 
 use super::images::Images;
 use crate::client::Watch;
 use crate::guest;
 
-const KVM: &str = "/dev/kvm";
 /// Memory of the guest besides its record.
 const MEMORY_MIB: u64 = 64;
 
-/// Whether the demo can run here at all.
+/// Whether the demo can run here at all. Gives the frequency of the guest's time
+/// stamp counter in kHz, 0 if KVM does not tell.
 ///
 /// Errors: no KVM, or no right to use it, with the remedy.
-pub fn check_kvm() -> anyhow::Result<()> {
-    match OpenOptions::new().read(true).write(true).open(KVM) {
-        Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => anyhow::bail!(
-            "No permission to use {KVM}; add your user to its group \
+pub fn check_kvm() -> anyhow::Result<u32> {
+    let kvm = match Kvm::new() {
+        Ok(kvm) => kvm,
+        Err(error) if error.errno() == libc::EACCES || error.errno() == libc::EPERM => bail!(
+            "No permission to use /dev/kvm; add your user to its group \
              ('sudo usermod -aG kvm $USER', then log in again)"
         ),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => anyhow::bail!(
-            "There is no {KVM}; switch virtualisation on in the firmware and load the \
+        Err(error) if error.errno() == libc::ENOENT => bail!(
+            "There is no /dev/kvm; switch virtualisation on in the firmware and load the \
              module kvm_intel or kvm_amd (on a virtual machine: enable nested virtualisation)"
         ),
-        Err(error) => Err(error).context(format!("Cannot open {KVM}")),
-    }
+        Err(error) => return Err(error).context("Cannot open /dev/kvm"),
+    };
+    // Not every processor tells its guest, and then a vCPU of our own can be
+    // asked: all of them are alike.
+    let khz = kvm
+        .create_vm()
+        .and_then(|vm| vm.create_vcpu(0))
+        .and_then(|vcpu| vcpu.get_tsc_khz());
+    Ok(khz.unwrap_or(0))
 }
 
 /// The running process. Dropping it kills it.

@@ -96,9 +96,9 @@ pub fn main(args: DemoArgs) -> anyhow::Result<ExitCode> {
         signal_hook::flag::register(signal, Arc::clone(&interrupted))
             .context("Cannot catch signals")?;
     }
-    child::check_kvm()?;
+    let tsc_khz = child::check_kvm()?;
     let images = Images::create(args.disk.as_deref(), args.size, args.keep)?;
-    let outcome = scenario::run(&args, &images, &interrupted);
+    let outcome = scenario::run(&args, &images, tsc_khz, &interrupted);
     if interrupted.load(Ordering::Relaxed) {
         eprintln!("diptych: Interrupted; the guest was stopped and temporary files removed");
         return Ok(ExitCode::from(EXIT_INTERRUPTED));

@@ -50,16 +50,18 @@ pub struct Measured {
 }
 
 /// Runs the demo on images that are ready, and compares them in the end.
+/// `tsc_khz` is for the guest's clock, 0 if not known.
 pub fn run(
     args: &DemoArgs,
     images: &Images,
+    tsc_khz: u32,
     interrupted: &Arc<AtomicBool>,
 ) -> anyhow::Result<Summary> {
     let mailbox = Mailbox::open(images.mailbox()).context("Cannot open the guest's mailbox")?;
     // Half of the disk is written before; the mirror has data to copy and holes
     // to skip. The rest is random writes and reads all over it.
     let workload = format!(
-        "mailbox=1 depth=32 mix=w80,r20 fill={} rate={}",
+        "mailbox=1 depth=32 mix=w80,r20 fill={} rate={} tsc_khz={tsc_khz}",
         args.size / 2,
         args.rate
     );
