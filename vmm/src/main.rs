@@ -6,12 +6,17 @@
 
 mod cli;
 mod client;
+mod config;
 mod demo;
+mod disks;
 mod guest;
+mod machine;
 mod monitor;
 mod run;
+mod serial_backend;
 mod signals;
 mod storage_daemon;
+mod terminal;
 mod vm_control;
 
 use std::process::ExitCode;

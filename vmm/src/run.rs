@@ -1,12 +1,279 @@
-//! `diptych run`: puts a guest's machine, block graph, jobs and monitor together.
+//! `diptych run`: puts a guest's machine, block graph, jobs and monitor
+//! together, and takes them apart in an order that loses nothing.
 
+use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::process::ExitCode;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use block::runtime::{EventLoop, sleep};
+use block::{Backend, Graph};
+use futures_channel::mpsc;
+use futures_util::future::{Either, select};
+use futures_util::{FutureExt, StreamExt};
+use jobs::Jobs;
+
+use crate::config::{DiskSpec, IothreadSpec, MemorySize, SerialSpec, VmSpec};
+use crate::disks::{self, Disk, Iothreads};
+use crate::machine::{
+    BootImages, BootProtocol, CrashPolicy, GuestEnd, Machine, MachineSpec, RebootPolicy,
+};
+use crate::monitor::{Monitor, QmpAddress, QmpSocket};
+use crate::serial_backend::SerialBackend;
+use crate::signals::EndSignals;
+use crate::vm_control::{IothreadInfo, ShutdownCause, VmControl, VmEvent};
+
+/// How long each step of the process' end may take.
+const END_TIME: Duration = Duration::from_secs(5);
+/// Status of the process when the guest crashed.
+const EXIT_GUEST_CRASHED: u8 = 3;
+/// Status of the process when a signal ended it: this and the signal's number.
+const EXIT_SIGNAL_BASE: u8 = 128;
 
 /// Arguments of `diptych run`.
 #[derive(Debug, clap::Args)]
-pub struct RunArgs {}
+#[command(after_help = "\
+Exit status: 0 the guest shut down (or a monitor said quit), 1 an error, 2 wrong
+usage, 3 the guest crashed, 128+N ended by signal N.
+
+On a terminal, Ctrl-A x ends the process; Ctrl-A Ctrl-A is a Ctrl-A for the guest.")]
+pub struct RunArgs {
+    /// Kernel: an x86-64 ELF vmlinux or a bzImage
+    #[arg(long, value_name = "PATH")]
+    kernel: Option<PathBuf>,
+
+    /// Initial RAM disk
+    #[arg(long, value_name = "PATH")]
+    initrd: Option<PathBuf>,
+
+    /// Kernel command line [default: console=ttyS0]; the disks' virtio_mmio.device=
+    /// arguments are appended
+    #[arg(long, value_name = "STRING")]
+    cmdline: Option<String>,
+
+    /// How an ELF kernel is entered [default: auto]
+    #[arg(long, value_name = "PROTOCOL")]
+    boot: Option<BootProtocol>,
+
+    /// Number of vCPUs, 1 to 32 [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u8>,
+
+    /// Memory: MiB, or a number with K, M, G or T behind it [default: 256M]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<MemorySize>,
+
+    /// A disk, as path=P[,id=ID][,readonly=on]…; see --help. May be repeated
+    #[arg(long, value_name = "KEY=VALUE,…", long_help = DiskSpec::HELP)]
+    disk: Vec<DiskSpec>,
+
+    /// A thread for disks to be served by, as id=ID. May be repeated
+    #[arg(long, value_name = "id=ID", long_help = IothreadSpec::HELP)]
+    iothread: Vec<IothreadSpec>,
+
+    /// A monitor socket, as unix:PATH. May be repeated
+    #[arg(long, value_name = "ADDRESS")]
+    qmp: Vec<QmpAddress>,
+
+    /// The serial port: stdio, file:PATH, unix:PATH (listens) or null [default: stdio]
+    #[arg(long, value_name = "PLACE")]
+    serial: Option<SerialSpec>,
+
+    /// Do not run the guest before a monitor says cont
+    #[arg(long)]
+    paused: bool,
+
+    /// What happens when the guest resets itself [default: exit]
+    #[arg(long, value_name = "ACTION")]
+    on_reboot: Option<RebootPolicy>,
+
+    /// What happens when the guest crashes (triple fault, KVM error) [default: pause]
+    #[arg(long, value_name = "ACTION")]
+    on_crash: Option<CrashPolicy>,
+
+    /// File that says the same and more; JSON if its name ends so, else TOML.
+    /// Flags override its values and add to its lists
+    #[arg(long, value_name = "PATH")]
+    config: Option<PathBuf>,
+}
+
+impl RunArgs {
+    /// What the flags and the file, if there is one, say together.
+    pub fn into_spec(self) -> Result<VmSpec, crate::config::ConfigError> {
+        let file = match &self.config {
+            Some(path) => VmSpec::read(path)?,
+            None => VmSpec::default(),
+        };
+        Ok(file.overlay(VmSpec {
+            kernel: self.kernel,
+            initrd: self.initrd,
+            cmdline: self.cmdline,
+            boot: self.boot,
+            cpus: self.cpus,
+            memory: self.memory,
+            disk: self.disk,
+            iothread: self.iothread,
+            qmp: self.qmp,
+            serial: self.serial,
+            paused: self.paused.then_some(true),
+            on_reboot: self.on_reboot,
+            on_crash: self.on_crash,
+        }))
+    }
+}
 
 /// Boots the guest and serves it until it ends.
-pub fn main(_args: RunArgs) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("This build cannot run guests yet")
+pub fn main(args: RunArgs) -> anyhow::Result<ExitCode> {
+    let mut spec = args.into_spec()?;
+    spec.check()?;
+    let event_loop = EventLoop::new("main").context("Cannot make the main event loop")?;
+    event_loop.block_on(run(spec))
+}
+
+/// Why the process ends.
+enum End {
+    Guest(GuestEnd),
+    Signal(u8),
+    Quit(ShutdownCause),
+}
+
+async fn run(spec: VmSpec) -> anyhow::Result<ExitCode> {
+    let signals = EndSignals::new().context("Cannot listen for signals")?;
+    // What costs little and fails often comes first.
+    let images = BootImages::open(
+        spec.kernel.as_deref().unwrap_or(Path::new("")),
+        spec.initrd.as_deref(),
+        spec.cmdline.as_deref().unwrap_or(VmSpec::DEFAULT_CMDLINE),
+        spec.boot.unwrap_or_default(),
+    )?;
+    let sockets = spec
+        .qmp
+        .iter()
+        .map(QmpSocket::bind)
+        .collect::<Result<Vec<_>, _>>()?;
+    let graph = Graph::new();
+    let jobs = Jobs::new(graph.handle());
+    let monitor = Monitor::new(&graph, &jobs);
+    let iothreads = Iothreads::start(&spec.iothread)?;
+    let disks = disks::open(&graph, &spec.disk, &iothreads).await?;
+    let mut serial = SerialBackend::open(&spec.serial.unwrap_or_default())?;
+    let event_monitor = Rc::clone(&monitor);
+    let machine = Rc::new(Machine::build(
+        MachineSpec {
+            memory: spec.memory.unwrap_or(MemorySize::DEFAULT).0,
+            cpus: spec.cpus.unwrap_or(VmSpec::DEFAULT_CPUS),
+            images,
+            disks: disks.iter().map(|disk| Arc::clone(&disk.device)).collect(),
+            iothreads: iothreads
+                .handles()
+                .map(|handle| IothreadInfo {
+                    id: handle.name().to_owned(),
+                    thread_id: handle.thread_id(),
+                })
+                .collect(),
+            serial_output: serial.sink(),
+            on_reboot: spec.on_reboot.unwrap_or_default(),
+            on_crash: spec.on_crash.unwrap_or_default(),
+        },
+        move |event| event_monitor.emit_machine(event),
+    )?);
+    monitor.set_machine(Rc::clone(&machine) as _);
+    for socket in sockets {
+        monitor
+            .listen(socket)
+            .context("Cannot watch a QMP socket")?;
+    }
+    let (quit, quit_by_user) = mpsc::unbounded();
+    serial.start_input(Arc::clone(machine.serial()), move || {
+        // Nobody listens when the process is ending anyway.
+        let _ = quit.unbounded_send(());
+    })?;
+    if !spec.paused.unwrap_or(false) {
+        machine.cont().await?;
+    }
+    let end = wait_for_end(&machine, &monitor, &signals, quit_by_user).await?;
+    take_down(&end, &machine, &monitor, &graph, disks).await;
+    iothreads.stop();
+    drop(serial);
+    Ok(match end {
+        End::Signal(signal) => ExitCode::from(EXIT_SIGNAL_BASE.saturating_add(signal)),
+        End::Guest(GuestEnd::RestartFailed) => ExitCode::FAILURE,
+        End::Guest(_) | End::Quit(_) if machine.crashed() => ExitCode::from(EXIT_GUEST_CRASHED),
+        End::Guest(_) | End::Quit(_) => ExitCode::SUCCESS,
+    })
+}
+
+/// Returns when the guest has ended, or somebody wants the process to.
+async fn wait_for_end(
+    machine: &Machine,
+    monitor: &Monitor,
+    signals: &EndSignals,
+    mut quit_by_user: mpsc::UnboundedReceiver<()>,
+) -> anyhow::Result<End> {
+    Ok(futures_util::select_biased! {
+        end = pin!(machine.ended().fuse()) => End::Guest(end),
+        signal = pin!(signals.next().fuse()) => {
+            End::Signal(signal.context("Cannot wait for signals")?)
+        }
+        () = pin!(monitor.quit_requested().fuse()) => End::Quit(ShutdownCause::HostQmpQuit),
+        () = quit_by_user.select_next_some() => End::Quit(ShutdownCause::HostSignal),
+    })
+}
+
+/// Ends in an order that loses nothing: the vCPUs and devices first, then jobs,
+/// then what the guest was told is written is flushed, then clients, who are
+/// told how it all ended. Bounded where a hung storage could hold it.
+async fn take_down(
+    end: &End,
+    machine: &Machine,
+    monitor: &Monitor,
+    graph: &Graph,
+    disks: Vec<Disk>,
+) {
+    let cause = match end {
+        End::Guest(_) => None,
+        End::Signal(_) => Some(ShutdownCause::HostSignal),
+        End::Quit(cause) => Some(*cause),
+    };
+    if let Some(cause) = cause {
+        monitor.emit_machine(VmEvent::Shutdown(cause));
+    }
+    if !in_time(machine.take_down()).await {
+        tracing::error!("Disk requests did not end in time; the guest's last writes may be lost");
+    }
+    let left = monitor.jobs().cancel_all(END_TIME).await;
+    if !left.is_empty() {
+        tracing::error!(jobs = left.join(", "), "Jobs did not end in time");
+    }
+    for Disk { backend, .. } in disks {
+        match flush(&backend).await {
+            Some(Ok(())) => graph.detach(&backend),
+            Some(Err(error)) => tracing::error!(%error, "Cannot flush disk '{}'", backend.name()),
+            None => tracing::error!("Flush of disk '{}' did not end in time", backend.name()),
+        }
+    }
+    monitor.close().await;
+}
+
+/// Flushes a disk that may be written; `None` if that takes too long.
+async fn flush(backend: &Arc<Backend>) -> Option<Result<(), block::IoError>> {
+    if backend.root().read_only() {
+        return Some(Ok(()));
+    }
+    let flush = backend.flush();
+    match select(pin!(flush), pin!(sleep(END_TIME))).await {
+        Either::Left((result, _)) => Some(result),
+        Either::Right(_) => None,
+    }
+}
+
+/// Waits for `work`, but not for ever; whether it was done.
+async fn in_time(work: impl Future<Output = ()>) -> bool {
+    matches!(
+        select(pin!(work), pin!(sleep(END_TIME))).await,
+        Either::Left(_)
+    )
 }

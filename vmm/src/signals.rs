@@ -2,10 +2,13 @@
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use block::runtime::{AsyncFd, Interest};
 use signal_hook::SigId;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
 use signal_hook::low_level::{pipe, unregister};
 
 /// SIGINT, SIGTERM and SIGHUP: each is a wish for an orderly end, and none kills
@@ -14,6 +17,9 @@ use signal_hook::low_level::{pipe, unregister};
 /// Belongs to the event loop of the thread that made it.
 pub(crate) struct EndSignals {
     receiver: AsyncFd<UnixStream>,
+    /// Number of the last one that came. Own synchronisation: stored by the
+    /// handler before it writes to the socket.
+    last: Arc<AtomicUsize>,
     registered: Vec<SigId>,
 }
 
@@ -26,23 +32,28 @@ impl EndSignals {
         receiver.set_nonblocking(true)?;
         let mut signals = Self {
             receiver: AsyncFd::new(receiver)?,
+            last: Arc::default(),
             registered: Vec::new(),
         };
         for signal in [SIGINT, SIGTERM, SIGHUP] {
+            let number = usize::try_from(signal).unwrap_or_default();
+            let id = flag::register_usize(signal, Arc::clone(&signals.last), number)?;
+            signals.registered.push(id);
             let id = pipe::register(signal, sender.try_clone()?)?;
             signals.registered.push(id);
         }
         Ok(signals)
     }
 
-    /// Waits for the next of the signals; several at once may count as one.
-    /// Cancel: a signal that came meanwhile is found by the next call.
-    pub(crate) async fn next(&self) -> io::Result<()> {
+    /// Waits for the next of the signals and gives its number; several at once
+    /// may count as one. Cancel: a signal that came meanwhile is found by the
+    /// next call.
+    pub(crate) async fn next(&self) -> io::Result<u8> {
         let mut bytes = [0; 64];
         self.receiver
             .io(Interest::Readable, |mut stream| stream.read(&mut bytes))
-            .await
-            .map(|_| ())
+            .await?;
+        Ok(self.last.load(Ordering::SeqCst) as u8)
     }
 }
 

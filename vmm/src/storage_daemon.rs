@@ -86,6 +86,6 @@ async fn wait_for_end(monitor: &Rc<Monitor>, signals: &EndSignals) -> anyhow::Re
     pin_mut!(quit, signal);
     match select(quit, signal).await {
         Either::Left(((), _)) => Ok(()),
-        Either::Right((result, _)) => result.context("Cannot wait for signals"),
+        Either::Right((result, _)) => result.map(drop).context("Cannot wait for signals"),
     }
 }

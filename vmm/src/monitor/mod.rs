@@ -54,7 +54,7 @@ use session::Session;
 pub(crate) use commands::parse_blockdev;
 pub(crate) use error::QmpError;
 pub(crate) use events::Event;
-pub(crate) use socket::{QmpAddress, QmpSocket};
+pub(crate) use socket::{QmpAddress, QmpSocket, SocketError};
 
 /// What all monitor sockets of the process share. Main thread only.
 pub(crate) struct Monitor {

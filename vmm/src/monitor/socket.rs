@@ -24,6 +24,15 @@ pub(crate) struct QmpAddress {
     path: PathBuf,
 }
 
+impl QmpAddress {
+    /// The socket at `path`.
+    pub(crate) fn at(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+        }
+    }
+}
+
 impl FromStr for QmpAddress {
     type Err = SocketError;
 
@@ -123,7 +132,7 @@ impl QmpSocket {
     }
 
     /// The descriptor to accept on, in non-blocking mode.
-    pub(super) fn listener(&self) -> io::Result<UnixListener> {
+    pub(crate) fn listener(&self) -> io::Result<UnixListener> {
         self.listener.try_clone()
     }
 

@@ -1,0 +1,195 @@
+//! Single values of a configuration: sizes, switches, lists of ids, and where
+//! sockets and the serial port are. Each reads a string (from a flag or a
+//! file), and a number or boolean where a file would have one.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::de::{self, Deserializer, SeqAccess, Visitor};
+use serde::{Deserialize, de::Unexpected};
+
+use crate::machine::{GIB, KIB, MIB};
+use crate::monitor::QmpAddress;
+
+/// A size of memory in bytes.
+///
+/// Read from a number of MiB, or a number with K, M, G or T behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemorySize(pub u64);
+
+impl MemorySize {
+    /// Memory by default.
+    pub const DEFAULT: Self = Self(256 * MIB);
+}
+
+impl FromStr for MemorySize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let error =
+            || format!("'{text}' is not a size; give MiB, or a number with K, M, G or T behind it");
+        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let unit = match &text[digits.len()..] {
+            "" | "M" | "MiB" => MIB,
+            "K" | "KiB" => KIB,
+            "G" | "GiB" => GIB,
+            "T" | "TiB" => 1024 * GIB,
+            _ => return Err(error()),
+        };
+        // No sign, no blank: what Rust's own parser would let pass.
+        if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(error());
+        }
+        digits
+            .parse::<u64>()
+            .ok()
+            .and_then(|number| number.checked_mul(unit))
+            .map(Self)
+            .ok_or_else(error)
+    }
+}
+
+impl<'de> Deserialize<'de> for MemorySize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SizeVisitor;
+        impl Visitor<'_> for SizeVisitor {
+            type Value = MemorySize;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of MiB, or a string such as \"2G\"")
+            }
+            fn visit_u64<E: de::Error>(self, mib: u64) -> Result<MemorySize, E> {
+                mib.checked_mul(MIB)
+                    .map(MemorySize)
+                    .ok_or_else(|| E::invalid_value(Unexpected::Unsigned(mib), &self))
+            }
+            fn visit_i64<E: de::Error>(self, mib: i64) -> Result<MemorySize, E> {
+                u64::try_from(mib)
+                    .map_err(|_| E::invalid_value(Unexpected::Signed(mib), &self))
+                    .and_then(|mib| self.visit_u64(mib))
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<MemorySize, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(SizeVisitor)
+    }
+}
+
+/// Where the guest's serial port leads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SerialSpec {
+    /// The terminal, or whatever stdin and stdout are.
+    #[default]
+    Stdio,
+    /// Output into a file; no input.
+    File(PathBuf),
+    /// One client at a time of a unix socket.
+    Unix(PathBuf),
+    /// Nowhere.
+    Null,
+}
+
+impl FromStr for SerialSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "null" => Ok(Self::Null),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
+            _ => Err(format!(
+                "'{text}' is no place for a serial port; give stdio, file:PATH, unix:PATH or null"
+            )),
+        }
+    }
+}
+
+/// Deserialises what has a `FromStr` from a string.
+macro_rules! deserialize_from_str {
+    ($($type:ty),+) => {$(
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+            }
+        }
+    )+};
+}
+deserialize_from_str!(QmpAddress, SerialSpec);
+
+/// The default of switches that are on.
+pub fn on() -> bool {
+    true
+}
+
+/// The default of counts.
+pub fn one() -> u16 {
+    1
+}
+
+/// A boolean, or `on` or `off`.
+pub fn on_off<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    struct OnOff;
+    impl Visitor<'_> for OnOff {
+        type Value = bool;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("on or off")
+        }
+        fn visit_bool<E: de::Error>(self, value: bool) -> Result<bool, E> {
+            Ok(value)
+        }
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<bool, E> {
+            match text {
+                "on" => Ok(true),
+                "off" => Ok(false),
+                _ => Err(E::invalid_value(Unexpected::Str(text), &self)),
+            }
+        }
+    }
+    deserializer.deserialize_any(OnOff)
+}
+
+/// A small number.
+pub fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
+    struct Count;
+    impl Visitor<'_> for Count {
+        type Value = u16;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a number from 0 to 65535")
+        }
+        fn visit_u64<E: de::Error>(self, value: u64) -> Result<u16, E> {
+            u16::try_from(value).map_err(|_| E::invalid_value(Unexpected::Unsigned(value), &self))
+        }
+        fn visit_i64<E: de::Error>(self, value: i64) -> Result<u16, E> {
+            u16::try_from(value).map_err(|_| E::invalid_value(Unexpected::Signed(value), &self))
+        }
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<u16, E> {
+            text.parse()
+                .map_err(|_| E::invalid_value(Unexpected::Str(text), &self))
+        }
+    }
+    deserializer.deserialize_any(Count)
+}
+
+/// A list of ids, or a string with `+` between them.
+pub fn id_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    struct IdList;
+    impl<'de> Visitor<'de> for IdList {
+        type Value = Vec<String>;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an id, or several as in a+b")
+        }
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Vec<String>, E> {
+            Ok(text.split('+').map(str::to_owned).collect())
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<String>, A::Error> {
+            let mut ids = Vec::new();
+            while let Some(id) = seq.next_element()? {
+                ids.push(id);
+            }
+            Ok(ids)
+        }
+    }
+    deserializer.deserialize_any(IdList)
+}

@@ -1,0 +1,170 @@
+//! The disks of `diptych run`: from a [`DiskSpec`] to nodes in the block graph,
+//! the backend that block jobs know, and the device that the guest sees.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use anyhow::Context;
+use block::runtime::{Iothread, IothreadHandle};
+use block::{
+    Backend, BackendUser, BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, DiscardMode,
+    DriverOptions, FileOptions, Graph, Perm, Permissions, RawOptions,
+};
+use devices::{VirtioBlk, VirtioBlkConfig};
+
+use crate::config::{DiskSpec, IothreadSpec};
+
+/// The iothreads of a guest, by id.
+pub struct Iothreads {
+    threads: Vec<Iothread>,
+}
+
+impl Iothreads {
+    /// Starts them.
+    pub fn start(specs: &[IothreadSpec]) -> anyhow::Result<Self> {
+        let threads = specs
+            .iter()
+            .map(|spec| {
+                Iothread::spawn(&spec.id)
+                    .with_context(|| format!("Cannot start iothread '{}'", spec.id))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { threads })
+    }
+
+    /// The ways to them, in the order they were given.
+    pub fn handles(&self) -> impl Iterator<Item = &IothreadHandle> {
+        self.threads.iter().map(Iothread::handle)
+    }
+
+    /// Stops them, after all requests they have made. May take as long as a
+    /// slow disk does.
+    pub fn stop(self) {
+        self.threads.into_iter().for_each(Iothread::stop);
+    }
+}
+
+/// A disk that is open and has its device.
+pub struct Disk {
+    /// Where its data is; block jobs know it by its name, the disk's id.
+    pub backend: Arc<Backend>,
+    /// What the guest sees.
+    pub device: Arc<VirtioBlk>,
+}
+
+/// Opens the disks, in their order. `specs` have been checked.
+///
+/// Errors: one line for the user. Disks opened before stay open.
+pub async fn open(
+    graph: &Rc<Graph>,
+    specs: &[DiskSpec],
+    iothreads: &Iothreads,
+) -> anyhow::Result<Vec<Disk>> {
+    let by_id: HashMap<&str, &IothreadHandle> = iothreads
+        .handles()
+        .map(|handle| (handle.name(), handle))
+        .collect();
+    let mut disks = Vec::with_capacity(specs.len());
+    for spec in specs {
+        let id = spec.id.as_deref().unwrap_or_default();
+        let disk = open_one(graph, id, spec, &by_id)
+            .await
+            .with_context(|| format!("Cannot open disk '{id}' ('{}')", spec.path.display()))?;
+        disks.push(disk);
+    }
+    Ok(disks)
+}
+
+async fn open_one(
+    graph: &Rc<Graph>,
+    id: &str,
+    spec: &DiskSpec,
+    iothreads: &HashMap<&str, &IothreadHandle>,
+) -> anyhow::Result<Disk> {
+    let node = graph.blockdev_add(node_options(id, spec)).await?;
+    let user = Arc::new(DiskUser { id: id.to_owned() });
+    let backend = graph.attach(id, &node, permissions(spec.readonly), Some(user))?;
+    let served_by = spec
+        .iothread
+        .iter()
+        .filter_map(|name| iothreads.get(name.as_str()).map(|handle| (*handle).clone()))
+        .collect();
+    let mut config = VirtioBlkConfig::new(id, Arc::clone(&backend), served_by);
+    config.serial = spec.serial.clone().unwrap_or_default();
+    config.read_only = spec.readonly;
+    config.num_queues = spec.queues;
+    config.discard = spec.discard;
+    if spec.direct {
+        // What is smaller would have to be read, changed and written back.
+        let alignment = node
+            .limits()
+            .request_alignment
+            .max(config.logical_block_size);
+        config.logical_block_size = alignment;
+        config.physical_block_size = config.physical_block_size.max(alignment);
+    }
+    let device = Arc::new(VirtioBlk::new(config)?);
+    Ok(Disk { backend, device })
+}
+
+/// A raw format node, `ID-raw`, over a file node, `ID-file`.
+fn node_options(id: &str, spec: &DiskSpec) -> BlockdevOptions {
+    let options = |name: &str, driver| BlockdevOptions {
+        node_name: Some(format!("{id}-{name}")),
+        read_only: Some(spec.readonly),
+        auto_read_only: false,
+        cache: CacheOptions {
+            direct: spec.direct,
+            no_flush: false,
+        },
+        discard: if spec.discard {
+            DiscardMode::Unmap
+        } else {
+            DiscardMode::Ignore
+        },
+        detect_zeroes: DetectZeroes::Off,
+        driver,
+    };
+    let file = options(
+        "file",
+        DriverOptions::File(FileOptions {
+            filename: spec.path.clone(),
+            locking: None,
+            host_device: false,
+        }),
+    );
+    options(
+        "raw",
+        DriverOptions::Raw(RawOptions {
+            file: BlockdevRef::Inline(Box::new(file)),
+            offset: 0,
+            size: None,
+        }),
+    )
+}
+
+/// What a disk does with its image, and lets others do: read, and change what
+/// does not show (as QEMU's disks without `share-rw`).
+fn permissions(readonly: bool) -> Permissions {
+    Permissions {
+        need: if readonly {
+            Perm::CONSISTENT_READ
+        } else {
+            Perm::CONSISTENT_READ | Perm::WRITE
+        },
+        share: Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED | Perm::RESIZE,
+    }
+}
+
+/// The disk's device as the graph knows it. It needs no hooks: a drained
+/// section holds its requests at the backend.
+struct DiskUser {
+    id: String,
+}
+
+impl BackendUser for DiskUser {
+    fn describe(&self) -> String {
+        format!("virtio-blk device '{}'", self.id)
+    }
+}
