@@ -93,6 +93,10 @@ impl Drop for Effects {
             panic!("{self:?} were dropped instead of run");
         }
         tracing::error!(effects = ?self, "Effects of a job request were not run by its caller");
-        self.run_all();
+        // Unwinding under the mutex: they cannot be run, and the process is done
+        // for anyway.
+        if !sync::is_held() {
+            self.run_all();
+        }
     }
 }

@@ -39,12 +39,20 @@ mod home;
 mod id;
 mod main_task;
 pub mod mirror;
+#[cfg(all(test, shuttle))]
+mod model_tests;
 mod monitor;
 mod progress;
 mod query;
 mod shared;
+#[cfg(all(test, not(shuttle)))]
+mod shell_tests;
 mod state;
 mod sync;
+#[cfg(test)]
+mod test_support;
+#[cfg(all(test, not(shuttle)))]
+mod throttle_tests;
 
 pub use context::{JobContext, JobNotifier};
 pub use drain::OwnDrain;

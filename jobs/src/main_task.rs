@@ -120,6 +120,12 @@ impl MainJobs {
         self.jobs.lock().ids_locked()
     }
 
+    /// Waits until no job is left, without doing anything about that.
+    #[cfg(all(test, shuttle))]
+    pub(crate) async fn until_empty(&self) {
+        self.until(|jobs| jobs.lock().is_empty_locked()).await;
+    }
+
     async fn at_most(&self, limit: Duration, work: impl Future<Output = ()>) {
         let timer = self.jobs.shared.environment.sleep(limit);
         if let Either::Right(_) = select(pin!(work), timer).await {
@@ -178,7 +184,7 @@ impl MainJobs {
         }
     }
 
-    fn run_quick_work(&self) {
+    pub(crate) fn run_quick_work(&self) {
         loop {
             let work = self.jobs.shared.lock().core.quick.pop_front();
             match work {

@@ -39,7 +39,7 @@ impl RateLimit {
     }
 
     /// Sets the limit. What was charged to the running slice stays charged; how
-    /// long that lasts is computed with the new limit from now on.
+    /// long that lasts is computed with the new limit from the next look on.
     ///
     /// Says whether a job that waits now may have to wait less.
     pub(crate) fn set_speed(&mut self, speed: u64) -> bool {
@@ -54,8 +54,8 @@ impl RateLimit {
             self.slice = None;
             return Duration::ZERO;
         }
-        // Whether the running slice is over depends on the limit of now, not on
-        // that of the time when the bytes were charged.
+        // Whether the running slice is over depends on the limit of the last look:
+        // what is over is forgotten, even if a lower limit came since.
         let mut slice = match self.slice {
             Some(slice) if now < slice.end => slice,
             _ => Slice {
