@@ -1,7 +1,8 @@
 //! `diptych storage-daemon`: block graph, jobs and monitor without a guest.
 
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 use std::rc::Rc;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -15,7 +16,9 @@ use crate::monitor::{Monitor, QmpAddress, QmpError, QmpSocket, parse_blockdev};
 use crate::signals::EndSignals;
 
 /// How long jobs may take to end when the program does.
-const END_TIME: Duration = Duration::from_secs(3);
+const JOBS_END_TIME: Duration = Duration::from_secs(3);
+/// How long the end of the program may take in all.
+const END_TIME: Duration = Duration::from_secs(5);
 
 /// Arguments of `diptych storage-daemon`.
 #[derive(Debug, clap::Args)]
@@ -69,10 +72,19 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ends in order: jobs, then clients, who are told how the jobs ended. Bounded:
-/// what hangs is left to the end of the process, as a crash would leave it.
+/// Ends in order: jobs, then clients, who are told how the jobs ended. Storage
+/// that hangs, here or when the event loop waits for its last requests, is left as
+/// a crash would leave it after [`END_TIME`].
 async fn end(monitor: &Monitor) {
-    let left = monitor.jobs().cancel_all(END_TIME).await;
+    thread::spawn(|| {
+        thread::sleep(END_TIME);
+        eprintln!(
+            "diptych: Requests to the storage did not end within {} seconds; leaving them",
+            END_TIME.as_secs()
+        );
+        process::exit(1);
+    });
+    let left = monitor.jobs().cancel_all(JOBS_END_TIME).await;
     if !left.is_empty() {
         tracing::error!(jobs = left.join(", "), "Jobs did not end in time");
     }

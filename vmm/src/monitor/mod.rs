@@ -18,7 +18,7 @@
 //! ([`json::Limits`]), the messages that wait, and the bytes that it does not
 //! read ([`output`]).
 
-// The machine and the jobs are the users of what is not used yet.
+// The machine is the user of what is not used yet.
 #![allow(dead_code)]
 
 mod args;
@@ -35,6 +35,7 @@ mod socket;
 mod tests;
 
 use std::cell::{Cell, OnceCell, RefCell};
+use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
@@ -67,7 +68,9 @@ pub(crate) struct Monitor {
     sessions: RefCell<Slab<Rc<Session>>>,
     quitting: Cell<bool>,
     closing: Cell<bool>,
-    /// `quitting`, `closing` or `sessions` changed.
+    /// Sockets that are listened on.
+    sockets: Cell<usize>,
+    /// `quitting`, `closing`, `sessions` or `sockets` changed.
     changed: Changed,
 }
 
@@ -92,6 +95,7 @@ impl Monitor {
             sessions: RefCell::default(),
             quitting: Cell::new(false),
             closing: Cell::new(false),
+            sockets: Cell::new(0),
             changed: Changed::default(),
         })
     }
@@ -117,18 +121,30 @@ impl Monitor {
     ///
     /// Errors: the loop cannot watch the socket. Panics: no event loop on this
     /// thread.
-    pub(crate) fn listen(self: &Rc<Self>, socket: QmpSocket) -> std::io::Result<()> {
+    pub(crate) fn listen(self: &Rc<Self>, socket: QmpSocket) -> io::Result<()> {
         let listener = AsyncFd::new(socket.listener()?)?;
         let monitor = Rc::clone(self);
+        monitor.sockets.set(monitor.sockets.get() + 1);
         spawn_local(async move {
-            let accept = monitor.accept_all(&socket, &listener);
-            let closing = monitor.closing();
-            futures_util::pin_mut!(accept, closing);
+            monitor.accept_until_closing(&socket, &listener).await;
             // The socket's file goes here, when no client can be served.
-            futures_util::future::select(accept, closing).await;
+            drop((listener, socket));
+            monitor.sockets.set(monitor.sockets.get() - 1);
+            monitor.changed.notify();
         })
         .detach();
         Ok(())
+    }
+
+    async fn accept_until_closing(
+        self: &Rc<Self>,
+        socket: &QmpSocket,
+        listener: &AsyncFd<UnixListener>,
+    ) {
+        let accept = self.accept_all(socket, listener);
+        let closing = self.closing();
+        futures_util::pin_mut!(accept, closing);
+        futures_util::future::select(accept, closing).await;
     }
 
     /// One client after another.
@@ -165,6 +181,15 @@ impl Monitor {
         let served = AssertUnwindSafe(session.serve(&self, &stream)).catch_unwind();
         match served.await {
             Ok(Ok(())) => tracing::debug!(%path, "QMP client left"),
+            // It left without reading everything: its own business.
+            Ok(Err(error))
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+                ) =>
+            {
+                tracing::debug!(%path, "QMP client left");
+            }
             Ok(Err(error)) => tracing::warn!(%path, %error, "QMP client cut off"),
             Err(_) => tracing::error!(%path, "QMP session panicked; client cut off"),
         }
@@ -218,7 +243,10 @@ impl Monitor {
         self.closing.set(true);
         self.changed.notify();
         self.changed
-            .until(|| self.sessions.borrow().is_empty().then_some(()))
+            .until(|| {
+                let ended = self.sessions.borrow().is_empty() && self.sockets.get() == 0;
+                ended.then_some(())
+            })
             .await;
     }
 }

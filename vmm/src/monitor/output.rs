@@ -111,7 +111,7 @@ impl Output {
                 .changed
                 .until(|| {
                     if self.overrun.get() {
-                        Some(Err(io::Error::from(io::ErrorKind::TimedOut)))
+                        Some(Err(overrun()))
                     } else if self.backlog() > 0 {
                         Some(Ok(true))
                     } else {
@@ -138,11 +138,18 @@ impl Output {
             bytes.drain(..written);
             Ok(())
         });
-        let overrun = self.changed.until(|| self.overrun.get().then_some(()));
-        futures_util::pin_mut!(write, overrun);
-        match futures_util::future::select(write, overrun).await {
+        let overran = self.changed.until(|| self.overrun.get().then_some(()));
+        futures_util::pin_mut!(write, overran);
+        match futures_util::future::select(write, overran).await {
             futures_util::future::Either::Left((result, _)) => result,
-            futures_util::future::Either::Right(_) => Err(io::ErrorKind::TimedOut.into()),
+            futures_util::future::Either::Right(_) => Err(overrun()),
         }
     }
+}
+
+fn overrun() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::TimedOut,
+        "It does not read the events it is sent",
+    )
 }

@@ -111,7 +111,10 @@ impl Session {
         pin_mut!(flush, deadline);
         match select(flush, deadline).await {
             Either::Left((result, _)) => result,
-            Either::Right(_) => Err(io::ErrorKind::TimedOut.into()),
+            Either::Right(_) => Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "It does not read the last replies",
+            )),
         }
     }
 

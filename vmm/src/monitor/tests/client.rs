@@ -58,6 +58,14 @@ impl Client {
         }
     }
 
+    /// Waits for an event of that name, unless it has been seen already.
+    pub(super) fn wait_for(&mut self, name: &str) {
+        while !self.events.iter().any(|event| event["event"] == name) {
+            let line = self.line();
+            self.events.push(line);
+        }
+    }
+
     /// Sends a command without arguments and gives its reply.
     pub(super) fn ask(&mut self, command: &str) -> Value {
         self.ask_with(command, json!({}))

@@ -5,6 +5,7 @@
 
 mod client;
 mod conversation;
+mod jobs;
 mod machine;
 
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use std::rc::Rc;
 use block::Graph;
 use block::runtime::{EventLoop, unblock};
 
-use jobs::Jobs;
+use ::jobs::Jobs;
 
 use super::{Monitor, QmpSocket};
 use client::Client;
