@@ -67,6 +67,8 @@ pub(super) struct Body<'a> {
     zeroed_seen: u64,
     /// How much to look at at once where extents are not known.
     leap: u64,
+    /// Bytes started since the last rest.
+    since_rest: u64,
     /// Nothing is started before this instant (rest, failure).
     not_before: Option<Instant>,
     backoff: Duration,
@@ -108,6 +110,7 @@ impl<'a> Body<'a> {
             data_until: 0,
             zeroed_seen: state.zeroed(),
             leap: request,
+            since_rest: 0,
             not_before: None,
             backoff: BACKOFF.0,
             failure: None,
@@ -150,14 +153,19 @@ impl<'a> Body<'a> {
                 self.count_anew();
             }
             self.adapt();
+            if self.wants_section() {
+                self.quiesce().await;
+                // What ended just now may have failed, or have paused the job.
+                let fine = self.failure.is_none() && !self.ctx.is_pause_requested();
+                if fine && self.converge().await {
+                    return Ok(());
+                }
+                continue;
+            }
             let wait = self.start_operations();
             self.report_progress();
             if !self.operations.is_empty() {
                 self.wait_for_operation(wait).await;
-            } else if self.wants_section() {
-                if self.converge().await {
-                    return Ok(());
-                }
             } else if self.state.dirty.is_clean() {
                 self.idle().await;
             } else {
@@ -259,35 +267,41 @@ impl<'a> Body<'a> {
             if let Some(left) = self.wait_left() {
                 return left.min(SLICE);
             }
-            let window = self.pace.window();
-            let request = self.request_size(window);
-            let full = self.window_used > 0 && self.window_used + request > window;
-            if self.operations.len() >= self.max_operations || full {
+            if self.operations.len() >= self.max_operations {
                 return SLICE;
             }
             let limited = self.ctx.throttle_wait();
             if !limited.is_zero() {
                 return limited.min(SLICE);
             }
+            let window = self.pace.window();
+            let request = self.request_size(window);
             let Some((range, look)) = self.next_range(request) else {
                 return SLICE;
             };
+            let cost = (range.end - range.start).min(request);
+            if self.window_used > 0 && self.window_used + cost > window {
+                return SLICE;
+            }
             let Some(nodes) = self.copier.enter() else {
                 // Somebody drains a node; the job is about to be paused.
                 return Duration::from_millis(1);
             };
             self.cursor = range.end;
-            self.start(range, look, request, nodes);
-            let rest = self.pace.rest();
-            if !rest.is_zero() {
-                self.not_before = Some(Instant::now() + rest);
+            self.start(range, look, cost, nodes);
+            self.since_rest += cost;
+            if self.since_rest >= self.pace.floor() {
+                self.since_rest = 0;
+                let rest = self.pace.rest();
+                if !rest.is_zero() {
+                    self.not_before = Some(Instant::now() + rest);
+                }
             }
         }
     }
 
-    fn start(&mut self, range: Range<u64>, look: Look, request: u64, nodes: Entered) {
+    fn start(&mut self, range: Range<u64>, look: Look, cost: u64, nodes: Entered) {
         let len = range.end - range.start;
-        let cost = len.min(request);
         self.window_used += cost;
         self.in_flight += len;
         let operation = self.copier.copy(range.clone(), look, nodes);

@@ -3,7 +3,8 @@
 //!
 //! A section is entered only when little is left to copy, and given up when it
 //! lasts too long; then the copier goes on beside the guest, and the next
-//! section may be longer. The last one stays held after the body's end, until
+//! section may be longer. If that does not help a mirror that is to end, it
+//! switches to `write-blocking` by itself. The last section stays held after the body's end, until
 //! main has put the target in place (`complete`).
 
 use std::ops::ControlFlow;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 use block::{Drained, Graph, GraphError};
 use futures_util::future::{Either, select};
 
-use crate::JobFailure;
+use crate::{CopyMode, JobFailure};
 
 use super::body::Body;
 use super::copy::{CopyError, Side};
@@ -25,30 +26,47 @@ use super::sweep::{Swept, sweep};
 /// Most bytes that the first section leaves to be copied inside it. Doubles with
 /// each section that did not suffice, and with each two passes of the scan.
 const FIRST_SECTION: u64 = 8 << 20;
-/// The bound does not grow beyond this many doublings (8 GiB).
-const MAX_DOUBLINGS: u32 = 10;
-/// Time that the first section may take for copying; doubles as well.
-const FIRST_LIMIT: Duration = Duration::from_millis(250);
-/// No section copies for longer than this.
-const MAX_LIMIT: Duration = Duration::from_secs(5);
+/// How often the bound is doubled at most: before the mirror is ready, when
+/// nobody has asked for the guest to be held, and when it is to end.
+const MAX_DOUBLINGS: (u32, u32) = (3, 10);
+/// Time that the first section may take for copying. Doubles with each section
+/// when the mirror is to end, but not beyond the second value.
+const LIMIT: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 /// Passes beside the guest before a section helps a mirror to become ready.
 const PASSES_BEFORE_SECTION: u32 = 3;
+/// After so many sections that did not suffice, a mirror that is to end makes the
+/// guest's writes go to the target as well, which always converges.
+const SECTIONS_BEFORE_BLOCKING: u32 = 3;
 
 impl Body<'_> {
     /// Whether it is time to hold the guest: the mirror is to end, or does not
     /// become ready because the guest goes on writing, and little is left.
     pub(super) fn wants_section(&self) -> bool {
-        if self.wait_left().is_some() || (self.sections > 0 && self.passes == self.section_pass) {
-            // A failure, or a section that did not suffice: the copier first.
-            return self.should_end() && self.wait_left().is_none() && self.state.dirty.is_clean();
+        let ends = self.should_end();
+        if self.wait_left().is_some() || (self.ready && !ends) {
+            return false;
         }
         let left = self.state.dirty_bytes();
-        let doublings = (self.sections + self.passes / 2).min(MAX_DOUBLINGS);
-        let little = left <= FIRST_SECTION << doublings;
-        if self.should_end() {
-            return little;
+        if ends && left == 0 {
+            return true;
         }
-        !self.ready && left > 0 && self.passes >= PASSES_BEFORE_SECTION && little
+        // After a section that did not suffice it is the copier's turn: for
+        // longer each time, if nobody waits for the end.
+        let turn = match self.sections {
+            0 => 0,
+            _ if ends => 1,
+            sections => 1 << sections.min(10),
+        };
+        if self.passes < self.section_pass.saturating_add(turn) {
+            return false;
+        }
+        let most = if ends {
+            MAX_DOUBLINGS.1
+        } else {
+            MAX_DOUBLINGS.0
+        };
+        let little = left <= FIRST_SECTION << (self.sections + self.passes / 2).min(most);
+        little && (ends || (left > 0 && self.passes >= PASSES_BEFORE_SECTION))
     }
 
     /// Holds the guest and copies the rest. Nothing may be in flight.
@@ -69,9 +87,14 @@ impl Body<'_> {
             drained,
             _own: Some(own),
         };
-        let limit = FIRST_LIMIT
-            .saturating_mul(1 << self.sections.min(8))
-            .min(MAX_LIMIT);
+        let limit = if self.should_end() {
+            LIMIT
+                .0
+                .saturating_mul(1 << self.sections.min(8))
+                .min(LIMIT.1)
+        } else {
+            LIMIT.0
+        };
         self.sections = self.sections.saturating_add(1);
         self.section_pass = self.passes;
         let clean = self.copy_rest(Instant::now() + limit).await;
@@ -87,10 +110,25 @@ impl Body<'_> {
             return true;
         }
         self.driver.end_section(held, self.ctx.id());
+        if !clean && self.should_end() && self.sections >= SECTIONS_BEFORE_BLOCKING {
+            self.block_writes();
+        }
         if clean && !self.ready && !self.ctx.is_force_cancelled() {
             self.become_ready();
         }
         false
+    }
+
+    /// Makes sure that what is left becomes less.
+    fn block_writes(&self) {
+        if self.state.copy_mode() == CopyMode::Background {
+            tracing::warn!(
+                job = self.ctx.id(),
+                "mirror: the guest writes faster than can be copied; its writes wait for the \
+                 target until the switch"
+            );
+            self.state.set_copy_mode(CopyMode::WriteBlocking);
+        }
     }
 
     /// Leaves the rest to main's hooks.

@@ -103,6 +103,11 @@ impl Pace {
         self.window
     }
 
+    /// The smallest window in bytes; after as much, the copier rests if it has to.
+    pub(crate) fn floor(&self) -> u64 {
+        self.floor
+    }
+
     /// Rest before the next request; zero if there is no need.
     pub(crate) fn rest(&self) -> Duration {
         self.rest
