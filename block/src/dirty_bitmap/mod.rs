@@ -36,7 +36,10 @@ const WORD: u64 = 64;
 const MAX_CHUNKS: u64 = 1 << 31;
 
 /// Levels are added until one has no more words than this.
+#[cfg(not(shuttle))]
 const TOP_WORDS: usize = 16;
+#[cfg(shuttle)]
+const TOP_WORDS: usize = 1;
 
 /// How often a scan is repeated before it does without summaries.
 const SCAN_TRIES: usize = 4;

@@ -320,34 +320,55 @@ mod shuttle_tests {
 
     use super::*;
 
-    /// Small levels would not do: more words than `TOP_WORDS` give a summary.
-    const CHUNKS: u64 = WORD * (TOP_WORDS as u64 + 1);
+    /// Three levels.
+    const CHUNKS: u64 = WORD * (WORD + 1);
     const END: u64 = CHUNKS * 512;
+    /// In the last word: a scan from 0 gets there by both summaries only.
+    const AT: u64 = WORD * WORD * 512;
 
     #[test]
     fn shuttle_a_chunk_whose_set_has_returned_is_found_while_others_prune() {
         shuttle::check_random(
             || {
                 let bitmap = Arc::new(bitmap(END, 512));
-                assert_eq!(bitmap.levels.len(), 2);
-                bitmap.set(0, 512);
+                assert_eq!(bitmap.levels.len(), 3);
+                bitmap.set(AT, 512);
                 let clearer = thread::spawn({
                     let bitmap = Arc::clone(&bitmap);
-                    move || bitmap.clear(0, 512)
+                    move || bitmap.clear(AT, 512)
                 });
                 let setter = thread::spawn({
                     let bitmap = Arc::clone(&bitmap);
                     move || {
                         // In the word that is being pruned.
-                        bitmap.set(512, 512);
-                        assert_eq!(bitmap.next_dirty(512), Some(512..1024));
+                        bitmap.set(AT + 512, 512);
+                        let found = bitmap.next_dirty(0).expect("it is dirty");
+                        assert!(found.end == AT + 1024, "{found:?}");
                         assert!(!bitmap.is_clean());
                     }
                 });
                 clearer.join().unwrap();
                 setter.join().unwrap();
-                assert_eq!(bitmap.next_dirty(0), Some(512..1024));
+                assert_eq!(bitmap.next_dirty(0), Some(AT + 512..AT + 1024));
                 assert_eq!(bitmap.count_bytes(), 512);
+            },
+            5_000,
+        );
+    }
+
+    #[test]
+    fn shuttle_a_set_that_overtakes_another_of_the_same_word_is_found() {
+        shuttle::check_random(
+            || {
+                let bitmap = Arc::new(bitmap(END, 512));
+                let first = thread::spawn({
+                    let bitmap = Arc::clone(&bitmap);
+                    move || bitmap.set(AT, 512)
+                });
+                bitmap.set(AT + 512, 512);
+                assert!(!bitmap.is_clean());
+                first.join().unwrap();
+                assert_eq!(bitmap.next_dirty(0), Some(AT..AT + 1024));
             },
             5_000,
         );
@@ -359,20 +380,20 @@ mod shuttle_tests {
             || {
                 let bitmap = Arc::new(bitmap(END, 512));
                 let data = Arc::new(AtomicBool::new(false));
-                bitmap.set(0, 512);
+                bitmap.set(AT, 512);
                 let writer = thread::spawn({
                     let (bitmap, data) = (Arc::clone(&bitmap), Arc::clone(&data));
                     move || {
                         data.store(true, Ordering::SeqCst);
-                        bitmap.set(0, 512);
+                        bitmap.set(AT, 512);
                     }
                 });
                 // Clears before it reads.
-                let taken = bitmap.take(0, 512);
-                assert_eq!(taken, [0..512]);
+                let taken = bitmap.clear(AT, 512);
+                assert_eq!(taken, 512);
                 let copied = data.load(Ordering::SeqCst);
                 writer.join().unwrap();
-                assert!(copied || bitmap.is_dirty(0), "a write was lost");
+                assert!(copied || bitmap.is_dirty(AT), "a write was lost");
             },
             5_000,
         );
@@ -387,9 +408,9 @@ mod shuttle_tests {
                     .map(|i| {
                         let bitmap = Arc::clone(&bitmap);
                         thread::spawn(move || match i {
-                            0 => bitmap.set(0, 1024),
-                            1 => bitmap.set(512, 1024),
-                            2 => drop(bitmap.take(0, 1024)),
+                            0 => bitmap.set(AT, 1024),
+                            1 => bitmap.set(AT + 512, 1024),
+                            2 => drop(bitmap.take(AT, 1024)),
                             _ => drop(bitmap.clear(0, END)),
                         })
                     })

@@ -228,13 +228,7 @@ impl Graph {
 
     /// Fails if someone attached to the node says that it must be left alone.
     pub fn check_not_blocked(&self, node: &Arc<Node>) -> Result<(), GraphError> {
-        let backends: Vec<_> = self
-            .topology
-            .borrow()
-            .backends_of(node.id())
-            .map(|entry| Arc::clone(&entry.backend))
-            .collect();
-        for backend in backends {
+        for backend in self.backends_at(node) {
             if let Some(reason) = backend.user().and_then(|user| user.blocker()) {
                 return Err(GraphError::Blocked {
                     node: node.name().to_owned(),
@@ -245,16 +239,31 @@ impl Graph {
         Ok(())
     }
 
-    /// Fails if other nodes stand on the node, or a job holds it.
+    /// Fails if other nodes stand on the node, or a job holds it (also as a
+    /// target: then its attachment has a [blocker](BackendUser::blocker)).
     pub fn check_root_node(&self, node: &Arc<Node>) -> Result<(), GraphError> {
-        let topology = self.topology.borrow();
-        let job = topology
-            .backends_of(node.id())
-            .any(|entry| entry.backend.kind() == AttachmentKind::Job);
-        if job || topology.parents_of(node.id()).next().is_some() {
+        let has_parents = self
+            .topology
+            .borrow()
+            .parents_of(node.id())
+            .next()
+            .is_some();
+        let job = self.backends_at(node).iter().any(|backend| {
+            backend.kind() == AttachmentKind::Job
+                || backend.user().is_some_and(|user| user.blocker().is_some())
+        });
+        if has_parents || job {
             return Err(GraphError::NotRootNode);
         }
         Ok(())
+    }
+
+    fn backends_at(&self, node: &Arc<Node>) -> Vec<Arc<Backend>> {
+        self.topology
+            .borrow()
+            .backends_of(node.id())
+            .map(|entry| Arc::clone(&entry.backend))
+            .collect()
     }
 
     /// The node below in `role`.

@@ -210,6 +210,18 @@ fn nodes_in_use_are_not_deleted() {
         graph.check_root_node(&file).unwrap();
         graph.check_not_blocked(&file).unwrap();
 
+        // The target of a job is a root attachment, and no root node either.
+        let user = User {
+            blocker: Some("block device is in use by block job: mirror"),
+            ..User::new(AttachmentKind::Root)
+        };
+        let target = graph
+            .attach("", &file, Permissions::IDLE, Some(Arc::new(user)))
+            .unwrap();
+        assert!(graph.check_root_node(&file).is_err());
+        assert_eq!(refused("f").await, "Node f is in use");
+        graph.detach(&target);
+
         let top = stack(&graph, "top", &file).await;
         assert_eq!(refused("f").await, "Block device f is in use");
         assert_eq!(refused("top").await, "Node top is not owned by the monitor");
