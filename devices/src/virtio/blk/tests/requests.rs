@@ -180,7 +180,9 @@ fn bad_requests_end_in_their_status_and_change_nothing() {
         let guest = guest(&rig, PLAIN);
         let sectors = DISK / 512;
         let block = [0xaa; 512];
-        let cases: &[(&str, u32, u64, &[u8], u32, u8)] = &[
+        // What is wrong, type, sector, data out, length in, expected status.
+        type Case<'a> = (&'a str, u32, u64, &'a [u8], u32, u8);
+        let cases: &[Case<'_>] = &[
             ("past the end", OUT, sectors, &block, 0, IOERR),
             ("across the end", OUT, sectors - 1, &[0; 1024], 0, IOERR),
             ("sector overflow", OUT, u64::MAX, &block, 0, IOERR),
