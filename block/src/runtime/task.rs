@@ -146,9 +146,9 @@ where
     };
     let shared = core.shared();
     let name = shared.name_arc();
-    let future = async move {
+    // Combinators, not an async block, which would keep the future twice.
+    let future = AssertUnwindSafe(future).catch_unwind().map(move |result| {
         let _registered = registered;
-        let result = AssertUnwindSafe(future).catch_unwind().await;
         if let Err(panic) = &result {
             tracing::error!(
                 iothread = &*name,
@@ -157,7 +157,7 @@ where
             );
         }
         result
-    };
+    });
     let (runnable, task) = async_task::spawn_local(future, move |runnable| {
         shared.schedule(runnable);
     });
