@@ -29,7 +29,8 @@ impl Iothread {
         let (stop, stopped) = oneshot::channel();
         let owned_name = name.to_owned();
         let thread = std::thread::Builder::new()
-            .name(name.to_owned())
+            // The standard library panics at NUL.
+            .name(name.replace('\0', " "))
             .spawn(move || match EventLoop::new(&owned_name) {
                 Ok(event_loop) => {
                     let _ = ready_sender.send(Ok(event_loop.handle()));

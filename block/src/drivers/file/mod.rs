@@ -538,7 +538,12 @@ impl BlockDriver for FileDriver {
     }
 
     fn close(&self) {
-        if let Some(lock) = &self.lock {
+        let requests = Arc::strong_count(&self.file) > 1 + usize::from(self.lock.is_some());
+        if let Some(lock) = &self.lock
+            // What is still in flight, though nobody waits for it, may write.
+            // Then the lock goes when the last of it closes the file.
+            && !requests
+        {
             lock.release();
         }
     }
