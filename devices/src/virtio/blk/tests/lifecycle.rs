@@ -491,6 +491,23 @@ fn the_longest_latency_includes_the_wait_at_a_drained_backend() {
 }
 
 #[test]
+fn a_panic_below_costs_the_guest_an_error_and_nothing_more() {
+    let rig = Rig::new();
+    rig.run(async {
+        let guest = guest(&rig, PLAIN, 1);
+        rig.seen.panic.store(true, Ordering::Relaxed);
+        let io_error = VIRTIO_BLK_S_IOERR as u8;
+        assert_eq!(guest.run(0, IN, 0, &[], 512).await.0, io_error);
+        assert_eq!(guest.run(0, IN, 0, &[], 512).await.0, 0);
+        assert_eq!(rig.backend.in_flight(), 0);
+        if let Some(ticket) = guest.reset() {
+            ticket.done().await;
+        }
+        assert_eq!(guest.status(), 0);
+    });
+}
+
+#[test]
 fn dropping_the_device_stops_its_queues() {
     let rig = Rig::new();
     rig.run(async {

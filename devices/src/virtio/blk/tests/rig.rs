@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::pin::pin;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -33,6 +33,8 @@ pub struct Seen {
     pub threads: Mutex<Vec<String>>,
     /// Size of the disk.
     pub size: AtomicU64,
+    /// The next read panics.
+    pub panic: AtomicBool,
 }
 
 struct Recorder {
@@ -56,6 +58,10 @@ impl BlockDriver for Recorder {
     fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {
         let name = runtime::current().unwrap().name().to_owned();
         self.seen.threads.lock().unwrap().push(name);
+        assert!(
+            !self.seen.panic.swap(false, Ordering::Relaxed),
+            "a bug, staged"
+        );
         self.below.read(offset, iov)
     }
     fn write<'a>(
