@@ -499,6 +499,7 @@ fn a_panic_below_costs_the_guest_an_error_and_nothing_more() {
         let io_error = VIRTIO_BLK_S_IOERR as u8;
         assert_eq!(guest.run(0, IN, 0, &[], 512).await.0, io_error);
         assert_eq!(guest.run(0, IN, 0, &[], 512).await.0, 0);
+        rig.settle(0).await;
         assert_eq!(rig.backend.in_flight(), 0);
         if let Some(ticket) = guest.reset() {
             ticket.done().await;
