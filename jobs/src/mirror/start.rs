@@ -193,7 +193,10 @@ fn set_up(
         state.dirty.set_all();
     }
     let progress = jobs.lock().progress(key);
-    if let Ok(progress) = progress {
+    // The body refuses sizes that differ, having begun nothing.
+    if let Ok(progress) = progress
+        && spec.source.size() == spec.target.size()
+    {
         progress.set_remaining(state.dirty_bytes());
     }
     state.set_target(Arc::clone(&target_backend));

@@ -18,9 +18,6 @@
 //! ([`json::Limits`]), the messages that wait, and the bytes that it does not
 //! read ([`output`]).
 
-// The machine is the user of what is not used yet.
-#![allow(dead_code)]
-
 mod args;
 mod commands;
 mod error;
