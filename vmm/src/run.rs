@@ -233,6 +233,7 @@ async fn take_down(
     graph: &Graph,
     disks: Vec<Disk>,
 ) {
+    monitor.request_quit();
     let cause = match end {
         End::Guest(_) => None,
         End::Signal(_) => Some(ShutdownCause::HostSignal),

@@ -84,6 +84,7 @@ async fn end(monitor: &Monitor) {
         );
         process::exit(1);
     });
+    monitor.request_quit();
     let left = monitor.jobs().cancel_all(JOBS_END_TIME).await;
     if !left.is_empty() {
         tracing::error!(jobs = left.join(", "), "Jobs did not end in time");

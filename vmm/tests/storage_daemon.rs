@@ -191,6 +191,26 @@ fn a_running_job_is_cancelled_at_the_end_and_clients_are_told() {
 }
 
 #[test]
+fn quit_is_answered_before_the_jobs_end() {
+    let mut daemon = Daemon::start(&[
+        "--blockdev",
+        "driver=null-co,node-name=a,size=64M",
+        "--blockdev",
+        "driver=null-co,node-name=b,size=64M",
+    ]);
+    let mut client = daemon.client();
+    client.ok(
+        "blockdev-mirror",
+        json!({"job-id": "j0", "device": "a", "target": "b", "sync": "full", "speed": 65536}),
+    );
+    client.ok("quit", json!({}));
+    let cancelled = |e: &Value| e["event"] == "BLOCK_JOB_CANCELLED";
+    assert!(!client.events.iter().any(cancelled));
+    assert!(client.events_to_the_end().iter().any(cancelled));
+    assert!(daemon.wait().success());
+}
+
+#[test]
 fn two_monitors_see_the_same_nodes() {
     let folder = tempfile::tempdir().unwrap();
     let second = folder.path().join("second.sock");

@@ -64,10 +64,12 @@ pub(crate) struct Monitor {
     machine: OnceCell<Rc<dyn VmControl>>,
     sessions: RefCell<Slab<Rc<Session>>>,
     quitting: Cell<bool>,
+    /// A client said `quit` and has its reply.
+    quit_answered: Cell<bool>,
     closing: Cell<bool>,
     /// Sockets that are listened on.
     sockets: Cell<usize>,
-    /// `quitting`, `closing`, `sessions` or `sockets` changed.
+    /// `quit_answered`, `closing`, `sessions` or `sockets` changed.
     changed: Changed,
 }
 
@@ -91,6 +93,7 @@ impl Monitor {
             machine: OnceCell::new(),
             sessions: RefCell::default(),
             quitting: Cell::new(false),
+            quit_answered: Cell::new(false),
             closing: Cell::new(false),
             sockets: Cell::new(0),
             changed: Changed::default(),
@@ -211,19 +214,29 @@ impl Monitor {
         self.jobs.flush_events();
     }
 
-    fn request_quit(&self) {
+    /// The program is about to end: commands that come from now on are not carried
+    /// out, on any socket. What `quit` does.
+    pub(crate) fn request_quit(&self) {
         self.quitting.set(true);
-        self.changed.notify();
     }
 
     fn is_quitting(&self) -> bool {
         self.quitting.get()
     }
 
-    /// Waits until a client says `quit`. Cancel: nothing happens.
+    /// A reply was queued: if it was that of `quit`, the program may end.
+    fn command_answered(&self) {
+        if self.quitting.get() {
+            self.quit_answered.set(true);
+            self.changed.notify();
+        }
+    }
+
+    /// Waits until a client has said `quit` and its reply is on the way. Cancel:
+    /// nothing happens.
     pub(crate) async fn quit_requested(&self) {
         self.changed
-            .until(|| self.quitting.get().then_some(()))
+            .until(|| self.quit_answered.get().then_some(()))
             .await;
     }
 

@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
 
-use block::runtime::{AsyncFd, Interest, sleep, spawn_local};
+use block::runtime::{AsyncFd, Interest, sleep, spawn_local, yield_now};
 use futures_util::future::{Either, select};
 use futures_util::pin_mut;
 use serde::Serialize;
@@ -81,7 +81,7 @@ impl Session {
     /// Errors: those of the socket. Cancel: the connection is cut; a command
     /// that was begun is finished.
     pub(super) async fn serve(
-        &self,
+        self: &Rc<Self>,
         monitor: &Rc<Monitor>,
         stream: &AsyncFd<UnixStream>,
     ) -> io::Result<()> {
@@ -136,6 +136,8 @@ impl Session {
             let Some(mut input) = buffer.get(..len).filter(|input| !input.is_empty()) else {
                 return Ok(());
             };
+            // A client that sends and sends must not keep this thread to itself.
+            yield_now().await;
             loop {
                 self.may_read().await;
                 match reader.next(&mut input) {
@@ -181,7 +183,7 @@ impl Session {
     }
 
     /// Carries commands out one after another, until no more can come.
-    async fn execute(&self, monitor: &Rc<Monitor>) {
+    async fn execute(self: &Rc<Self>, monitor: &Rc<Monitor>) {
         loop {
             let next = self
                 .changed
@@ -197,25 +199,33 @@ impl Session {
             let Some(work) = next else { return };
             match work {
                 Work::Refuse { id, error } => self.reply(id.as_ref(), Err(error)),
+                Work::Command(_) if monitor.is_quitting() => {
+                    // Never carried out; events still go out until the monitor
+                    // closes.
+                    std::future::pending::<()>().await;
+                }
                 Work::Command(request) => {
-                    let Request {
-                        command,
-                        arguments,
-                        id,
-                        ..
-                    } = request;
-                    let result = self.run(monitor, &command, Args::new(arguments)).await;
-                    self.reply(id.as_ref(), result);
-                    if monitor.is_quitting() {
-                        // Later commands are never carried out; events still
-                        // go out until the monitor closes.
-                        std::future::pending::<()>().await;
-                    }
+                    let session = Rc::clone(self);
+                    let monitor = Rc::clone(monitor);
+                    // A task of its own: it goes on if the client is gone.
+                    spawn_local(async move { session.carry_out(&monitor, request).await }).await;
                 }
             }
             self.outstanding.set(self.outstanding.get() - 1);
             self.changed.notify();
         }
+    }
+
+    async fn carry_out(&self, monitor: &Rc<Monitor>, request: Request) {
+        let Request {
+            command,
+            arguments,
+            id,
+            ..
+        } = request;
+        let result = self.run(monitor, &command, Args::new(arguments)).await;
+        self.reply(id.as_ref(), result);
+        monitor.command_answered();
     }
 
     async fn run(
@@ -236,9 +246,7 @@ impl Session {
                 ),
             });
         }
-        let running = commands::start(monitor, command, args)?;
-        // A task of its own: it goes on if the client is gone.
-        let result = spawn_local(running).await;
+        let result = commands::start(monitor, command, args)?.await;
         monitor.flush_job_events();
         result
     }
