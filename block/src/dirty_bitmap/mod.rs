@@ -36,10 +36,7 @@ const WORD: u64 = 64;
 const MAX_CHUNKS: u64 = 1 << 31;
 
 /// Levels are added until one has no more words than this.
-#[cfg(not(shuttle))]
 const TOP_WORDS: usize = 16;
-#[cfg(shuttle)]
-const TOP_WORDS: usize = 1;
 
 /// How often a scan is repeated before it does without summaries.
 const SCAN_TRIES: usize = 4;
@@ -97,6 +94,12 @@ impl DirtyBitmap {
 
     /// A clean bitmap of a disk of `size` bytes in chunks of `granularity` bytes.
     pub fn new(size: u64, granularity: u64) -> Result<Self, BitmapError> {
+        Self::with_top_words(size, granularity, TOP_WORDS)
+    }
+
+    /// As [`new`](Self::new), with levels up to one of `top_words`: tests have
+    /// many levels on small disks.
+    fn with_top_words(size: u64, granularity: u64, top_words: usize) -> Result<Self, BitmapError> {
         if !granularity.is_power_of_two()
             || !(Self::MIN_GRANULARITY..=Self::MAX_GRANULARITY).contains(&granularity)
         {
@@ -116,7 +119,7 @@ impl DirtyBitmap {
         loop {
             let words = bits.div_ceil(WORD) as usize;
             levels.push(zeroed(words)?);
-            if words <= TOP_WORDS {
+            if words <= top_words {
                 break;
             }
             bits = words as u64;

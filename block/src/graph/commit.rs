@@ -19,8 +19,20 @@ impl Graph {
 
         let changed = changed_permissions(&old, &new);
         let mut checked: Vec<&Arc<Node>> = Vec::new();
-        for (node, wanted) in &changed {
+        for Change {
+            node,
+            before,
+            wanted,
+        } in &changed
+        {
             if let Err(error) = node.driver().check_permissions(*wanted) {
+                if before.need.contains(wanted.need) && wanted.share.contains(before.share) {
+                    // Nothing new is asked for, so nobody can be against it. A
+                    // driver that fails to let go keeps more than it needs, until
+                    // the next change.
+                    tracing::warn!(node = node.name(), %error, "image locks were not loosened");
+                    continue;
+                }
                 for node in checked.iter().rev() {
                     node.driver().abort_permissions();
                 }
@@ -53,22 +65,33 @@ impl Graph {
     }
 }
 
+/// What changes for a node.
+struct Change {
+    node: Arc<Node>,
+    before: Permissions,
+    wanted: Permissions,
+}
+
 /// Nodes whose users together want something else than before. Nodes that have
 /// gone want nothing.
-fn changed_permissions(old: &Topology, new: &Topology) -> Vec<(Arc<Node>, Permissions)> {
-    let mut changed = Vec::new();
-    for entry in &old.nodes {
-        if new.node(entry.node.id()).is_none() && entry.permissions != Permissions::IDLE {
-            changed.push((Arc::clone(&entry.node), Permissions::IDLE));
-        }
-    }
-    for entry in &new.nodes {
+fn changed_permissions(old: &Topology, new: &Topology) -> Vec<Change> {
+    let gone = old
+        .nodes
+        .iter()
+        .filter(|entry| new.node(entry.node.id()).is_none())
+        .map(|entry| (entry, entry.permissions, Permissions::IDLE));
+    let stay = new.nodes.iter().map(|entry| {
         let before = old
             .node(entry.node.id())
             .map_or(Permissions::IDLE, |entry| entry.permissions);
-        if before != entry.permissions {
-            changed.push((Arc::clone(&entry.node), entry.permissions));
-        }
-    }
-    changed
+        (entry, before, entry.permissions)
+    });
+    gone.chain(stay)
+        .filter(|(_, before, wanted)| before != wanted)
+        .map(|(entry, before, wanted)| Change {
+            node: Arc::clone(&entry.node),
+            before,
+            wanted,
+        })
+        .collect()
 }

@@ -21,6 +21,7 @@ mod drain;
 mod node_io;
 mod open;
 mod permissions;
+mod random;
 mod stress;
 
 const SIZE: u64 = 1 << 20;

@@ -232,3 +232,19 @@ fn nodes_in_use_are_not_deleted() {
         assert_eq!(graph.nodes(), []);
     });
 }
+
+#[test]
+fn a_driver_that_does_not_let_go_cannot_stop_a_detach() {
+    on_main(|graph| async move {
+        let (storage, node) = disk(&graph, "a");
+        let device = attach(&graph, "vda", &node);
+        storage.refuse_permissions(true);
+        graph.detach(&device);
+        assert_eq!(graph.backends(), []);
+        // It catches up with the next change.
+        storage.refuse_permissions(false);
+        let device = attach(&graph, "vda", &node);
+        graph.detach(&device);
+        assert_eq!(storage.permissions().last(), Some(&Permissions::IDLE));
+    });
+}
