@@ -182,13 +182,16 @@ pub async fn yield_now() {
 
 /// Runs `f` on a thread that may block, and waits for the result.
 ///
-/// For what would stall a loop: open, lseek, ioctl, name look-ups. Panics of `f`
-/// are passed on. Cancel: `f` is not run if it had not begun, else runs to its
+/// For what would stall a loop: open, lseek, ioctl, name look-ups. Never ready at
+/// the first poll, so that who calls it in a loop lets others run, however fast
+/// `f` is. Panics of `f` are passed on. Cancel: `f` is not run if it had not begun, else runs to its
 /// end unseen.
 pub async fn unblock<R, F>(f: F) -> R
 where
     R: Send + 'static,
     F: FnOnce() -> R + Send + 'static,
 {
-    blocking::unblock(f).await
+    let task = blocking::unblock(f);
+    yield_now().await;
+    task.await
 }

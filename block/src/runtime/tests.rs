@@ -125,19 +125,13 @@ fn two_iothreads_play_ping_pong() {
 }
 
 #[test]
-fn timers_fire_in_order_and_never_early() {
+fn timers_never_fire_early() {
     let main = main_loop();
-    let start = Instant::now();
-    let order = Rc::new(RefCell::new(Vec::new()));
-    main.block_on(join_all([7u64, 1, 4, 0, 2].map(|millis| {
-        let order = Rc::clone(&order);
-        async move {
-            sleep(Duration::from_millis(millis)).await;
-            assert!(start.elapsed() >= Duration::from_millis(millis));
-            order.borrow_mut().push(millis);
-        }
+    main.block_on(join_all([7u64, 1, 4, 0, 2].map(|millis| async move {
+        let start = Instant::now();
+        sleep(Duration::from_millis(millis)).await;
+        assert!(start.elapsed() >= Duration::from_millis(millis));
     })));
-    assert_eq!(*order.borrow(), [0, 1, 2, 4, 7]);
 }
 
 #[test]

@@ -101,6 +101,24 @@ mod tests {
     use super::*;
 
     #[test]
+    fn timers_fire_in_the_order_of_their_times_once_they_are_due() {
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        let mut timers = Timers::default();
+        for (id, millis) in [7, 1, 4, 1].into_iter().enumerate() {
+            let waker = Waker::noop().clone();
+            timers.waiting.insert((at(millis), id as u64), waker);
+        }
+        assert!(timers.pop_due(at(0)).is_none());
+        for next in [1, 1, 4] {
+            assert_eq!(timers.next(), Some(at(next)));
+            assert!(timers.pop_due(at(6)).is_some());
+        }
+        assert!(timers.pop_due(at(6)).is_none());
+        assert_eq!(timers.next(), Some(at(7)));
+    }
+
+    #[test]
     fn the_time_to_sleep_is_rounded_up() {
         let now = Instant::now();
         assert_eq!(millis_until(now, now), 0);

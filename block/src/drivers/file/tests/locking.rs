@@ -223,3 +223,19 @@ fn locking_off_ignores_others_and_is_ignored() {
     let second = open_image(image.path(), false);
     assert!(take(&second, writer()).is_err());
 }
+
+#[test]
+fn the_lock_lasts_until_the_last_request_has_ended() {
+    let image = image_in(&disk(), 1 << 20);
+    let driver = open_image(image.path(), false);
+    let other = open_image(image.path(), false);
+    take(&driver, writer()).unwrap();
+    // As an operation in the ring that nobody waits for has it.
+    let in_flight = Arc::clone(&driver.file);
+    driver.close();
+    assert!(take(&other, writer()).is_err());
+    drop(driver);
+    assert!(take(&other, writer()).is_err());
+    drop(in_flight);
+    take(&other, writer()).unwrap();
+}
