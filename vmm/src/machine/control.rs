@@ -102,6 +102,8 @@ pub struct Machine {
     disks: Vec<DiskInfo>,
     iothreads: Vec<IothreadInfo>,
     serial: Arc<Serial>,
+    #[cfg(test)]
+    mem: Arc<memory::GuestMemory>,
     end: RefCell<Option<oneshot::Receiver<GuestEnd>>>,
 }
 
@@ -145,6 +147,8 @@ impl Machine {
         .detach();
 
         let serial = Arc::clone(&board.serial);
+        #[cfg(test)]
+        let mem = Arc::clone(&board.mem);
         let disks = board.disk_infos();
         let operator = Operator {
             kvm,
@@ -169,6 +173,8 @@ impl Machine {
             disks,
             iothreads: spec.iothreads,
             serial,
+            #[cfg(test)]
+            mem,
             end: RefCell::new(Some(end_receiver)),
         })
     }
@@ -176,6 +182,12 @@ impl Machine {
     /// The serial port, for its input.
     pub fn serial(&self) -> &Arc<Serial> {
         &self.serial
+    }
+
+    /// The guest's memory.
+    #[cfg(test)]
+    pub(super) fn memory(&self) -> &Arc<memory::GuestMemory> {
+        &self.mem
     }
 
     /// Whether the guest has crashed and was not reset since.

@@ -24,6 +24,11 @@ mod msrs;
 mod run_control;
 mod vcpu;
 
+#[cfg(test)]
+mod test_kernel;
+#[cfg(test)]
+mod tests;
+
 use std::path::PathBuf;
 
 pub use boot::{BootError, BootImages, BootProtocol};

@@ -12,6 +12,9 @@ mod linux64;
 mod pvh;
 mod registers;
 
+#[cfg(test)]
+mod tests;
+
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
