@@ -38,7 +38,11 @@ pub fn elf(code: &[u8], pvh: bool) -> TempPath {
     header.extend([ENTRY, 64, 0].map(u64::to_le_bytes).concat());
     header.extend(0_u32.to_le_bytes());
     let segments = if pvh { 2_u16 } else { 1 };
-    header.extend([64_u16, 56, segments, 0, 0, 0].map(u16::to_le_bytes).concat());
+    header.extend(
+        [64_u16, 56, segments, 0, 0, 0]
+            .map(u16::to_le_bytes)
+            .concat(),
+    );
     let mut segment = |kind: u32, offset: usize, gpa: u64, len: usize| {
         header.extend([kind, 5].map(u32::to_le_bytes).concat());
         let words = [offset as u64, gpa, gpa, len as u64, len as u64, 4];
