@@ -72,14 +72,14 @@ impl Effects {
 
     fn run_all(&mut self) {
         sync::assert_unlocked("effects were run");
-        if std::mem::take(&mut self.main) {
-            self.shared.wake_main();
-        }
         for slot in std::mem::take(&mut self.wake) {
             slot.waker.wake();
         }
         for slot in std::mem::take(&mut self.start) {
             self.shared.start_body(&slot);
+        }
+        if std::mem::take(&mut self.main) {
+            self.shared.wake_main();
         }
     }
 }

@@ -220,7 +220,7 @@ impl JobsGuard<'_> {
                 job_type: spec.kind.name,
                 given_home: spec.home,
                 progress: Arc::new(Progress::new()),
-                waker: futures_util::task::AtomicWaker::new(),
+                waker: sync::WakerSlot::new(),
                 notified: AtomicBool::new(false),
                 charged: AtomicU64::new(0),
             }),

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use block::runtime::IothreadHandle;
-use futures_util::task::AtomicWaker;
 
 use crate::context::JobContext;
 use crate::driver::JobDriver;
@@ -18,7 +17,7 @@ use crate::id::{JobId, JobKey};
 use crate::progress::Progress;
 use crate::state::{Announcement, Effect, Event, Hook, Machine};
 use crate::sync::atomic::{AtomicBool, AtomicU64};
-use crate::sync::{HeldMark, Mutex, MutexGuard};
+use crate::sync::{HeldMark, Mutex, MutexGuard, WakerSlot};
 
 /// The part of a job that is not behind the job mutex.
 pub(crate) struct Slot {
@@ -34,7 +33,7 @@ pub(crate) struct Slot {
     // Own synchronisation.
     pub(crate) progress: Arc<Progress>,
     /// The body's task.
-    pub(crate) waker: AtomicWaker,
+    pub(crate) waker: WakerSlot,
     /// Somebody called [`crate::JobNotifier::notify`] since the body last looked.
     pub(crate) notified: AtomicBool,
     /// Bytes charged to the rate limit that its accounting has not seen.
@@ -78,9 +77,9 @@ pub(crate) struct Shared {
     core: Mutex<Core>,
     pub(crate) environment: Box<dyn Environment>,
     /// Main's task for events and quick hooks.
-    pub(crate) main_quick: AtomicWaker,
+    pub(crate) main_quick: WakerSlot,
     /// Main's task for hooks that wait.
-    pub(crate) main_slow: AtomicWaker,
+    pub(crate) main_slow: WakerSlot,
 }
 
 /// The job mutex, held.
@@ -96,8 +95,8 @@ impl Shared {
         Arc::new(Self {
             core: Mutex::new(Core::default()),
             environment,
-            main_quick: AtomicWaker::new(),
-            main_slow: AtomicWaker::new(),
+            main_quick: WakerSlot::new(),
+            main_slow: WakerSlot::new(),
         })
     }
 

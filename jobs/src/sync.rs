@@ -14,6 +14,34 @@ use shuttle::thread_local;
 
 use std::cell::Cell;
 
+#[cfg(not(shuttle))]
+pub(crate) use futures_util::task::AtomicWaker as WakerSlot;
+
+/// The model's [`futures_util::task::AtomicWaker`]: the same promises, with a
+/// switch of threads possible at each call.
+#[cfg(shuttle)]
+#[derive(Default)]
+pub(crate) struct WakerSlot(Mutex<Option<std::task::Waker>>);
+
+#[cfg(shuttle)]
+impl WakerSlot {
+    pub(crate) fn new() -> Self {
+        Self::default()
+    }
+
+    pub(crate) fn register(&self, waker: &std::task::Waker) {
+        let old = self.0.lock().unwrap().replace(waker.clone());
+        drop(old);
+    }
+
+    pub(crate) fn wake(&self) {
+        let waker = self.0.lock().unwrap().take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
 thread_local! {
     /// Whether this thread holds a job mutex.
     static HELD: Cell<bool> = const { Cell::new(false) };

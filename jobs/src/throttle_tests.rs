@@ -156,13 +156,9 @@ fn pauses_sections_and_kicks_do_not_shorten_the_wait() {
         for ms in (10..1000).step_by(10) {
             stage.clock.advance_to_ms(ms);
             stage.quiet().await;
-            let mut guard = stage.jobs.lock();
-            let section = guard
-                .drained_begin(stage.key)
-                .and(guard.drained_end(stage.key));
-            drop(guard);
-            stage.jobs.run(section);
-            stage.quiet().await;
+            stage
+                .verb(|guard, key| Ok(guard.drained_begin(key).and(guard.drained_end(key))))
+                .await;
             stage.verb(|guard, key| guard.pause(key)).await;
             stage.verb(|guard, key| guard.resume(key)).await;
             assert_eq!(stage.let_go(), [], "at {ms} ms");
