@@ -10,19 +10,25 @@ use guest::mailbox::{Order, Status};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use super::DemoArgs;
 use super::child::{Vm, VmWatch};
 use super::images::Images;
 use super::mailbox::Mailbox;
 use super::report::Report;
 use super::summary::Summary;
 use super::verify::verify;
+use super::{CopyMode, DemoArgs};
 use crate::client::{Client, Watch};
 
 /// How long the guest writes in each phase that has no end of its own.
 const BEFORE: Duration = Duration::from_millis(700);
 const READY: Duration = Duration::from_millis(500);
 const AFTER: Duration = Duration::from_millis(700);
+/// How long a mirror in the background may race with the guest's writes before
+/// the demo makes them wait for it.
+const RACE: Duration = Duration::from_secs(3);
+/// The guest's writes are random and this small: a coarser mirror would copy
+/// much more than was written.
+const GRANULARITY: u64 = 4096;
 /// How long anything may take that should take no time.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a job may go without any progress.
@@ -45,6 +51,9 @@ pub struct Measured {
     pub to_ready: Duration,
     /// Bytes copied until then.
     pub copied_bytes: u64,
+    /// When the mirror was switched to write-blocking, since the guest wrote
+    /// faster than it copied; from the command on.
+    pub switched: Option<Duration>,
     /// From `job-complete` until the job had pivoted.
     pub pivot: Duration,
 }
@@ -127,10 +136,26 @@ impl Demo {
                 "target": TARGET_NODE,
                 "sync": "full",
                 "copy-mode": args.copy_mode.as_str(),
+                "granularity": GRANULARITY,
             }),
         )?;
         self.progress.set_message("copying while the guest writes");
-        let copied_bytes = self.wait_for_ready()?;
+        let mut switched = None;
+        let in_background = args.copy_mode == CopyMode::Background;
+        let copied_bytes = loop {
+            let may_switch = in_background && switched.is_none();
+            let deadline = may_switch.then_some(start + RACE);
+            if let Some(copied_bytes) = self.wait_for_ready(deadline)? {
+                break copied_bytes;
+            }
+            self.progress
+                .set_message("the guest is faster: its writes wait for the mirror now");
+            self.client.execute(
+                "block-job-change",
+                json!({"id": JOB, "type": "mirror", "copy-mode": "write-blocking"}),
+            )?;
+            switched = Some(start.elapsed());
+        };
         let to_ready = start.elapsed();
         self.enter(READY_PHASE)?;
         self.progress.set_message("ready, the guest writes");
@@ -148,6 +173,7 @@ impl Demo {
         Ok(Measured {
             to_ready,
             copied_bytes,
+            switched,
             pivot,
         })
     }
@@ -216,13 +242,18 @@ impl Demo {
     }
 
     /// Waits for the job to be ready, and shows its progress. Gives the bytes
-    /// copied.
-    fn wait_for_ready(&mut self) -> anyhow::Result<u64> {
+    /// copied; `None` at the deadline.
+    fn wait_for_ready(&mut self, deadline: Option<Instant>) -> anyhow::Result<Option<u64>> {
         let mut last = (0, Instant::now());
         loop {
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Ok(None);
+            }
             while let Some(event) = self.client.next_event(Duration::from_millis(20))? {
                 match event.name.as_str() {
-                    "BLOCK_JOB_READY" => return Ok(event.data["offset"].as_u64().unwrap_or(0)),
+                    "BLOCK_JOB_READY" => {
+                        return Ok(Some(event.data["offset"].as_u64().unwrap_or(0)));
+                    }
                     "BLOCK_JOB_COMPLETED" => bail!("The mirror failed: {}", reason(&event.data)),
                     _ => {}
                 }

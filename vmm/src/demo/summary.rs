@@ -23,6 +23,10 @@ pub struct Summary {
     copy_mode: CopyMode,
     depth: u32,
     ready_ms: f64,
+    /// When the mirror was switched to write-blocking, because the guest wrote
+    /// faster than it copied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    switched_ms: Option<f64>,
     copied_bytes: u64,
     copy_bytes_per_second: u64,
     pivot_ms: f64,
@@ -83,6 +87,7 @@ impl Summary {
             copy_mode: args.copy_mode,
             depth: report.disks.iter().map(|disk| disk.depth).sum(),
             ready_ms: ms(measured.to_ready),
+            switched_ms: measured.switched.map(ms),
             copied_bytes: measured.copied_bytes,
             copy_bytes_per_second: per_second(measured.copied_bytes, measured.to_ready),
             pivot_ms: ms(measured.pivot),
@@ -137,6 +142,12 @@ impl fmt::Display for Summary {
                 self.copy_mode.as_str()
             ),
         )?;
+        if let Some(switched_ms) = self.switched_ms {
+            row(
+                "",
+                format_args!("write-blocking after {switched_ms:.0} ms: the guest was faster"),
+            )?;
+        }
         row("time to ready", format_args!("{:.0} ms", self.ready_ms))?;
         row(
             "pivot",
