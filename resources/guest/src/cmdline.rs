@@ -302,7 +302,7 @@ pub fn power_off_of(cmdline: &str) -> PowerOff {
         .filter_map(|word| word.strip_prefix("poweroff="));
     values
         .filter_map(|value| power_off(value).ok())
-        .last()
+        .next_back()
         .unwrap_or(PowerOff::Acpi)
 }
 
