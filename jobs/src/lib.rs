@@ -39,14 +39,14 @@ mod home;
 mod id;
 mod main_task;
 pub mod mirror;
-#[cfg(all(test, shuttle))]
-mod model_tests;
 mod monitor;
 mod progress;
 mod query;
 mod shared;
 #[cfg(all(test, not(shuttle)))]
 mod shell_tests;
+#[cfg(all(test, shuttle))]
+mod shuttle_tests;
 mod state;
 mod sync;
 #[cfg(test)]

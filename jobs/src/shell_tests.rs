@@ -1,5 +1,5 @@
 //! The shell on the block layer's real runtime: homes, hooks, events, drained
-//! sections. Where the order of threads matters, `model_tests` has the rest.
+//! sections. Where the order of threads matters, `shuttle_tests` has the rest.
 
 use std::cell::RefCell;
 use std::rc::Rc;

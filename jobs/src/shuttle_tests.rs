@@ -1,6 +1,6 @@
 //! The shell under the model checker: all handles, wakers and the job mutex on
 //! shuttle's threads. Run with
-//! `RUSTFLAGS="--cfg shuttle" cargo test -p jobs model_tests`.
+//! `RUSTFLAGS="--cfg shuttle" cargo test -p jobs shuttle_tests`.
 //!
 //! A lost wake-up is a deadlock here, which shuttle reports.
 
