@@ -28,6 +28,8 @@ const MAX_OPERATIONS: u64 = 16;
 const MAX_REQUEST: u64 = 1 << 20;
 /// Smallest request while the guest is active (the granularity may be larger).
 const MIN_REQUEST: u64 = 256 << 10;
+/// Least that is in flight while the guest is active, if requests are as small.
+const MIN_WINDOW: u64 = 512 << 10;
 /// Most bytes that one operation looks at, when all before were zeroes.
 const MAX_LEAP: u64 = 1 << 30;
 /// First and longest wait after a failure that is to be tried again.
@@ -62,8 +64,8 @@ pub(super) struct Body<'a> {
     pass_began_with: u64,
     /// Scans that reached the end of the disk.
     pub(super) passes: u32,
-    /// The source has data up to here, unless it was zeroed since.
-    data_until: u64,
+    /// The source has data there, unless it was zeroed since.
+    data: Range<u64>,
     zeroed_seen: u64,
     /// How much to look at at once where extents are not known.
     leap: u64,
@@ -92,7 +94,7 @@ impl<'a> Body<'a> {
         let buf_size = driver.settings().buf_size;
         let request = request_size(buf_size);
         let max_operations = (buf_size / request).clamp(1, MAX_OPERATIONS);
-        let floor = MIN_REQUEST.max(state.granularity).min(buf_size);
+        let floor = MIN_WINDOW.max(state.granularity).min(buf_size);
         Self {
             ctx,
             notifier: ctx.notifier(),
@@ -107,7 +109,7 @@ impl<'a> Body<'a> {
             cursor: 0,
             pass_began_with: state.dirty.count_bytes(),
             passes: 0,
-            data_until: 0,
+            data: 0..0,
             zeroed_seen: state.zeroed(),
             leap: request,
             since_rest: 0,
@@ -151,7 +153,9 @@ impl<'a> Body<'a> {
             if self.should_end() && !self.ending {
                 self.ending = true;
                 self.count_anew();
+                self.pace.hurry();
             }
+            self.ensure_end();
             self.adapt();
             if self.wants_section() {
                 self.quiesce().await;
@@ -329,7 +333,7 @@ impl<'a> Body<'a> {
     fn next_range(&mut self, request: u64) -> Option<(Range<u64>, Look)> {
         if self.state.zeroed() != self.zeroed_seen {
             self.zeroed_seen = self.state.zeroed();
-            self.data_until = 0;
+            self.data = 0..0;
         }
         let reach = self.leap.max(request);
         let mut range = match self.state.dirty.next_dirty_area(self.cursor, reach) {
@@ -339,8 +343,8 @@ impl<'a> Body<'a> {
                 self.state.dirty.next_dirty_area(0, reach)?
             }
         };
-        let data = if range.start < self.data_until {
-            let until = self.state.round_in(&(0..self.data_until)).end;
+        let data = if self.data.contains(&range.start) {
+            let until = self.state.round_in(&(0..self.data.end)).end;
             (until > range.start).then_some(until)
         } else {
             None
@@ -350,7 +354,9 @@ impl<'a> Body<'a> {
                 range.end = range.end.min(until).min(range.start + request);
                 Look::Data
             }
-            None => Look::Probe { request },
+            // Before the first pass has ended, a short range may be all sorts.
+            None if self.passes == 0 && !self.ready => Look::Probe { request },
+            None => self.copier.look_at_written(&range, request),
         };
         Some((range, look))
     }
@@ -358,7 +364,7 @@ impl<'a> Body<'a> {
     /// The scan has come to the end of the disk.
     fn pass_ended(&mut self) {
         self.cursor = 0;
-        self.data_until = 0;
+        self.data = 0..0;
         if self.pass_began_with > 0 {
             let dirty = self.state.dirty.count_bytes();
             self.passes = self.passes.saturating_add(1);
@@ -376,6 +382,8 @@ impl<'a> Body<'a> {
             passes = self.passes,
             dirty,
             pressure = self.pace.pressure(),
+            window = self.pace.window(),
+            rest_us = self.pace.rest().as_micros() as u64,
             "mirror: pass ended"
         );
         if self.pace.is_at_full_pressure() && !self.told {
@@ -415,7 +423,9 @@ impl<'a> Body<'a> {
                 } else if !copied.was_zero {
                     self.leap = self.copier.pool().buffer_size() as u64;
                 }
-                self.data_until = self.data_until.max(copied.data_until);
+                if copied.data.end > self.data.end {
+                    self.data = copied.data;
+                }
                 self.backoff = BACKOFF.0;
             }
             Err(CopyError { side, error }) => self.failed(side, &error),

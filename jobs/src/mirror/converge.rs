@@ -2,10 +2,10 @@
 //! source and target can be the same.
 //!
 //! A section is entered only when little is left to copy, and given up when it
-//! lasts too long; then the copier goes on beside the guest, and the next
-//! section may be longer. If that does not help a mirror that is to end, it
-//! switches to `write-blocking` by itself. The last section stays held after the body's end, until
-//! main has put the target in place (`complete`).
+//! lasts too long; then the copier goes on beside the guest, and the next section
+//! may be longer. A mirror that is to end and does not get there switches to
+//! `write-blocking` by itself. The last section stays held after the body's end,
+//! until main has put the target in place (`complete`).
 
 use std::ops::ControlFlow;
 use std::pin::pin;
@@ -34,9 +34,6 @@ const MAX_DOUBLINGS: (u32, u32) = (3, 10);
 const LIMIT: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 /// Passes beside the guest before a section helps a mirror to become ready.
 const PASSES_BEFORE_SECTION: u32 = 3;
-/// After so many sections that did not suffice, a mirror that is to end makes the
-/// guest's writes go to the target as well, which always converges.
-const SECTIONS_BEFORE_BLOCKING: u32 = 3;
 
 impl Body<'_> {
     /// Whether it is time to hold the guest: the mirror is to end, or does not
@@ -110,22 +107,25 @@ impl Body<'_> {
             return true;
         }
         self.driver.end_section(held, self.ctx.id());
-        if !clean && self.should_end() && self.sections >= SECTIONS_BEFORE_BLOCKING {
-            self.block_writes();
-        }
         if clean && !self.ready && !self.ctx.is_force_cancelled() {
             self.become_ready();
         }
         false
     }
 
-    /// Makes sure that what is left becomes less.
-    fn block_writes(&self) {
-        if self.state.copy_mode() == CopyMode::Background {
-            tracing::warn!(
+    /// Makes sure that what is left becomes less: a mirror that is to end, and for
+    /// which a pass beside the guest or a section did not suffice, has the guest's
+    /// writes go to the target as well. That always converges, and the guest waits
+    /// less for small writes of its own than for large copies in a section.
+    pub(super) fn ensure_end(&self) {
+        if !self.should_end() || self.state.copy_mode() == CopyMode::WriteBlocking {
+            return;
+        }
+        if self.sections > 0 || (self.passes > 0 && self.state.dirty_bytes() > FIRST_SECTION) {
+            tracing::info!(
                 job = self.ctx.id(),
-                "mirror: the guest writes faster than can be copied; its writes wait for the \
-                 target until the switch"
+                "mirror: the guest keeps pace with the copier; its writes go to the target as \
+                 well until the end"
             );
             self.state.set_copy_mode(CopyMode::WriteBlocking);
         }

@@ -18,6 +18,8 @@ use super::state::{DirtyOnDrop, MirrorState};
 const MAX_ZERO: u64 = 64 << 20;
 /// Extents that one operation asks for at most; what is left counts as data.
 const MAX_EXTENTS: usize = 64;
+/// Longest range that is read without asking for its extents.
+const SHORT: u64 = 64 << 10;
 /// Smallest unit in which zeroes are written as zeroes.
 const MIN_ZERO_ALIGN: u64 = 4096;
 
@@ -42,8 +44,9 @@ pub(crate) struct Copied {
     pub(crate) range: Range<u64>,
     /// Bytes that were moved, for the speed limit.
     pub(crate) charged: u64,
-    /// The source has data up to here, as far as it is known.
-    pub(crate) data_until: u64,
+    /// The source has data from here to there, as far as it is known beyond the
+    /// range; empty if nothing is.
+    pub(crate) data: Range<u64>,
     /// All of the range read as zeroes, so it may pay to ask for more at once.
     pub(crate) was_zero: bool,
 }
@@ -55,6 +58,8 @@ pub(crate) enum Look {
     Probe { request: u64 },
     /// Known to be data: read it.
     Data,
+    /// Short, and likely data: read it without asking, and look at the bytes.
+    Short,
 }
 
 /// What operations need, shared by all of one job. Home only.
@@ -100,6 +105,17 @@ impl Copier {
         })
     }
 
+    /// How to look at `range` when it was dirtied by the guest: short ranges are
+    /// not worth a question.
+    pub(crate) fn look_at_written(&self, range: &Range<u64>, request: u64) -> Look {
+        let len = range.end - range.start;
+        if len <= SHORT.min(self.pool.buffer_size() as u64) {
+            Look::Short
+        } else {
+            Look::Probe { request }
+        }
+    }
+
     /// Copies `range` (whole chunks), or as much from its start as one operation
     /// should. The range is clean, and its place in the queue for it taken, when
     /// this returns; the rest is done by the future.
@@ -125,7 +141,13 @@ impl Copier {
                 Look::Data => Copied {
                     range: range.clone(),
                     charged: copier.copy_data(range.clone(), &nodes).await?,
-                    data_until: range.end,
+                    data: 0..0,
+                    was_zero: false,
+                },
+                Look::Short => Copied {
+                    range: range.clone(),
+                    charged: copier.copy_short(range.clone(), &nodes).await?,
+                    data: 0..0,
                     was_zero: false,
                 },
                 Look::Probe { request } => copier.probe(range.clone(), request, &nodes).await?,
@@ -155,7 +177,7 @@ impl Copier {
             if !zeroes.is_empty() {
                 let range = self.zero_front(zeroes, &nodes.target).await?;
                 return Ok(Copied {
-                    data_until: range.end,
+                    data: 0..0,
                     range,
                     charged: 0,
                     was_zero: true,
@@ -177,10 +199,10 @@ impl Copier {
             }
         }
         Ok(Copied {
-            data_until: if first.flags.zero {
-                end
+            data: if first.flags.zero || first_end <= end {
+                0..0
             } else {
-                first_end.max(end)
+                end..first_end
             },
             range,
             charged,
@@ -240,6 +262,29 @@ impl Copier {
         }
         self.pool.give_back(buffer);
         Ok(range.end - range.start)
+    }
+
+    /// Copies a range that fits a buffer; zeroes go over as zeroes.
+    async fn copy_short(&self, range: Range<u64>, nodes: &Entered) -> Result<u64, CopyError> {
+        let len = range.end - range.start;
+        let buffer = self.pool.take();
+        let iov = buffer.io_vec(len as usize);
+        nodes
+            .source
+            .read(range.start, iov.clone())
+            .await
+            .map_err(source_error)?;
+        if iov.is_zero() {
+            self.zero_all(range, &nodes.target).await?;
+        } else {
+            nodes
+                .target
+                .write(range.start, iov, WriteFlags::default())
+                .await
+                .map_err(target_error)?;
+        }
+        self.pool.give_back(buffer);
+        Ok(len)
     }
 
     /// Makes whole chunks from the start of `range` read as zeroes on the target,

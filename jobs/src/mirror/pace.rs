@@ -32,9 +32,11 @@ const CALM_EVERY: Duration = Duration::from_secs(2);
 /// Length of a calm in intervals; the last one is measured.
 const CALM_INTERVALS: u8 = 2;
 /// Longest rest between two requests at the floor.
-const MAX_REST: Duration = Duration::from_millis(2);
+const MAX_REST: Duration = Duration::from_millis(1);
 /// Shortest rest that is worth a timer.
 const MIN_REST: Duration = Duration::from_millis(1);
+/// Pressure when somebody waits for the copier: 16 times the tolerance.
+const HURRY_PRESSURE: u32 = 4;
 /// Pressure at which the tolerance has no effect any more (2 << 8 times).
 const MAX_PRESSURE: u32 = 8;
 
@@ -158,6 +160,12 @@ impl Pace {
             let step = (self.window / 8).max(self.floor / 4);
             self.window = self.window.saturating_add(step).min(self.ceiling);
         }
+    }
+
+    /// The mirror is to end: somebody waits for the copier now.
+    pub(crate) fn hurry(&mut self) {
+        self.pressure = self.pressure.max(HURRY_PRESSURE);
+        self.rest = Duration::ZERO;
     }
 
     /// Notes the end of a pass over the disk: it began with `before` dirty

@@ -15,6 +15,9 @@ const MIN_GRANULARITY: u32 = 512;
 const MAX_GRANULARITY: u32 = 64 << 20;
 /// Bounds of the granularity that a target's clusters suggest, in bytes.
 const CLUSTER_GRANULARITY: std::ops::RangeInclusive<u32> = 4096..=65536;
+/// Most chunks that the default granularity makes: 8 MiB of bits, for 256 GiB in
+/// chunks of 4 KiB.
+const MAX_CHUNKS: u64 = 64 << 20;
 /// Default of `buf-size` in bytes.
 const DEFAULT_BUF_SIZE: u64 = 16 << 20;
 /// Largest `buf-size` that is used, in bytes: more does not copy faster.
@@ -52,7 +55,7 @@ pub struct MirrorSpec {
     pub sync: SyncMode,
     /// Who writes the target.
     pub copy_mode: CopyMode,
-    /// Bytes per bit of the dirty bitmap; 0: a default that fits the target.
+    /// Bytes per bit of the dirty bitmap; 0: a default that fits target and size.
     pub granularity: u32,
     /// Bytes of buffers; 0: 16 MiB. Rounded up to the granularity.
     pub buf_size: i64,
@@ -107,18 +110,30 @@ pub(crate) struct Sizes {
     pub(crate) buf_size: u64,
 }
 
-/// The granularity to use: what was asked for, or a default for a target with
-/// clusters of `cluster_size` bytes (`semantics` of QEMU: clamped to 4..64 KiB).
+/// The sizes to use for a disk of `size` bytes: what was asked for, or defaults.
+///
+/// QEMU's default granularity is the target's cluster size, within 4 to 64 KiB,
+/// and 64 KiB without clusters. Then a guest that writes 4 KiB here and there
+/// dirties sixteen times what it writes, and copying may never catch up. So the
+/// default here is 4 KiB where there are no clusters, and more only as far as the
+/// bitmap would be too large.
 pub(crate) fn sizes(
     granularity: u32,
     buf_size: i64,
     cluster_size: Option<u32>,
+    size: u64,
 ) -> Result<Sizes, MirrorError> {
-    let granularity = match granularity {
-        0 => cluster_size
-            .unwrap_or(*CLUSTER_GRANULARITY.end())
-            .clamp(*CLUSTER_GRANULARITY.start(), *CLUSTER_GRANULARITY.end()),
-        given => given,
+    let granularity = match (granularity, cluster_size) {
+        (0, Some(cluster)) => {
+            cluster.clamp(*CLUSTER_GRANULARITY.start(), *CLUSTER_GRANULARITY.end())
+        }
+        (0, None) => {
+            let least = size.div_ceil(MAX_CHUNKS).next_power_of_two();
+            u32::try_from(least)
+                .unwrap_or(MAX_GRANULARITY)
+                .clamp(*CLUSTER_GRANULARITY.start(), MAX_GRANULARITY)
+        }
+        (given, _) => given,
     };
     if !(MIN_GRANULARITY..=MAX_GRANULARITY).contains(&granularity) {
         return Err(MirrorError::GranularityRange);
@@ -144,33 +159,59 @@ mod tests {
 
     #[test]
     fn granularity_is_a_power_of_two_in_its_range() {
-        let text = |granularity| sizes(granularity, 0, None).unwrap_err().to_string();
+        let text = |granularity| {
+            sizes(granularity, 0, None, 1 << 30)
+                .unwrap_err()
+                .to_string()
+        };
         assert_eq!(text(1000), "Parameter 'granularity' expects a power of 2");
         assert_eq!(text(65537), "Parameter 'granularity' expects a power of 2");
         let range = "Parameter 'granularity' expects a value in range [512B, 64MB]";
         assert_eq!(text(256), range);
         assert_eq!(text(134_217_728), range);
-        assert_eq!(sizes(512, 0, None).unwrap().granularity, 512);
-        assert_eq!(sizes(64 << 20, 0, None).unwrap().granularity, 64 << 20);
+        assert_eq!(sizes(512, 0, None, 1 << 30).unwrap().granularity, 512);
+        assert_eq!(
+            sizes(64 << 20, 0, None, 1 << 30).unwrap().granularity,
+            64 << 20
+        );
     }
 
     #[test]
     fn default_granularity_follows_the_clusters_of_the_target_within_bounds() {
         for (cluster, expected) in [
-            (None, 65536),
+            (None, 4096),
             (Some(512), 4096),
             (Some(32768), 32768),
             (Some(2 << 20), 65536),
         ] {
-            assert_eq!(sizes(0, 0, cluster).unwrap().granularity, expected);
+            assert_eq!(sizes(0, 0, cluster, 1 << 30).unwrap().granularity, expected);
+        }
+    }
+
+    #[test]
+    fn the_bitmap_of_a_huge_disk_stays_small_by_default() {
+        for (size, expected) in [
+            (0, 4096),
+            (256 << 30, 4096),
+            (1 << 40, 16384),
+            (1 << 50, 16 << 20),
+            (u64::MAX, 64 << 20),
+        ] {
+            assert_eq!(sizes(0, 0, None, size).unwrap().granularity, expected);
         }
     }
 
     #[test]
     fn buf_size_is_rounded_up_and_bounded() {
-        assert_eq!(sizes(65536, 1, None).unwrap().buf_size, 65536);
-        assert_eq!(sizes(65536, 0, None).unwrap().buf_size, 16 << 20);
-        assert_eq!(sizes(65536, i64::MAX, None).unwrap().buf_size, 256 << 20);
-        assert!(matches!(sizes(65536, -1, None), Err(MirrorError::BufSize)));
+        assert_eq!(sizes(65536, 1, None, 1 << 30).unwrap().buf_size, 65536);
+        assert_eq!(sizes(65536, 0, None, 1 << 30).unwrap().buf_size, 16 << 20);
+        assert_eq!(
+            sizes(65536, i64::MAX, None, 1 << 30).unwrap().buf_size,
+            256 << 20
+        );
+        assert!(matches!(
+            sizes(65536, -1, None, 1 << 30),
+            Err(MirrorError::BufSize)
+        ));
     }
 }

@@ -16,6 +16,9 @@ use super::spec::{MirrorSpec, Sizes, SyncMode, sizes};
 use super::state::MirrorState;
 use super::user::FilterHold;
 
+/// Default granularity in bytes of a mirror of new writes only.
+const NONE_GRANULARITY: u32 = 64 << 10;
+
 /// The job's hold on the source: nobody may change its size.
 const READ_SOURCE: Permissions = Permissions {
     need: Perm::CONSISTENT_READ,
@@ -59,10 +62,16 @@ pub async fn start_mirror(
 
 fn check(graph: &Graph, spec: &MirrorSpec) -> Result<Sizes, MirrorError> {
     graph.check_root_node(&spec.source)?;
+    let granularity = match (spec.granularity, spec.sync) {
+        // What else is copied beside a write shows on the target: as with QEMU.
+        (0, SyncMode::None) if spec.target.limits().cluster_size.is_none() => NONE_GRANULARITY,
+        (granularity, _) => granularity,
+    };
     let sizes = sizes(
-        spec.granularity,
+        granularity,
         spec.buf_size,
         spec.target.limits().cluster_size,
+        spec.source.size(),
     )?;
     match spec.sync {
         SyncMode::Full | SyncMode::Top | SyncMode::None => {}

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
-use super::copy::{Copied, Copier, CopyError, Look};
+use super::copy::{Copied, Copier, CopyError};
 use super::state::MirrorState;
 
 /// Operations side by side.
@@ -47,7 +47,8 @@ pub(crate) async fn sweep(
                 break;
             };
             cursor = range.end;
-            operations.push(copier.copy(range, Look::Probe { request }, nodes));
+            let look = copier.look_at_written(&range, request);
+            operations.push(copier.copy(range, look, nodes));
         }
         match operations.next().await {
             None => return ended.unwrap_or(Swept::Clean),

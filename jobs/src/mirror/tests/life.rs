@@ -157,12 +157,11 @@ fn sync_none_copies_only_what_is_written() {
         rig.write(128 * KIB, 512, 7).await;
         rig.act(|jobs| jobs.cancel(key, false));
         rig.wait_for(JobStatus::Null).await;
-        assert_eq!(rig.target.peek(0, 512), [0; 512]);
+        assert!(rig.target.peek(0, 512).iter().all(|b| *b == 0));
         let chunk = 64 * KIB as usize;
-        assert_eq!(
-            rig.target.peek(128 * KIB, chunk),
-            rig.source.peek(128 * KIB, chunk)
-        );
+        let copied = rig.target.peek(128 * KIB, chunk) == rig.source.peek(128 * KIB, chunk);
+        assert!(copied, "the whole chunk that was written");
+        assert!(rig.target.peek(192 * KIB, 512).iter().all(|b| *b == 0));
     });
 }
 
@@ -391,10 +390,8 @@ fn a_large_write_blocking_write_is_on_both_sides_while_the_copier_is_held_off() 
         rig.start(spec).await;
         rig.target.wait_ended(1).await;
         rig.write(SIZE - 64 * KIB, 64 * KIB, 0x99).await;
-        assert_eq!(
-            rig.target.peek(SIZE - 64 * KIB, 64 * KIB as usize),
-            vec![0x99; 64 * KIB as usize]
-        );
+        let there = rig.target.peek(SIZE - 64 * KIB, 64 * KIB as usize);
+        assert!(there.iter().all(|b| *b == 0x99));
     });
 }
 
