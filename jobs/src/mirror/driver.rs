@@ -1,7 +1,6 @@
 //! The mirror as the job core sees it: body and hooks.
 
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use block::{Backend, BoxFuture, Drained, Graph, Node};
@@ -80,8 +79,6 @@ pub(super) struct MirrorDriver {
     /// How the body ended. A leaf lock, taken for a move only: by the body at
     /// its end, by main's hooks after that.
     finish: Mutex<Finish>,
-    /// Length of the longest drained section so far, in microseconds. Atomic.
-    longest_section_us: AtomicU64,
 }
 
 impl MirrorDriver {
@@ -91,7 +88,6 @@ impl MirrorDriver {
             state,
             places: OnceLock::new(),
             finish: Mutex::default(),
-            longest_section_us: AtomicU64::new(0),
         }
     }
 
@@ -153,12 +149,11 @@ impl MirrorDriver {
         !std::mem::replace(&mut self.finish().left, true)
     }
 
-    /// Ends a drained section, and notes how long it held the guest.
+    /// Ends a drained section, and logs how long it held the guest.
     pub(super) fn end_section(&self, held: Held, job: &str) {
         let took = held.drained.elapsed();
         drop(held);
         let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        self.longest_section_us.fetch_max(us, Ordering::Relaxed);
         tracing::info!(job, held_us = us, "mirror: drained section ended");
     }
 }
