@@ -39,7 +39,7 @@ def commands(tmp_path_factory):
         programs.end_all()
 
 
-@pytest.mark.parametrize("path", _scenarios())
+@pytest.mark.parametrize("path", list(_scenarios()))
 def test_replay(path, commands):
     missing = waits_for(path, commands)
     if missing:
