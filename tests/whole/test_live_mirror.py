@@ -4,40 +4,15 @@ The guest keeps a record of what it wrote and verifies all of it at its end, so
 `Guest.finish` proves that no acknowledged write is missing from the image that
 it runs on by then.
 """
-import json
 import subprocess
 
 import pytest
 
 from support.guest import Guest, same
-from support.program import run
 
 pytestmark = pytest.mark.usefixtures("kvm")
 
 SLOW = 4 * 1024 * 1024
-
-
-@pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
-def test_demo(copy_mode):
-    result = run("demo", "--json", "--copy-mode", copy_mode)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads(result.stdout)["identical"] is True
-
-
-def test_demo_table_ends_with_identical_yes():
-    result = run("demo", "--size", "64M")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "identical" in result.stdout.splitlines()[-1]
-    assert "yes" in result.stdout.splitlines()[-1]
-
-
-def test_demo_refuses_a_disk_with_data(tmp_path):
-    precious = tmp_path / "precious.img"
-    precious.write_bytes(b"precious" * 1000)
-    result = run("demo", "--disk", precious)
-    assert result.returncode == 1
-    assert str(precious) in result.stderr
-    assert precious.read_bytes() == b"precious" * 1000
 
 
 @pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])

@@ -8,6 +8,8 @@ const LOCAL_APIC: usize = 0xfee0_0000;
 const APIC_ID: usize = LOCAL_APIC + 0x20;
 const END_OF_INTERRUPT: usize = LOCAL_APIC + 0xb0;
 const SPURIOUS: usize = LOCAL_APIC + 0xf0;
+const LOCAL_LINE_0: usize = LOCAL_APIC + 0x350;
+const MASKED: u32 = 1 << 16;
 /// Any vector past the exceptions; all end in the same `iretq`.
 const VECTOR: u32 = 0x40;
 
@@ -21,8 +23,10 @@ fn read(register: usize) -> u32 {
     unsafe { ptr::read_volatile(register as *const u32) }
 }
 
-/// Switches the local APIC on.
+/// Switches the local APIC on, and the old interrupt controller off: KVM lets its
+/// line through at start, with vectors that nobody has set.
 pub fn enable() {
+    write(LOCAL_LINE_0, MASKED);
     write(SPURIOUS, 0x1ff);
 }
 
