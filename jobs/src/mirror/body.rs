@@ -155,12 +155,14 @@ impl<'a> Body<'a> {
                 self.count_anew();
                 self.pace.hurry();
             }
-            self.ensure_end();
+            self.ensure_progress();
             self.adapt();
             if self.wants_section() {
                 self.quiesce().await;
+                // Flushed beside the guest first: the section's own flush is short.
+                let flushed = self.flushed || self.flush().await;
                 // What ended just now may have failed, or have paused the job.
-                let fine = self.failure.is_none() && !self.ctx.is_pause_requested();
+                let fine = flushed && self.failure.is_none() && !self.ctx.is_pause_requested();
                 if fine && self.converge().await {
                     return Ok(());
                 }
@@ -231,6 +233,7 @@ impl<'a> Body<'a> {
     pub(super) fn become_ready(&mut self) {
         self.report_progress();
         self.ready = true;
+        self.state.set_catching_up(false);
         self.count_anew();
         if self.state.copy_mode() == CopyMode::WriteBlocking {
             self.state.set_actively_synced(self.state.dirty.is_clean());

@@ -3,9 +3,11 @@
 //!
 //! A section is entered only when little is left to copy, and given up when it
 //! lasts too long; then the copier goes on beside the guest, and the next section
-//! may be longer. A mirror that is to end and does not get there switches to
-//! `write-blocking` by itself. The last section stays held after the body's end,
-//! until main has put the target in place (`complete`).
+//! may be longer. So that little is left at some time, a mirror that does not get
+//! there *catches up*: the guest's writes go to the target as well, as in
+//! `write-blocking` mode, until the mirror is ready or has ended. The last section
+//! stays held after the body's end, until main has put the target in place
+//! (`complete`).
 
 use std::ops::ControlFlow;
 use std::pin::pin;
@@ -16,24 +18,21 @@ use std::time::{Duration, Instant};
 use block::{Drained, Graph, GraphError};
 use futures_util::future::{Either, select};
 
-use crate::{CopyMode, JobFailure};
+use crate::JobFailure;
 
 use super::body::Body;
 use super::copy::{CopyError, Side};
 use super::driver::{Ending, Held};
 use super::sweep::{Swept, sweep};
 
-/// Most bytes that the first section leaves to be copied inside it. Doubles with
-/// each section that did not suffice, and with each two passes of the scan.
-const FIRST_SECTION: u64 = 8 << 20;
-/// How often the bound is doubled at most: before the mirror is ready, when
-/// nobody has asked for the guest to be held, and when it is to end.
-const MAX_DOUBLINGS: (u32, u32) = (3, 10);
+/// Most bytes that a section leaves to be copied inside it: what a slow disk copies
+/// within the limit.
+const SECTION_BYTES: u64 = 256 << 10;
 /// Time that the first section may take for copying. Doubles with each section
-/// when the mirror is to end, but not beyond the second value.
-const LIMIT: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
-/// Passes beside the guest before a section helps a mirror to become ready.
-const PASSES_BEFORE_SECTION: u32 = 3;
+/// that did not suffice, but not beyond the second value.
+const LIMIT: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(160));
+/// Passes beside the guest after which a mirror that is not ready yet catches up.
+const PASSES_BEFORE_CATCHING_UP: u32 = 2;
 
 impl Body<'_> {
     /// Whether it is time to hold the guest: the mirror is to end, or does not
@@ -47,23 +46,36 @@ impl Body<'_> {
         if ends && left == 0 {
             return true;
         }
-        // After a section that did not suffice it is the copier's turn: for
-        // longer each time, if nobody waits for the end.
-        let turn = match self.sections {
-            0 => 0,
-            _ if ends => 1,
-            sections => 1 << sections.min(10),
-        };
-        if self.passes < self.section_pass.saturating_add(turn) {
-            return false;
+        // After a section that did not suffice it is the copier's turn.
+        let turn = u32::from(self.sections > 0);
+        let little = left <= SECTION_BYTES && self.passes >= self.section_pass + turn;
+        let overdue = self.state.is_catching_up() || self.passes > PASSES_BEFORE_CATCHING_UP;
+        little && (ends || (left > 0 && overdue))
+    }
+
+    /// Makes sure that what is left becomes less. A mirror that the guest keeps from
+    /// becoming ready, or from ending, has the guest's requests go to the target as
+    /// well until it has. That always converges, and the guest waits less for small
+    /// writes of its own than for large copies in a section.
+    pub(super) fn ensure_progress(&self) {
+        let state = &self.state;
+        if state.mirrors_actively() || (self.ready && !self.should_end()) {
+            return;
         }
-        let most = if ends {
-            MAX_DOUBLINGS.1
+        let helps = if self.ready {
+            self.sections > 0 || self.passes > 0
         } else {
-            MAX_DOUBLINGS.0
+            self.passes >= PASSES_BEFORE_CATCHING_UP
         };
-        let little = left <= FIRST_SECTION << (self.sections + self.passes / 2).min(most);
-        little && (ends || (left > 0 && self.passes >= PASSES_BEFORE_SECTION))
+        if helps && state.dirty_bytes() > 0 {
+            tracing::info!(
+                job = self.ctx.id(),
+                dirty = state.dirty_bytes(),
+                "mirror: the guest keeps pace with the copier; its writes go to the target as \
+                 well until the mirror has caught up"
+            );
+            state.set_catching_up(true);
+        }
     }
 
     /// Holds the guest and copies the rest. Nothing may be in flight.
@@ -84,14 +96,10 @@ impl Body<'_> {
             drained,
             _own: Some(own),
         };
-        let limit = if self.should_end() {
-            LIMIT
-                .0
-                .saturating_mul(1 << self.sections.min(8))
-                .min(LIMIT.1)
-        } else {
-            LIMIT.0
-        };
+        let limit = LIMIT
+            .0
+            .saturating_mul(1 << self.sections.min(8))
+            .min(LIMIT.1);
         self.sections = self.sections.saturating_add(1);
         self.section_pass = self.passes;
         let clean = self.copy_rest(Instant::now() + limit).await;
@@ -111,24 +119,6 @@ impl Body<'_> {
             self.become_ready();
         }
         false
-    }
-
-    /// Makes sure that what is left becomes less: a mirror that is to end, and for
-    /// which a pass beside the guest or a section did not suffice, has the guest's
-    /// writes go to the target as well. That always converges, and the guest waits
-    /// less for small writes of its own than for large copies in a section.
-    pub(super) fn ensure_end(&self) {
-        if !self.should_end() || self.state.copy_mode() == CopyMode::WriteBlocking {
-            return;
-        }
-        if self.sections > 0 || (self.passes > 0 && self.state.dirty_bytes() > FIRST_SECTION) {
-            tracing::info!(
-                job = self.ctx.id(),
-                "mirror: the guest keeps pace with the copier; its writes go to the target as \
-                 well until the end"
-            );
-            self.state.set_copy_mode(CopyMode::WriteBlocking);
-        }
     }
 
     /// Leaves the rest to main's hooks.

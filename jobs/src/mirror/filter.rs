@@ -16,8 +16,6 @@ use block::{
     BlockDriver, BoxFuture, Child, Extent, IoError, IoVec, Limits, Node, WriteFlags, ZeroFlags,
 };
 
-use crate::CopyMode;
-
 use super::private_copy::PrivateCopy;
 use super::state::{DirtyOnDrop, MirrorState};
 
@@ -55,7 +53,7 @@ impl MirrorTop {
     }
 
     fn mirrors_actively(&self) -> bool {
-        self.state.is_engaged() && self.state.copy_mode() == CopyMode::WriteBlocking
+        self.state.is_engaged() && self.state.mirrors_actively()
     }
 
     async fn write_pieces(

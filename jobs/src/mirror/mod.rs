@@ -20,10 +20,9 @@
 //! zeroes already.
 //!
 //! When nothing is dirty or in flight and the target is flushed, the job is ready.
-//! If the guest writes faster than that can come about, though slower than can be
-//! copied, the body holds the guest for the moment it takes to copy what little is
-//! left. So every mirror ends for which the copier is faster than the guest. To be
-//! completed, the guest is held once more, the rest is copied and flushed, and the
+//! If the guest writes faster than that can come about, its requests write the target
+//! as well until the mirror has caught up. To be completed, the guest is held for the
+//! moment it takes to copy what little is left, and flush it; the
 //! section stays until main has put the target in the source's place.
 //!
 //! # The guest comes first

@@ -48,6 +48,9 @@ pub(crate) struct MirrorState {
     pub(crate) latency: GuestLatency,
     /// [`CopyMode`], changed by the monitor. Atomic.
     copy_mode: AtomicU8,
+    /// Whether guest requests go to the target as well until the copier has caught
+    /// up, whatever `copy_mode` says. Set and cleared by the job's body. Atomic.
+    catching_up: AtomicBool,
     /// Whether guest requests are recorded and mirrored: from the insertion of
     /// the filter to the pivot or the failure of the job. Atomic.
     engaged: AtomicBool,
@@ -84,6 +87,7 @@ impl MirrorState {
             in_flight: RangeLock::new(),
             latency: GuestLatency::default(),
             copy_mode: AtomicU8::new(copy_mode as u8),
+            catching_up: AtomicBool::new(false),
             engaged: AtomicBool::new(false),
             actively_synced: AtomicBool::new(false),
             active_bytes: AtomicU64::new(0),
@@ -124,6 +128,20 @@ impl MirrorState {
 
     pub(crate) fn set_copy_mode(&self, mode: CopyMode) {
         self.copy_mode.store(mode as u8, Ordering::Release);
+    }
+
+    /// Whether guest requests are to write the target themselves.
+    pub(crate) fn mirrors_actively(&self) -> bool {
+        self.copy_mode() == CopyMode::WriteBlocking || self.is_catching_up()
+    }
+
+    /// Whether guest requests write the target for a while only.
+    pub(crate) fn is_catching_up(&self) -> bool {
+        self.catching_up.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_catching_up(&self, catching_up: bool) {
+        self.catching_up.store(catching_up, Ordering::Release);
     }
 
     /// Whether guest requests count.
