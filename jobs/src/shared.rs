@@ -69,7 +69,7 @@ pub(crate) struct Core {
     pub(crate) slow: VecDeque<MainWork>,
 }
 
-/// What every [`Jobs`], [`JobContext`] and [`Effects`] points to.
+/// What every [`Jobs`](crate::Jobs), [`JobContext`] and [`Effects`] points to.
 pub(crate) struct Shared {
     /// **The job mutex.** A leaf: while it is held no other lock is taken,
     /// nothing is awaited, and neither a hook nor a waker nor I/O runs. If that
