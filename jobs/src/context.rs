@@ -3,7 +3,7 @@
 
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use block::GraphHandle;
 use crate::drain::OwnDrain;
 use crate::event::{ErrorAction, IoSide, OnError};
 use crate::home::LocalFuture;
+use crate::id::JobKey;
 use crate::monitor::Jobs;
 use crate::progress::Progress;
 use crate::shared::{Shared, Slot};
@@ -48,6 +49,14 @@ impl JobContext {
     /// The way to main, for what the body has to have done there.
     pub fn graph(&self) -> &GraphHandle {
         self.shared.environment.graph()
+    }
+
+    /// Lets hooks of main see what was asked of the job.
+    pub fn watch(&self) -> JobWatch {
+        JobWatch {
+            shared: Arc::downgrade(&self.shared),
+            key: self.slot.key,
+        }
     }
 
     /// Lets I/O paths wake the body; takes no lock.
@@ -285,6 +294,26 @@ impl Drop for Yielded<'_> {
         if !self.done {
             self.context.happen(Event::WakeSelf);
         }
+    }
+}
+
+/// What was asked of a job, for hooks that outlive the body. Does not keep the job.
+#[derive(Clone)]
+pub struct JobWatch {
+    shared: Weak<Shared>,
+    key: JobKey,
+}
+
+impl JobWatch {
+    /// Whether the job is to end without applying its result, also if the driver's
+    /// `cancel` hook has not been called yet. Any thread; takes the job mutex.
+    pub fn is_force_cancelled(&self) -> bool {
+        let Some(shared) = self.shared.upgrade() else {
+            return true;
+        };
+        let locked = shared.lock();
+        let job = locked.core.machine.job(self.key);
+        job.is_none_or(|job| job.force_cancel)
     }
 }
 

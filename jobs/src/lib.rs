@@ -54,7 +54,7 @@ mod test_support;
 #[cfg(all(test, not(shuttle)))]
 mod throttle_tests;
 
-pub use context::{JobContext, JobNotifier};
+pub use context::{JobContext, JobNotifier, JobWatch};
 pub use drain::OwnDrain;
 pub use driver::{CopyMode, JobChange, JobDetails, JobDriver, JobKind};
 pub use effects::Effects;

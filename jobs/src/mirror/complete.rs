@@ -20,8 +20,8 @@ const LATE_REST: u64 = 1 << 20;
 
 /// Puts the target in the place of the source, if the job was completed.
 ///
-/// Errors: the graph refused it, or what was written since could not be copied;
-/// the guest stays on the source.
+/// Errors: the job was cancelled, the graph refused it, or what was written since
+/// could not be copied; the guest stays on the source.
 pub(super) async fn prepare(driver: &MirrorDriver, graph: &Rc<Graph>) -> Result<(), JobFailure> {
     let Some(places) = driver.places() else {
         return Ok(());
@@ -29,10 +29,19 @@ pub(super) async fn prepare(driver: &MirrorDriver, graph: &Rc<Graph>) -> Result<
     if driver.ending() != Ending::Pivot {
         return Ok(());
     }
+    if driver.is_cancelled() {
+        return Err(JobFailure::cancelled());
+    }
     let held = match driver.take_section() {
         Some(held) => held,
         None => drain_and_copy(driver, places, graph).await?,
     };
+    // From a cancel on, writes of the guest are not recorded: the target may be old.
+    // Nothing is awaited between this look and the replacement.
+    if driver.is_cancelled() {
+        driver.keep_section(held);
+        return Err(JobFailure::cancelled());
+    }
     // All requests are held, so nothing is left to mirror.
     driver.state().set_engaged(false);
     graph.detach(&places.target_backend);

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use block::{Backend, BoxFuture, Drained, Graph, Node};
 
 use crate::{
-    CopyMode, JobChange, JobContext, JobDetails, JobDriver, JobFailure, JobKind, OnError, OwnDrain,
-    SoftCancel,
+    CopyMode, JobChange, JobContext, JobDetails, JobDriver, JobFailure, JobKind, JobWatch, OnError,
+    OwnDrain, SoftCancel,
 };
 
 use super::body::{Body, buffer_pool};
@@ -76,6 +76,8 @@ pub(super) struct MirrorDriver {
     settings: Settings,
     state: Arc<MirrorState>,
     places: OnceLock<Places>,
+    /// Set when the body begins.
+    watch: OnceLock<JobWatch>,
     /// How the body ended. A leaf lock, taken for a move only: by the body at
     /// its end, by main's hooks after that.
     finish: Mutex<Finish>,
@@ -87,6 +89,7 @@ impl MirrorDriver {
             settings,
             state,
             places: OnceLock::new(),
+            watch: OnceLock::new(),
             finish: Mutex::default(),
         }
     }
@@ -106,6 +109,11 @@ impl MirrorDriver {
 
     pub(super) fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Whether the job was forced to end, whether or not its hook has run yet.
+    pub(super) fn is_cancelled(&self) -> bool {
+        !self.state.is_engaged() || self.watch.get().is_some_and(JobWatch::is_force_cancelled)
     }
 
     /// Operations that copy from the source, with up to `buffers` buffers kept.
@@ -161,6 +169,7 @@ impl MirrorDriver {
 impl JobDriver for MirrorDriver {
     fn run(self: Arc<Self>, context: JobContext) -> BoxFuture<'static, Result<(), JobFailure>> {
         Box::pin(async move {
+            let _ = self.watch.set(context.watch());
             let Some(places) = self.places() else {
                 return Err(JobFailure::new(libc::EINVAL, "The mirror was not set up"));
             };

@@ -412,3 +412,70 @@ fn a_force_cancel_ends_the_wait_for_a_drained_section_without_its_end() {
         rig.assert_on_source();
     });
 }
+
+/// A mirror that was completed and waits for `job-finalize`.
+async fn pending(rig: &Rig) -> JobKey {
+    scribble(&rig.source);
+    let mut spec = rig.spec();
+    spec.auto_finalize = false;
+    let key = rig.ready(spec).await;
+    rig.act(|jobs| jobs.complete(key));
+    rig.wait_for(JobStatus::Pending).await;
+    key
+}
+
+#[test]
+fn a_cancel_while_the_late_rest_is_copied_keeps_the_guest_on_the_source() {
+    with_rig(|rig| async move {
+        let key = pending(&rig).await;
+        rig.write(0, 4096, 7).await;
+        rig.target.hold(Match::op(IoOp::Write));
+        rig.act(|jobs| jobs.finalize(key));
+        rig.target.wait_held(1).await;
+        rig.act(|jobs| jobs.cancel(key, true));
+        rig.target.release_all();
+        rig.wait_for(JobStatus::Null).await;
+        assert!(rig.was_cancelled());
+        rig.assert_on_source();
+    });
+}
+
+#[test]
+fn a_cancel_while_the_late_drain_waits_keeps_the_guest_on_the_source() {
+    with_rig(|rig| async move {
+        let key = pending(&rig).await;
+        rig.source.hold_at(Match::op(IoOp::Write), HoldAt::End);
+        let write = rig.begin_write(CHUNK, 4096, 7);
+        rig.source.wait_held(1).await;
+        rig.act(|jobs| jobs.finalize(key));
+        rig.until(|| rig.disk.is_drained()).await;
+        rig.act(|jobs| jobs.cancel(key, true));
+        rig.source.release_all();
+        write.await.expect("the write");
+        rig.wait_for(JobStatus::Null).await;
+        assert!(rig.was_cancelled());
+        rig.assert_on_source();
+        assert_eq!(rig.source.peek(CHUNK, 1), [7]);
+    });
+}
+
+#[test]
+fn a_cancel_before_a_queued_pivot_keeps_the_guest_on_the_source() {
+    with_rig(|rig| async move {
+        scribble(&rig.source);
+        let key = rig.ready(rig.spec()).await;
+        rig.write(0, 4096, 7).await;
+        rig.target.hold(Match::op(IoOp::Flush));
+        rig.act(|jobs| jobs.complete(key));
+        rig.target.wait_held(1).await;
+        rig.target.release_all();
+        // Main does nothing else meanwhile, so `prepare` is queued and does not run.
+        while rig.jobs.query()[0].status != JobStatus::Pending {
+            std::thread::yield_now();
+        }
+        rig.act(|jobs| jobs.cancel(key, true));
+        rig.wait_for(JobStatus::Null).await;
+        assert!(rig.was_cancelled());
+        rig.assert_on_source();
+    });
+}
