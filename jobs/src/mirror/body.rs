@@ -75,8 +75,6 @@ pub(super) struct Body<'a> {
     not_before: Option<Instant>,
     backoff: Duration,
     pub(super) failure: Option<JobFailure>,
-    /// Nothing was written to the target since it was flushed.
-    pub(super) flushed: bool,
     /// The job has said that it is ready.
     pub(super) ready: bool,
     /// Drained sections so far, and the pass in which the last one was.
@@ -116,7 +114,6 @@ impl<'a> Body<'a> {
             not_before: None,
             backoff: BACKOFF.0,
             failure: None,
-            flushed: false,
             ready: false,
             sections: 0,
             section_pass: 0,
@@ -160,7 +157,7 @@ impl<'a> Body<'a> {
             if self.wants_section() {
                 self.quiesce().await;
                 // Flushed beside the guest first: the section's own flush is short.
-                let flushed = self.flushed || self.flush().await;
+                let flushed = self.flush().await;
                 // What ended just now may have failed, or have paused the job.
                 let fine = flushed && self.failure.is_none() && !self.ctx.is_pause_requested();
                 if fine && self.converge().await {
@@ -199,7 +196,7 @@ impl<'a> Body<'a> {
             return;
         }
         if !self.ready {
-            let flushed = self.flushed || self.flush().await;
+            let flushed = self.flush().await;
             if flushed && self.state.dirty.is_clean() {
                 self.become_ready();
             }
@@ -241,18 +238,21 @@ impl<'a> Body<'a> {
         self.ctx.ready();
     }
 
-    /// Flushes the target. `false`: it failed, and may be tried again later.
+    /// Flushes the target if it was written. `false`: it failed, and may be tried
+    /// again later.
     pub(super) async fn flush(&mut self) -> bool {
+        if !self.state.is_target_written() {
+            return true;
+        }
         let Some(nodes) = self.copier.enter() else {
             self.not_before = Some(Instant::now() + SLICE);
             return false;
         };
+        self.state.flush_begins();
         match nodes.target.flush().await {
-            Ok(()) => {
-                self.flushed = true;
-                true
-            }
+            Ok(()) => true,
             Err(error) => {
+                self.state.note_target_written();
                 self.failed(Side::Target, &error);
                 false
             }
@@ -437,7 +437,6 @@ impl<'a> Body<'a> {
 
     /// Notes what an operation did, whoever started it.
     pub(super) fn account(&mut self, copied: &Copied) {
-        self.flushed = false;
         self.ctx
             .progress()
             .add_done(copied.range.end - copied.range.start);

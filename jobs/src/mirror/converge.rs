@@ -169,7 +169,7 @@ impl Body<'_> {
         })
         .await;
         match swept {
-            Swept::Clean => self.state.dirty.is_clean() && (self.flushed || self.flush().await),
+            Swept::Clean => self.state.dirty.is_clean() && self.flush().await,
             Swept::Stopped => false,
             Swept::Failed(CopyError { side, error }) => {
                 self.failed(side, &error);

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use block::{Backend, InFlight, IoError, LockRange, Node, WriteFlags, ZeroFlags};
+use block::{Backend, InFlight, IoError, IoVec, LockRange, Node, WriteFlags, ZeroFlags};
 
 use super::plan::{Planner, Segment, SegmentKind};
 use super::pool::BufferPool;
@@ -253,11 +253,7 @@ impl Copier {
                 .read(offset, iov.clone())
                 .await
                 .map_err(source_error)?;
-            nodes
-                .target
-                .write(offset, iov, WriteFlags::default())
-                .await
-                .map_err(target_error)?;
+            self.write_target(offset, iov, &nodes.target).await?;
             offset += len;
         }
         self.pool.give_back(buffer);
@@ -277,11 +273,7 @@ impl Copier {
         if iov.is_zero() {
             self.zero_all(range, &nodes.target).await?;
         } else {
-            nodes
-                .target
-                .write(range.start, iov, WriteFlags::default())
-                .await
-                .map_err(target_error)?;
+            self.write_target(range.start, iov, &nodes.target).await?;
         }
         self.pool.give_back(buffer);
         Ok(len)
@@ -320,10 +312,22 @@ impl Copier {
             may_unmap: self.state.unmap,
             ..ZeroFlags::default()
         };
-        target
+        let written = target
             .write_zeroes(range.start, range.end - range.start, flags)
-            .await
-            .map_err(target_error)
+            .await;
+        self.state.note_target_written();
+        written.map_err(target_error)
+    }
+
+    async fn write_target(
+        &self,
+        offset: u64,
+        iov: IoVec,
+        target: &InFlight,
+    ) -> Result<(), CopyError> {
+        let written = target.write(offset, iov, WriteFlags::default()).await;
+        self.state.note_target_written();
+        written.map_err(target_error)
     }
 }
 

@@ -191,6 +191,7 @@ impl MirrorTop {
 
     /// The target has been written, or not: then the range stays to be copied.
     fn finish_active(&self, written: Result<(), IoError>, dirty: DirtyOnDrop<&MirrorState>) {
+        self.state.note_target_written();
         match written {
             Ok(()) => dirty.disarm(),
             Err(error) => {

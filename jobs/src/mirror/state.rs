@@ -56,6 +56,9 @@ pub(crate) struct MirrorState {
     engaged: AtomicBool,
     /// Target and source are equal, and stay so by write-blocking. Atomic.
     actively_synced: AtomicBool,
+    /// Whether the target was written since a flush of it began. Atomic; set by
+    /// whoever writes, after the write.
+    target_written: AtomicBool,
     /// Bytes that write-blocking requests have in hand. Atomic.
     active_bytes: AtomicU64,
     /// Counts guest discards and zero writes: what was known of the source's
@@ -90,6 +93,8 @@ impl MirrorState {
             catching_up: AtomicBool::new(false),
             engaged: AtomicBool::new(false),
             actively_synced: AtomicBool::new(false),
+            // Whoever wrote it before may not have flushed it.
+            target_written: AtomicBool::new(true),
             active_bytes: AtomicU64::new(0),
             zeroed: AtomicU64::new(0),
             active_failed: AtomicBool::new(false),
@@ -163,6 +168,25 @@ impl MirrorState {
         if self.actively_synced.load(Ordering::Relaxed) != synced {
             self.actively_synced.store(synced, Ordering::Release);
         }
+    }
+
+    /// Whether the target has to be flushed before it can be relied on.
+    pub(crate) fn is_target_written(&self) -> bool {
+        self.target_written.load(Ordering::SeqCst)
+    }
+
+    /// Notes a write of the target that has ended, well or not; or a flush that
+    /// failed.
+    pub(crate) fn note_target_written(&self) {
+        // The line is shared by all who write: written only if that changes it.
+        if !self.is_target_written() {
+            self.target_written.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// To be called before a flush is sent: it covers all writes noted until now.
+    pub(crate) fn flush_begins(&self) {
+        self.target_written.store(false, Ordering::SeqCst);
     }
 
     /// How many guest requests have made zeroes.

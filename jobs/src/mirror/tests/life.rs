@@ -459,3 +459,30 @@ fn a_writer_that_comes_during_a_mirror_is_seen_by_it() {
         assert_eq!(late.root().name(), "dst");
     });
 }
+
+#[test]
+fn what_write_blocking_writes_put_on_the_target_is_flushed_before_the_pivot() {
+    with_rig(|rig| async move {
+        scribble(&rig.source);
+        let mut spec = rig.spec();
+        spec.copy_mode = CopyMode::WriteBlocking;
+        let key = rig.ready(spec).await;
+        for zeroes in [false, true] {
+            rig.target.forget_ended();
+            if zeroes {
+                rig.write_zeroes(SIZE / 2, 64 * KIB, true).await;
+            } else {
+                rig.write(4096, 4096, 7).await;
+            }
+            assert_eq!(
+                rig.target.ended().len(),
+                1,
+                "one request of the guest's own"
+            );
+        }
+        rig.pivot(key).await;
+        let last = rig.target.ended().pop().expect("requests");
+        assert_eq!(last.op, IoOp::Flush);
+        rig.assert_equal();
+    });
+}
