@@ -380,7 +380,7 @@ fn transient(error: &io::Error) -> bool {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Direction {
     Read,
-    Write { flags: i32 },
+    Write,
 }
 
 /// One request for as much of `iov` as the kernel takes at once.
@@ -408,10 +408,7 @@ fn transfer(
             let len = one.iov_len as u32;
             let sqe = match direction {
                 Direction::Read => opcode::Read::new(fd, base, len).offset(offset).build(),
-                Direction::Write { flags } => opcode::Write::new(fd, base, len)
-                    .offset(offset)
-                    .rw_flags(flags)
-                    .build(),
+                Direction::Write => opcode::Write::new(fd, base, len).offset(offset).build(),
             };
             // SAFETY: the segment is memory of the IoVec, and the descriptor
             // that of the file, both kept.
@@ -425,9 +422,8 @@ fn transfer(
                 Direction::Read => opcode::Readv::new(fd, iovecs.as_ptr(), count)
                     .offset(offset)
                     .build(),
-                Direction::Write { flags } => opcode::Writev::new(fd, iovecs.as_ptr(), count)
+                Direction::Write => opcode::Writev::new(fd, iovecs.as_ptr(), count)
                     .offset(offset)
-                    .rw_flags(flags)
                     .build(),
             };
             let keep = Keep {
@@ -473,7 +469,7 @@ pub(crate) async fn read(
     Ok(done)
 }
 
-/// Writes all of `iov`. `dsync`: the data is durable when it ends (`RWF_DSYNC`).
+/// Writes all of `iov`, which a flush makes durable.
 /// `alignment` (a power of two) is what the file wants of offsets and lengths.
 ///
 /// Cancel: the memory stays owned, and `hold` held, until the kernel has done with
@@ -484,16 +480,13 @@ pub(crate) async fn write(
     offset: u64,
     iov: &IoVec,
     alignment: usize,
-    dsync: bool,
     hold: Option<&Rc<dyn Hold>>,
 ) -> io::Result<()> {
-    let flags = if dsync { libc::RWF_DSYNC } else { 0 };
     let mut done = 0;
     while done < iov.len() {
         let part = iov.slice(done, (iov.len() - done).min(MAX_BYTES));
-        let direction = Direction::Write { flags };
         let at = offset + done as u64;
-        match transfer(ring, file, at, part, direction, hold.cloned()).await {
+        match transfer(ring, file, at, part, Direction::Write, hold.cloned()).await {
             // A full device; trying again would spin.
             Ok(count) if count < alignment => {
                 return Err(io::Error::from_raw_os_error(libc::ENOSPC));

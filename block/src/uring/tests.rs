@@ -185,7 +185,7 @@ fn a_list_longer_than_the_kernel_takes_is_done_in_parts() {
         let ring = current_ring();
         let count = read(&ring, &source, 0, &iov, 1).await.unwrap();
         assert_eq!(count, content.len());
-        write(&ring, &target, 0, &iov, 1, true, None).await.unwrap();
+        write(&ring, &target, 0, &iov, 1, None).await.unwrap();
     });
     let mut copied = vec![0; content.len()];
     std::os::unix::fs::FileExt::read_exact_at(&*target, &mut copied, 0).unwrap();
@@ -238,7 +238,7 @@ fn errors_of_the_kernel_come_back() {
         let ring = current_ring();
         let read_only = Arc::new(File::open("/proc/self/exe").unwrap());
         let iov = AlignedBuffer::new(512).io_vec(512);
-        let error = write(&ring, &read_only, 0, &iov, 1, false, None)
+        let error = write(&ring, &read_only, 0, &iov, 1, None)
             .await
             .unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBADF));

@@ -15,7 +15,8 @@
 //! # Durability
 //!
 //! A flush that failed once fails for ever: the kernel reports a lost page only
-//! once, so a later success would claim what is not true.
+//! once, so a later success would claim what is not true. So each sync of the
+//! file goes through one place, that of a durable write (FUA) included.
 
 mod lock;
 mod open;
@@ -33,7 +34,7 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use self::lock::ImageLock;
 use self::open::{Kind, Opened};
 use self::sys::DirectAlignment;
-use self::zero::{Support, is_unsupported};
+use self::zero::Support;
 use crate::buffer::{AlignedBuffer, IoVec};
 use crate::driver::{BlockDriver, BoxFuture, Extent, Limits, WriteFlags, ZeroFlags};
 use crate::drivers::OpenError;
@@ -277,23 +278,14 @@ impl FileDriver {
 
     async fn write_from(&self, offset: u64, iov: IoVec, fua: bool) -> io::Result<()> {
         let hold = self.lock_range(offset, iov.len() as u64).await;
-        let fua = fua && !self.no_flush;
-        // Buffered, FUA would be a flush of the range in any case; a real one
-        // takes care of errors of other writes.
-        let dsync = fua && self.direct.is_some() && self.support.dsync.load(Ordering::Relaxed);
-        match self
-            .write_locked(offset, iov.clone(), dsync, hold.as_ref())
-            .await
-        {
-            Err(error) if dsync && is_unsupported(&error) => {
-                self.support.dsync.store(false, Ordering::Relaxed);
-                self.write_locked(offset, iov, false, hold.as_ref()).await?;
-                self.make_durable().await
-            }
-            Err(error) => Err(error),
-            Ok(()) if fua && !dsync => self.make_durable().await,
-            Ok(()) => Ok(()),
+        self.write_locked(offset, iov, hold.as_ref()).await?;
+        drop(hold);
+        if fua {
+            // Not RWF_DSYNC: the sync after such a write takes the error of an
+            // earlier write's lost page, and no flush would be told of it.
+            self.make_durable().await?;
         }
+        Ok(())
     }
 
     /// Writes; the blocks are locked by the caller (`hold`), if need be.
@@ -301,12 +293,11 @@ impl FileDriver {
         &self,
         offset: u64,
         iov: IoVec,
-        dsync: bool,
         hold: Option<&Rc<dyn Hold>>,
     ) -> io::Result<()> {
         let ring = current_ring();
         let Some(direct) = self.direct else {
-            return uring::write(&ring, &self.file, offset, &iov, 1, dsync, hold).await;
+            return uring::write(&ring, &self.file, offset, &iov, 1, hold).await;
         };
         let block = u64::from(direct.request);
         let end = offset + iov.len() as u64;
@@ -328,23 +319,14 @@ impl FileDriver {
         };
         let part = |from: u64, to: u64| iov.slice((from - offset) as usize, (to - from) as usize);
         if offset < first {
-            self.rewrite_block(offset, part(offset, first), dsync, hold)
+            self.rewrite_block(offset, part(offset, first), hold)
                 .await?;
         }
         let mut at = first;
         while at < last {
             let rest = part(at, last);
             if rest.is_aligned(direct.memory as usize) {
-                uring::write(
-                    &ring,
-                    &self.file,
-                    at,
-                    &rest,
-                    direct.request as usize,
-                    dsync,
-                    hold,
-                )
-                .await?;
+                uring::write(&ring, &self.file, at, &rest, direct.request as usize, hold).await?;
                 break;
             }
             let chunk = BOUNCE.min(last - at);
@@ -356,15 +338,13 @@ impl FileDriver {
                 at,
                 &bounce,
                 direct.request as usize,
-                dsync,
                 hold,
             )
             .await?;
             at += chunk;
         }
         if last < end {
-            self.rewrite_block(last, part(last, end), dsync, hold)
-                .await?;
+            self.rewrite_block(last, part(last, end), hold).await?;
         }
         Ok(())
     }
@@ -374,7 +354,6 @@ impl FileDriver {
         &self,
         offset: u64,
         iov: IoVec,
-        dsync: bool,
         hold: Option<&Rc<dyn Hold>>,
     ) -> io::Result<()> {
         let block = self.request_alignment();
@@ -387,7 +366,6 @@ impl FileDriver {
             start,
             &bounce,
             block as usize,
-            dsync,
             hold,
         )
         .await

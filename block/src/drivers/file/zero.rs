@@ -24,7 +24,6 @@ pub(super) struct Support {
     zero_range: AtomicBool,
     allocate: AtomicBool,
     discard: AtomicBool,
-    pub dsync: AtomicBool,
 }
 
 impl Support {
@@ -34,7 +33,6 @@ impl Support {
             zero_range: AtomicBool::new(true),
             allocate: AtomicBool::new(true),
             discard: AtomicBool::new(true),
-            dsync: AtomicBool::new(true),
         }
     }
 
@@ -46,7 +44,6 @@ impl Support {
             zero_range: AtomicBool::new(false),
             allocate: AtomicBool::new(false),
             discard: AtomicBool::new(false),
-            dsync: AtomicBool::new(false),
         }
     }
 
@@ -57,7 +54,7 @@ impl Support {
 }
 
 /// Whether the storage says that it cannot do something at all.
-pub(super) fn is_unsupported(error: &io::Error) -> bool {
+fn is_unsupported(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::ENOTTY)
@@ -228,7 +225,7 @@ impl FileDriver {
                 .min(end - at)
                 .min(len.min(ZERO_CHUNK));
             let iov = zeroes.io_vec(chunk as usize);
-            self.write_locked(at, iov, false, hold).await?;
+            self.write_locked(at, iov, hold).await?;
             at += chunk;
         }
         Ok(())

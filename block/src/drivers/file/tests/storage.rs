@@ -214,6 +214,26 @@ fn a_failed_flush_fails_for_ever() {
 }
 
 #[test]
+fn a_durable_write_syncs_as_a_flush_does_whose_errors_are_remembered() {
+    for direct in [false, true] {
+        let image = image_in(&disk(), 4096);
+        let driver = open_image(image.path(), direct);
+        let event_loop = EventLoop::new("test").unwrap();
+        let write = || {
+            let fua = WriteFlags {
+                fua: true,
+                ..WriteFlags::default()
+            };
+            event_loop.block_on(driver.write(0, AlignedBuffer::new(4096).io_vec(4096), fua))
+        };
+        write().unwrap();
+        assert_eq!(driver.flushes.done.load(Ordering::SeqCst), 1, "{direct}");
+        driver.flushes.failed.store(libc::EIO, Ordering::SeqCst);
+        assert_eq!(write().unwrap_err().errno, libc::EIO, "{direct}");
+    }
+}
+
+#[test]
 fn no_flush_makes_flush_and_fua_free_of_charge() {
     let image = image_in(&disk(), 4096);
     let mut driver = open_image(image.path(), false);
