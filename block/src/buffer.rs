@@ -87,12 +87,12 @@ impl IoVec {
             .collect()
     }
 
-    /// Whether each segment begins at and is a multiple of `alignment` (a power
-    /// of two).
-    pub fn is_aligned(&self, alignment: usize) -> bool {
+    /// Whether each segment begins at a multiple of `address` and is a multiple
+    /// of `len` long (powers of two, in bytes): what O_DIRECT wants of memory.
+    pub fn is_aligned(&self, address: usize, len: usize) -> bool {
         self.segments
             .iter()
-            .all(|s| (s.base.as_ptr() as usize | s.len) & (alignment - 1) == 0)
+            .all(|s| (s.base.as_ptr() as usize) & (address - 1) == 0 && s.len & (len - 1) == 0)
     }
 
     /// The part of `len` bytes from `offset`.
@@ -321,6 +321,15 @@ mod tests {
         expected[0] = 0;
         expected.push(0);
         assert_eq!(back[..], expected);
+    }
+
+    #[test]
+    fn addresses_and_lengths_are_aligned_each_for_itself() {
+        let iov = scattered();
+        assert!(iov.is_aligned(32, 8));
+        assert!(!iov.is_aligned(64, 8), "the second segment begins at 32");
+        // As kernels want it that take memory at any word, but whole blocks only.
+        assert!(!iov.is_aligned(4, 16), "segments of 8 and 24 bytes");
     }
 
     #[test]

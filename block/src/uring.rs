@@ -383,7 +383,8 @@ enum Direction {
     Write,
 }
 
-/// One request for as much of `iov` as the kernel takes at once.
+/// One request for as much of `iov` as the kernel takes at once. (Under O_DIRECT
+/// each segment is of whole blocks, so a cut is never inside one.)
 fn transfer(
     ring: &Rc<Ring>,
     file: &Arc<File>,

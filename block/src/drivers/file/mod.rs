@@ -10,7 +10,8 @@
 //! a bounce buffer, writes by reading the blocks at the edges first. Nothing
 //! else may be written to such a block meanwhile, so where blocks are larger
 //! than the 512 bytes that nodes count in, every write locks the blocks it
-//! touches. Buffers are bounced only if their place in memory is not aligned.
+//! touches. Buffers are bounced only if their place in memory is not aligned, or
+//! their segments are not of whole blocks.
 //!
 //! # Durability
 //!
@@ -247,7 +248,7 @@ impl FileDriver {
         let block = direct.request as usize;
         let blocks = self.blocks(offset, iov.len() as u64)?;
         let aligned = blocks == (offset..offset + iov.len() as u64);
-        if aligned && iov.is_aligned(direct.memory as usize) {
+        if aligned && is_direct(iov, direct) {
             let count = uring::read(&ring, &self.file, offset, iov, block).await?;
             iov.slice(count, iov.len() - count).fill(0);
             return Ok(());
@@ -325,7 +326,7 @@ impl FileDriver {
         let mut at = first;
         while at < last {
             let rest = part(at, last);
-            if rest.is_aligned(direct.memory as usize) {
+            if is_direct(&rest, direct) {
                 uring::write(&ring, &self.file, at, &rest, direct.request as usize, hold).await?;
                 break;
             }
@@ -396,6 +397,13 @@ impl FileDriver {
         });
         uring::fdatasync(&current_ring(), &self.file, &running).await
     }
+}
+
+/// Whether O_DIRECT takes the memory as it is. Linux before 6.18 wants each
+/// segment to be of whole blocks, wherever the memory may begin; so a request cut
+/// after any number of segments is of whole blocks, too.
+fn is_direct(iov: &IoVec, direct: DirectAlignment) -> bool {
+    iov.is_aligned(direct.memory as usize, direct.request as usize)
 }
 
 impl BlockDriver for FileDriver {
