@@ -286,10 +286,14 @@ impl VirtioMmio {
             self.complain("a device status out of order", value);
             return MmioOutcome::Done;
         }
-        if new & !old & FEATURES_OK != 0 && !self.features_acceptable(registers.driver_features) {
-            // The driver reads the status back to see that.
-            self.complain("features that were not offered", value);
-            new &= !(FEATURES_OK | DRIVER_OK);
+        if new & !old & FEATURES_OK != 0 {
+            if self.features_acceptable(registers.driver_features) {
+                self.device.features_accepted(registers.driver_features);
+            } else {
+                // The driver reads the status back to see that.
+                self.complain("features that were not offered", value);
+                new &= !(FEATURES_OK | DRIVER_OK);
+            }
         }
         if new & FAILED != 0 || self.interrupt.needs_reset() {
             new &= !DRIVER_OK | old;

@@ -48,6 +48,11 @@ pub trait VirtioDevice: Send + Sync {
     /// Features it offers.
     fn features(&self) -> u64;
 
+    /// The driver has set FEATURES_OK with these features, and that was accepted:
+    /// fields whose first value depends on them are set here (virtio 1.2 §3.1.1).
+    /// Until a reset, they stay as they are.
+    fn features_accepted(&self, features: u64);
+
     /// Fills `data` from the configuration space at `offset`; zeroes past its end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 

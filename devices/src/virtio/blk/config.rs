@@ -192,8 +192,8 @@ pub(super) struct ConfigSpace {
     /// In bytes, a multiple of the logical block size. Own synchronisation:
     /// written at reset and configuration change.
     capacity: AtomicU64,
-    /// The `writeback` field. Own synchronisation: written by the driver (under
-    /// the transport's lock) and at reset.
+    /// The `writeback` field. Own synchronisation: written by the driver and when
+    /// its features are accepted (under the transport's lock), and at reset.
     writeback: AtomicBool,
 }
 
@@ -226,6 +226,14 @@ impl ConfigSpace {
     pub(super) fn reset(&self, config: &VirtioBlkConfig) {
         self.writeback.store(config.write_cache, Ordering::Release);
         self.refresh_capacity(config);
+    }
+
+    /// A driver that knows of the field and cannot flush finds it 0 (virtio 1.2
+    /// §5.2.5.2): else what it writes would never be durable.
+    pub(super) fn features_accepted(&self, features: u64) {
+        if features & bit(VIRTIO_BLK_F_CONFIG_WCE) != 0 && features & bit(VIRTIO_BLK_F_FLUSH) == 0 {
+            self.writeback.store(false, Ordering::Release);
+        }
     }
 
     /// Whether writes may stay in a cache until the driver flushes: what the

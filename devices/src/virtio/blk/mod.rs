@@ -195,6 +195,10 @@ impl VirtioDevice for VirtioBlk {
         self.shared.config.features()
     }
 
+    fn features_accepted(&self, features: u64) {
+        self.shared.space.features_accepted(features);
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         self.shared.space.read(&self.shared.config, offset, data);
     }

@@ -18,6 +18,7 @@ struct Dummy {
     resets: AtomicUsize,
     features: AtomicU64,
     config_writes: AtomicUsize,
+    accepted: Mutex<Vec<u64>>,
     /// Whether resets take time, and what keeps them from ending.
     slow: bool,
     busy: Mutex<Vec<TicketPart>>,
@@ -43,6 +44,9 @@ impl VirtioDevice for Dummy {
     }
     fn features(&self) -> u64 {
         OFFERED
+    }
+    fn features_accepted(&self, features: u64) {
+        self.accepted.lock().unwrap().push(features);
     }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         for (i, byte) in (0_u64..).zip(data) {
@@ -161,6 +165,8 @@ fn features_are_refused_unless_offered_and_version_1() {
         if accepted {
             assert_eq!(rig.device.features.load(Ordering::Relaxed), features);
         }
+        let told = rig.device.accepted.lock().unwrap().clone();
+        assert_eq!(told, accepted.then_some(features).as_slice());
     }
 }
 

@@ -347,7 +347,10 @@ fn writes_are_forced_out_unless_the_driver_can_and_will_flush() {
             (VERSION_1 | FLUSH, Some(0), false),
             (VERSION_1 | FLUSH | CONFIG_WCE, None, false),
             (VERSION_1 | FLUSH | CONFIG_WCE, Some(0), true),
+            // Who cannot flush must not be cached unasked.
+            (VERSION_1 | CONFIG_WCE, None, true),
             (VERSION_1 | CONFIG_WCE, Some(1), false),
+            (VERSION_1 | FLUSH | CONFIG_WCE, None, false),
         ];
         let guest = rig.guest(rig.config());
         for (features, writeback, expected) in cases {
