@@ -9,7 +9,7 @@ use anyhow::Context;
 use block::runtime::{Iothread, IothreadHandle};
 use block::{
     Backend, BackendUser, BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, DiscardMode,
-    DriverOptions, FileOptions, Graph, Perm, Permissions, RawOptions,
+    DriverOptions, FileOptions, Graph, GraphError, Perm, PermissionError, Permissions, RawOptions,
 };
 use devices::{VirtioBlk, VirtioBlkConfig};
 
@@ -68,12 +68,26 @@ pub async fn open(
     let mut disks = Vec::with_capacity(specs.len());
     for spec in specs {
         let id = spec.id.as_deref().unwrap_or_default();
-        let disk = open_one(graph, id, spec, &by_id)
-            .await
-            .with_context(|| format!("Cannot open disk '{id}' ('{}')", spec.path.display()))?;
+        let disk = open_one(graph, id, spec, &by_id).await.map_err(|error| {
+            let remedy = if is_locked(&error) {
+                "; stop the process that uses it, or open it with readonly=on in both"
+            } else {
+                ""
+            };
+            let path = spec.path.display();
+            error.context(format!("Cannot open disk '{id}' ('{path}'){remedy}"))
+        })?;
         disks.push(disk);
     }
     Ok(disks)
+}
+
+/// Whether another process's lock on the image is what is wrong.
+fn is_locked(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(GraphError::Permission(PermissionError::Locked { .. }))
+    )
 }
 
 async fn open_one(

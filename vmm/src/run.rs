@@ -195,9 +195,14 @@ async fn run(spec: VmSpec) -> anyhow::Result<ExitCode> {
         machine.cont().await?;
     }
     let end = wait_for_end(&machine, &monitor, &signals, quit_by_user).await?;
-    take_down(&end, &machine, &monitor, &graph, disks).await;
-    iothreads.stop();
+    let clean = take_down(&end, &machine, &monitor, &graph, disks).await;
     drop(serial);
+    if !clean {
+        // What hangs would hold the iothreads' end, and main's, for ever.
+        eprintln!("diptych: the guest's disks may lack its last writes; see the log above");
+        std::process::exit(1);
+    }
+    iothreads.stop();
     Ok(match end {
         End::Signal(signal) => ExitCode::from(EXIT_SIGNAL_BASE.saturating_add(signal)),
         End::Guest(GuestEnd::RestartFailed) => ExitCode::FAILURE,
@@ -225,14 +230,15 @@ async fn wait_for_end(
 
 /// Ends in an order that loses nothing: the vCPUs and devices first, then jobs,
 /// then what the guest was told is written is flushed, then clients, who are
-/// told how it all ended. Bounded where a hung storage could hold it.
+/// told how it all ended. Bounded where a hung storage could hold it. Says
+/// whether all of it was done.
 async fn take_down(
     end: &End,
     machine: &Machine,
     monitor: &Monitor,
     graph: &Graph,
     disks: Vec<Disk>,
-) {
+) -> bool {
     monitor.request_quit();
     let cause = match end {
         End::Guest(_) => None,
@@ -242,21 +248,26 @@ async fn take_down(
     if let Some(cause) = cause {
         monitor.emit_machine(VmEvent::Shutdown(cause));
     }
-    if !in_time(machine.take_down()).await {
+    let mut clean = in_time(machine.take_down()).await;
+    if !clean {
         tracing::error!("Disk requests did not end in time; the guest's last writes may be lost");
     }
     let left = monitor.jobs().cancel_all(END_TIME).await;
     if !left.is_empty() {
         tracing::error!(jobs = left.join(", "), "Jobs did not end in time");
     }
+    clean &= left.is_empty();
     for Disk { backend, .. } in disks {
-        match flush(&backend).await {
+        let flushed = flush(&backend).await;
+        clean &= matches!(flushed, Some(Ok(())));
+        match flushed {
             Some(Ok(())) => graph.detach(&backend),
             Some(Err(error)) => tracing::error!(%error, "Cannot flush disk '{}'", backend.name()),
             None => tracing::error!("Flush of disk '{}' did not end in time", backend.name()),
         }
     }
     monitor.close().await;
+    clean
 }
 
 /// Flushes a disk that may be written; `None` if that takes too long.
