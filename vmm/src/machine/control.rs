@@ -20,7 +20,7 @@ use super::boot::BootImages;
 use super::cpuid::{self, HostCpuid};
 use super::kvm::{self, KvmVm};
 use super::run_control::ParkedNotice;
-use super::vcpu::{Crash, CrashKind};
+use super::vcpu::{Crash, CrashKind, Generation};
 use super::{MachineError, MachineEvent, memory};
 use crate::vm_control::{
     DiskInfo, IothreadInfo, RunState, ShutdownCause, VmControl, VmError, VmEvent,
@@ -89,9 +89,15 @@ enum Command {
     Cont(oneshot::Sender<Result<(), VmError>>),
     Reset(oneshot::Sender<Result<(), VmError>>),
     TakeDown(oneshot::Sender<()>),
-    GuestReset,
-    GuestPowerOff,
+    Guest(Generation, Wish),
     Crashed(Crash),
+}
+
+/// What a guest asks of its machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    Reset,
+    PowerOff,
 }
 
 /// A running machine, as main and the monitor see it.
@@ -103,7 +109,9 @@ pub struct Machine {
     iothreads: Vec<IothreadInfo>,
     serial: Arc<Serial>,
     #[cfg(test)]
-    mem: Arc<memory::GuestMemory>,
+    board: Arc<Board>,
+    #[cfg(test)]
+    events: mpsc::UnboundedSender<MachineEvent>,
     end: RefCell<Option<oneshot::Receiver<GuestEnd>>>,
 }
 
@@ -130,13 +138,26 @@ impl Machine {
         let (commands, inbox) = mpsc::unbounded();
         let (events, mut event_inbox) = mpsc::unbounded();
         let (notices, notice_inbox) = mpsc::unbounded();
-        let vm = KvmVm::start(&kvm, &cpuid, &board, entry, &events, notices)?;
+        let generation = Rc::new(Cell::new(0));
+        let vm = KvmVm::start(
+            &kvm,
+            &cpuid,
+            &board,
+            entry,
+            generation.get(),
+            &events,
+            notices,
+        )?;
         let state = Rc::new(Cell::new(RunState::Prelaunch));
         let crashed = Rc::new(Cell::new(false));
         let (end, end_receiver) = oneshot::channel();
 
-        watch(&board.reset_evt, &commands, || Command::GuestReset)?;
-        watch(&board.power_off_evt, &commands, || Command::GuestPowerOff)?;
+        for (event, wish) in [
+            (&board.reset_evt, Wish::Reset),
+            (&board.power_off_evt, Wish::PowerOff),
+        ] {
+            watch(event, wish, &generation, &commands)?;
+        }
         let crash_commands = commands.clone();
         spawn_local(async move {
             while let Some(MachineEvent::Crashed(crash)) = event_inbox.next().await {
@@ -146,37 +167,39 @@ impl Machine {
         })
         .detach();
 
-        let serial = Arc::clone(&board.serial);
-        #[cfg(test)]
-        let mem = Arc::clone(&board.mem);
-        let disks = board.disk_infos();
+        let board = Arc::new(board);
+        let this = Self {
+            commands,
+            state: Rc::clone(&state),
+            crashed: Rc::clone(&crashed),
+            disks: board.disk_infos(),
+            iothreads: spec.iothreads,
+            serial: Arc::clone(&board.serial),
+            #[cfg(test)]
+            board: Arc::clone(&board),
+            #[cfg(test)]
+            events: events.clone(),
+            end: RefCell::new(Some(end_receiver)),
+        };
         let operator = Operator {
             kvm,
             cpuid,
-            board: Arc::new(board),
+            board,
             images: Arc::new(spec.images),
             on_reboot: spec.on_reboot,
             on_crash: spec.on_crash,
             vm: Some(vm),
+            generation,
+            wish: None,
             events,
             notices: notice_inbox,
-            state: Rc::clone(&state),
-            crashed: Rc::clone(&crashed),
+            state,
+            crashed,
             sink: Box::new(sink),
             end: Some(end),
         };
         spawn_local(operator.operate(inbox)).detach();
-        Ok(Self {
-            commands,
-            state,
-            crashed,
-            disks,
-            iothreads: spec.iothreads,
-            serial,
-            #[cfg(test)]
-            mem,
-            end: RefCell::new(Some(end_receiver)),
-        })
+        Ok(this)
     }
 
     /// The serial port, for its input.
@@ -184,10 +207,18 @@ impl Machine {
         &self.serial
     }
 
-    /// The guest's memory.
+    /// The devices and the guest's memory.
     #[cfg(test)]
-    pub(super) fn memory(&self) -> &Arc<memory::GuestMemory> {
-        &self.mem
+    pub(super) fn board(&self) -> &Board {
+        &self.board
+    }
+
+    /// Reports a crash, as vCPU threads do.
+    #[cfg(test)]
+    pub(super) fn report(&self, crash: Crash) {
+        self.events
+            .unbounded_send(MachineEvent::Crashed(crash))
+            .unwrap();
     }
 
     /// Whether the guest has crashed and was not reset since.
@@ -262,13 +293,16 @@ impl VmControl for Machine {
     }
 }
 
-/// Turns an event descriptor's signals into commands.
+/// Turns an event descriptor's signals into commands, each with the generation
+/// in which it was read: a restart drains the descriptor when it changes that.
 fn watch(
     event: &Arc<EventFd>,
+    wish: Wish,
+    generation: &Rc<Cell<Generation>>,
     commands: &mpsc::UnboundedSender<Command>,
-    command: impl Fn() -> Command + 'static,
 ) -> Result<(), MachineError> {
     let commands = commands.clone();
+    let generation = Rc::clone(generation);
     let error = |source| MachineError::Device {
         what: "power events",
         source,
@@ -276,7 +310,8 @@ fn watch(
     let event = AsyncFd::new(event.try_clone().map_err(error)?).map_err(error)?;
     spawn_local(async move {
         while event.io(Interest::Readable, EventFd::read).await.is_ok() {
-            if commands.unbounded_send(command()).is_err() {
+            let command = Command::Guest(generation.get(), wish);
+            if commands.unbounded_send(command).is_err() {
                 break;
             }
         }
@@ -295,6 +330,10 @@ struct Operator {
     on_crash: CrashPolicy,
     /// `None` only while the guest is being restarted, or could not be.
     vm: Option<KvmVm>,
+    /// Which start of the guest `vm` is. What an earlier one did is ignored.
+    generation: Rc<Cell<Generation>>,
+    /// What the guest asked for just when it was stopped: done when it goes on.
+    wish: Option<Wish>,
     events: mpsc::UnboundedSender<MachineEvent>,
     notices: mpsc::UnboundedReceiver<ParkedNotice>,
     state: Rc<Cell<RunState>>,
@@ -314,14 +353,17 @@ impl Operator {
                     let _ = reply.send(Ok(()));
                 }
                 Command::Cont(reply) => {
-                    let _ = reply.send(self.cont());
+                    let _ = reply.send(self.cont().await);
                 }
                 Command::Reset(reply) => {
                     let result = self.reset(ShutdownCause::HostQmpSystemReset).await;
                     let _ = reply.send(result);
                 }
-                Command::GuestReset => self.guest_reset().await,
-                Command::GuestPowerOff => self.guest_power_off().await,
+                Command::Guest(generation, wish) => {
+                    if generation == self.generation.get() {
+                        self.guest_wishes(wish).await;
+                    }
+                }
                 Command::Crashed(crash) => self.guest_crashed(crash).await,
                 Command::TakeDown(done) => {
                     self.take_down().await;
@@ -354,7 +396,7 @@ impl Operator {
         }
     }
 
-    fn cont(&mut self) -> Result<(), VmError> {
+    async fn cont(&mut self) -> Result<(), VmError> {
         let state = self.state.get();
         match state {
             RunState::Running => Ok(()),
@@ -363,7 +405,11 @@ impl Operator {
                     self.state.set(RunState::Running);
                     (self.sink)(VmEvent::Resume);
                     self.board.resume_devices();
-                    vm.run();
+                    match self.wish.take() {
+                        // It has no code to run any more.
+                        Some(wish) => Box::pin(self.guest_wishes(wish)).await,
+                        None => vm.run(),
+                    }
                 }
                 Ok(())
             }
@@ -389,7 +435,7 @@ impl Operator {
                     RunState::Prelaunch | RunState::Paused => {}
                     RunState::Shutdown | RunState::InternalError | RunState::GuestPanicked => {
                         self.state.set(RunState::Paused);
-                        return self.cont();
+                        return self.cont().await;
                     }
                 }
                 Ok(())
@@ -422,6 +468,7 @@ impl Operator {
             &self.cpuid,
             &self.board,
             entry,
+            self.generation.get(),
             &self.events,
             notices,
         )?);
@@ -434,33 +481,39 @@ impl Operator {
         if let Some(vm) = self.vm.take() {
             unblock(move || drop(vm)).await;
         }
+        // Its vCPUs are gone, and what they signalled goes with the devices'
+        // reset; nothing else may run in between.
+        self.generation.set(self.generation.get() + 1);
+        self.wish = None;
         for ticket in self.board.reset_devices() {
             ticket.done().await;
         }
     }
 
-    async fn guest_reset(&mut self) {
-        // A late signal of a guest that is gone already.
-        if !self.state.get().is_running() {
-            return;
-        }
-        match self.on_reboot {
-            RebootPolicy::Exit => {
-                self.end_guest(ShutdownCause::GuestReset, GuestEnd::Rebooted)
+    /// Does what the guest asked for, at once or when it goes on.
+    async fn guest_wishes(&mut self, wish: Wish) {
+        match (self.state.get(), wish) {
+            (RunState::Running, Wish::PowerOff) => {
+                self.end_guest(ShutdownCause::GuestShutdown, GuestEnd::PoweredOff)
                     .await;
             }
-            RebootPolicy::Reset => {
-                if self.reset(ShutdownCause::GuestReset).await.is_err() {
-                    self.finish(GuestEnd::RestartFailed);
+            (RunState::Running, Wish::Reset) => match self.on_reboot {
+                RebootPolicy::Exit => {
+                    self.end_guest(ShutdownCause::GuestReset, GuestEnd::Rebooted)
+                        .await;
                 }
+                RebootPolicy::Reset => {
+                    if self.reset(ShutdownCause::GuestReset).await.is_err() {
+                        self.finish(GuestEnd::RestartFailed);
+                    }
+                }
+            },
+            // It met a stop. The first wish counts, as it does in a guest that runs.
+            (RunState::Prelaunch | RunState::Paused, wish) => {
+                self.wish.get_or_insert(wish);
             }
-        }
-    }
-
-    async fn guest_power_off(&mut self) {
-        if self.state.get().is_running() {
-            self.end_guest(ShutdownCause::GuestShutdown, GuestEnd::PoweredOff)
-                .await;
+            // It has ended already.
+            (RunState::Shutdown | RunState::InternalError | RunState::GuestPanicked, _) => {}
         }
     }
 
@@ -479,9 +532,14 @@ impl Operator {
     }
 
     async fn guest_crashed(&mut self, crash: Crash) {
-        // The other vCPUs' reports of one crash add nothing.
-        if self.crashed.get() || !self.state.get().is_running() {
+        if crash.generation != self.generation.get() {
             return;
+        }
+        match self.state.get() {
+            // A crash that meets a stop is not put off: its vCPU never goes on.
+            RunState::Running | RunState::Prelaunch | RunState::Paused => {}
+            // The other vCPUs' reports of one crash add nothing.
+            RunState::Shutdown | RunState::InternalError | RunState::GuestPanicked => return,
         }
         tracing::error!("vCPU {}: {}", crash.vcpu, crash.report);
         match self.on_crash {
@@ -500,6 +558,8 @@ impl Operator {
                     (self.sink)(VmEvent::Shutdown(ShutdownCause::GuestPanic));
                 }
                 self.stop(state).await;
+                // Also where it was stopped already.
+                self.state.set(state);
                 if self.on_crash == CrashPolicy::Exit {
                     self.finish(GuestEnd::Crashed);
                 } else {

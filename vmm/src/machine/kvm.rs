@@ -15,6 +15,7 @@ use super::board::Board;
 use super::boot::Entry;
 use super::cpuid::HostCpuid;
 use super::run_control::{ParkedNotice, RunControl};
+use super::vcpu::Generation;
 use super::{MachineError, MachineEvent, irq, kick, layout, memory, vcpu};
 
 const KVM_PATH: &str = "/dev/kvm";
@@ -57,12 +58,14 @@ pub struct KvmVm {
 }
 
 impl KvmVm {
-    /// Makes a VM around the board, with its vCPUs parked at `entry`.
+    /// Makes a VM around the board, with its vCPUs parked at `entry`. Their
+    /// crashes are reported to `events` with `generation`.
     pub fn start(
         kvm: &Kvm,
         cpuid: &HostCpuid,
         board: &Board,
         entry: Entry,
+        generation: Generation,
         events: &UnboundedSender<MachineEvent>,
         notices: UnboundedSender<ParkedNotice>,
     ) -> Result<Self, MachineError> {
@@ -92,7 +95,7 @@ impl KvmVm {
         for (index, vcpu) in vcpus {
             this.threads.push(vcpu::spawn(
                 vcpu,
-                index,
+                (generation, index),
                 Arc::clone(&board.buses),
                 Arc::clone(&control),
                 events.clone(),

@@ -10,6 +10,7 @@ use block::runtime::{EventLoop, yield_now};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::test_kernel::{COUNT, COUNTER_GPA, CRASH, POWER_OFF, RESET, SAY_K, elf};
+use super::vcpu::{Crash, CrashKind};
 use super::*;
 use crate::vm_control::{RunState, ShutdownCause, VmControl, VmError, VmEvent};
 
@@ -158,7 +159,7 @@ fn stopped_vcpus_run_no_guest_code_and_go_on_after_cont() {
         |_| {},
         async |rig| {
             let count = || {
-                let mem = rig.machine.memory();
+                let mem = &rig.machine.board().mem;
                 mem.read_obj::<u32>(GuestAddress(COUNTER_GPA)).unwrap()
             };
             for _ in 0..50 {
@@ -184,7 +185,7 @@ fn a_reset_finds_memory_cleared_and_keeps_a_stopped_guest_stopped() {
         &[COUNT],
         |_| {},
         async |rig| {
-            let mem = Arc::clone(rig.machine.memory());
+            let mem = Arc::clone(&rig.machine.board().mem);
             let count = || mem.read_obj::<u32>(GuestAddress(COUNTER_GPA)).unwrap();
             rig.machine.cont().await.unwrap();
             until(|| count() != 0).await;
@@ -224,4 +225,170 @@ fn a_triple_fault_stops_the_guest_until_it_is_reset() {
             assert_eq!(rig.events.borrow().last(), Some(&VmEvent::Stop));
         },
     );
+}
+
+/// A crash of a vCPU in the given start of the guest.
+fn crash(generation: u64, vcpu: u8) -> Crash {
+    Crash {
+        generation,
+        vcpu,
+        kind: CrashKind::TripleFault,
+        report: "staged".to_owned(),
+    }
+}
+
+/// Runs `work` until it is done; other tasks have had many turns when it returns.
+async fn settled(work: impl Future<Output = Result<(), VmError>>) {
+    work.await.unwrap();
+    for _ in 0..100 {
+        yield_now().await;
+    }
+}
+
+#[test]
+fn a_power_off_that_meets_a_stop_ends_the_guest_when_it_goes_on() {
+    with_machine(
+        "a_power_off_that_meets_a_stop_ends_the_guest_when_it_goes_on",
+        &[COUNT],
+        |_| {},
+        async |rig| {
+            rig.machine.cont().await.unwrap();
+            // Asked for, but not begun: main has not had a turn.
+            let stopping = rig.machine.stop();
+            rig.machine.board().power_off_evt.write(1).unwrap();
+            settled(stopping).await;
+            assert_eq!(rig.machine.run_state(), RunState::Paused);
+            rig.machine.cont().await.unwrap();
+            assert_eq!(rig.machine.ended().await, GuestEnd::PoweredOff);
+            assert_eq!(
+                *rig.events.borrow(),
+                [
+                    VmEvent::Resume,
+                    VmEvent::Stop,
+                    VmEvent::Resume,
+                    VmEvent::Shutdown(ShutdownCause::GuestShutdown)
+                ]
+            );
+        },
+    );
+}
+
+#[test]
+fn a_guests_reset_that_meets_a_stop_is_done_when_it_goes_on() {
+    with_machine(
+        "a_guests_reset_that_meets_a_stop_is_done_when_it_goes_on",
+        &[COUNT],
+        |spec| spec.on_reboot = RebootPolicy::Reset,
+        async |rig| {
+            rig.machine.cont().await.unwrap();
+            let stopping = rig.machine.stop();
+            rig.machine.board().reset_evt.write(1).unwrap();
+            settled(stopping).await;
+            let reset = VmEvent::Reset(ShutdownCause::GuestReset);
+            assert!(!rig.events.borrow().contains(&reset));
+            rig.machine.cont().await.unwrap();
+            assert_eq!(rig.events.borrow().last(), Some(&reset));
+            let mem = &rig.machine.board().mem;
+            until(|| mem.read_obj::<u32>(GuestAddress(COUNTER_GPA)).unwrap() != 0).await;
+        },
+    );
+}
+
+#[test]
+fn a_reset_forgets_what_the_guest_before_it_asked_for() {
+    with_machine(
+        "a_reset_forgets_what_the_guest_before_it_asked_for",
+        &[COUNT],
+        |_| {},
+        async |rig| {
+            let mem = &rig.machine.board().mem;
+            let count = || mem.read_obj::<u32>(GuestAddress(COUNTER_GPA)).unwrap();
+            rig.machine.cont().await.unwrap();
+            let stopping = rig.machine.stop();
+            rig.machine.board().power_off_evt.write(1).unwrap();
+            settled(stopping).await;
+            rig.machine.system_reset().await.unwrap();
+            settled(rig.machine.cont()).await;
+            until(|| count() != 0).await;
+            assert_eq!(rig.machine.run_state(), RunState::Running);
+        },
+    );
+}
+
+#[test]
+fn a_crash_that_meets_a_stop_is_reported_and_the_guest_cannot_go_on() {
+    with_machine(
+        "a_crash_that_meets_a_stop_is_reported_and_the_guest_cannot_go_on",
+        &[COUNT],
+        |_| {},
+        async |rig| {
+            rig.machine.cont().await.unwrap();
+            let stopping = rig.machine.stop();
+            rig.machine.report(crash(0, 1));
+            settled(stopping).await;
+            assert_eq!(rig.machine.run_state(), RunState::Shutdown);
+            assert!(rig.machine.crashed());
+            assert!(matches!(
+                rig.machine.cont().await,
+                Err(VmError::ResetRequired { .. })
+            ));
+            let panic = VmEvent::Shutdown(ShutdownCause::GuestPanic);
+            assert_eq!(
+                *rig.events.borrow(),
+                [VmEvent::Resume, VmEvent::Stop, panic]
+            );
+        },
+    );
+}
+
+#[test]
+fn a_second_vcpus_crash_does_not_reset_the_fresh_guest() {
+    with_machine(
+        "a_second_vcpus_crash_does_not_reset_the_fresh_guest",
+        &[COUNT],
+        |spec| spec.on_crash = CrashPolicy::Reset,
+        async |rig| {
+            rig.machine.cont().await.unwrap();
+            rig.machine.report(crash(0, 0));
+            rig.machine.report(crash(0, 1));
+            let reset = VmEvent::Reset(ShutdownCause::GuestReset);
+            until(|| rig.events.borrow().contains(&reset)).await;
+            // Answered after the second report.
+            settled(rig.machine.stop()).await;
+            assert_eq!(
+                *rig.events.borrow(),
+                [VmEvent::Resume, reset, VmEvent::Stop]
+            );
+            rig.machine.report(crash(1, 0));
+            until(|| rig.events.borrow().len() == 4).await;
+            assert_eq!(
+                rig.events.borrow()[3],
+                reset,
+                "the new guest's own crash counts"
+            );
+            assert_eq!(rig.machine.run_state(), RunState::Paused);
+        },
+    );
+}
+
+#[test]
+fn a_guest_that_powers_off_just_when_it_is_stopped_ends_after_cont() {
+    for _ in 0..30 {
+        with_machine(
+            "a_guest_that_powers_off_just_when_it_is_stopped_ends_after_cont",
+            &[SAY_K, POWER_OFF],
+            |_| {},
+            async |rig| {
+                rig.machine.cont().await.unwrap();
+                // Main has no turn until the guest is at its last instructions.
+                while rig.console.text().is_empty() {
+                    std::thread::yield_now();
+                }
+                rig.machine.stop().await.unwrap();
+                // It has ended already if it was quicker than the stop.
+                let _ = rig.machine.cont().await;
+                assert_eq!(rig.machine.ended().await, GuestEnd::PoweredOff);
+            },
+        );
+    }
 }

@@ -43,9 +43,14 @@ pub enum CrashKind {
     KvmError,
 }
 
+/// Counts a guest's starts, so that what an earlier one did is told apart.
+pub type Generation = u64;
+
 /// A vCPU's end: what happened and where.
 #[derive(Clone, Debug)]
 pub struct Crash {
+    /// Of the guest's start that the vCPU belongs to.
+    pub generation: Generation,
     /// Index of the vCPU.
     pub vcpu: u8,
     /// What happened.
@@ -103,10 +108,11 @@ fn connect_local_interrupts(vcpu: &VcpuFd) {
     }
 }
 
-/// Starts the thread of vCPU `index`; it parks until it is asked to run.
+/// Starts the thread of a vCPU, known by its generation and its index in that;
+/// it parks until it is asked to run.
 pub fn spawn(
     vcpu: VcpuFd,
-    index: u8,
+    (generation, index): (Generation, u8),
     buses: Arc<Buses>,
     control: Arc<RunControl>,
     events: UnboundedSender<MachineEvent>,
@@ -117,6 +123,7 @@ pub fn spawn(
         .spawn(move || {
             let mut thread = VcpuThread {
                 vcpu: Kickable::new(vcpu),
+                generation,
                 index,
                 buses,
                 control,
@@ -134,6 +141,7 @@ pub fn spawn(
 
 struct VcpuThread {
     vcpu: Kickable,
+    generation: Generation,
     index: u8,
     buses: Arc<Buses>,
     control: Arc<RunControl>,
@@ -275,6 +283,7 @@ impl VcpuThread {
         };
         let registers = Registers(self.vcpu.vcpu());
         Crash {
+            generation: self.generation,
             vcpu: self.index,
             kind: match failure {
                 Failure::TripleFault => CrashKind::TripleFault,
