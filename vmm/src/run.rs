@@ -141,7 +141,6 @@ enum End {
 }
 
 async fn run(spec: VmSpec) -> anyhow::Result<ExitCode> {
-    let signals = EndSignals::new().context("Cannot listen for signals")?;
     // What costs little and fails often comes first.
     let images = BootImages::open(
         spec.kernel.as_deref().unwrap_or(Path::new("")),
@@ -159,6 +158,9 @@ async fn run(spec: VmSpec) -> anyhow::Result<ExitCode> {
     let monitor = Monitor::new(&graph, &jobs);
     let iothreads = Iothreads::start(&spec.iothread)?;
     let disks = disks::open(&graph, &spec.disk, &iothreads).await?;
+    // From here on there is something to give back at a signal. Before, opening
+    // may hang, and a signal just kills.
+    let signals = EndSignals::new().context("Cannot listen for signals")?;
     let mut serial = SerialBackend::open(&spec.serial.unwrap_or_default())?;
     let event_monitor = Rc::clone(&monitor);
     let machine = Rc::new(Machine::build(

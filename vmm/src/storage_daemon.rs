@@ -45,7 +45,6 @@ pub fn main(args: StorageDaemonArgs) -> anyhow::Result<ExitCode> {
 }
 
 async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
-    let signals = EndSignals::new().context("Cannot listen for signals")?;
     // Taken before any image is opened: a socket in use is the cheaper mistake.
     let sockets = args
         .qmp
@@ -62,6 +61,8 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
             .await
             .with_context(|| format!("Cannot add node '{name}'"))?;
     }
+    // Not before: opening may hang, and a signal just kills then.
+    let signals = EndSignals::new().context("Cannot listen for signals")?;
     for socket in sockets {
         monitor
             .listen(socket)

@@ -17,6 +17,7 @@ mod tests;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use linux_loader::cmdline::Cmdline;
@@ -161,7 +162,12 @@ impl NamedFile {
             path: path.to_owned(),
             source,
         };
-        let file = File::open(path).map_err(read_error)?;
+        // A FIFO is not waited for; for a regular file the flag means nothing.
+        let file = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path)
+            .map_err(read_error)?;
         if !file.metadata().map_err(read_error)?.is_file() {
             return Err(BootError::NotAFile {
                 what,

@@ -136,6 +136,16 @@ fn what_does_not_fit_is_refused_with_the_remedy() {
 }
 
 #[test]
+fn a_fifo_is_refused_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("fifo");
+    let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU);
+    rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, 0).unwrap();
+    let error = BootImages::open(&path, None, "", BootProtocol::Auto).unwrap_err();
+    assert!(matches!(error, BootError::NotAFile { .. }), "{error}");
+}
+
+#[test]
 fn a_directory_or_nothing_is_no_kernel() {
     let open = |path: &str| BootImages::open(Path::new(path), None, "", BootProtocol::Auto);
     assert!(matches!(open("/").unwrap_err(), BootError::NotAFile { .. }));
