@@ -79,9 +79,15 @@ impl ImageLock {
     }
 
     /// Locks what `permissions` need besides what is locked, and looks for
-    /// others. All is as before after an error.
+    /// others. All is as before after an error. Asking for nothing new cannot fail.
     pub(super) fn check(&self, permissions: Permissions) -> Result<(), PermissionError> {
         let wanted = pack(permissions);
+        if wanted & !self.held.load(Ordering::Relaxed) == 0 {
+            // Whoever is there (one that takes first and looks second, or heeds
+            // no locks) cannot be against our giving something up.
+            self.wanted.store(wanted, Ordering::Relaxed);
+            return Ok(());
+        }
         let result = self
             .add(wanted)
             .map_err(|source| self.failed(source))
@@ -214,6 +220,27 @@ mod tests {
         a.release();
         b.check(WRITER).unwrap();
         b.commit();
+    }
+
+    #[test]
+    fn giving_rights_up_cannot_be_refused() {
+        let (_image, a, b) = two_opens();
+        let both = Permissions {
+            need: Perm::CONSISTENT_READ | Perm::WRITE,
+            share: Perm::NONE,
+        };
+        a.check(both).unwrap();
+        a.commit();
+        // Another has just taken its bytes, and will go away when it sees ours.
+        b.add(pack(both)).unwrap();
+        let less = Permissions {
+            need: Perm::CONSISTENT_READ,
+            share: Perm::NONE,
+        };
+        a.check(less).unwrap();
+        a.commit();
+        assert_eq!(a.locked.load(Ordering::Relaxed), pack(less));
+        assert!(a.check(both).is_err());
     }
 
     #[test]
