@@ -196,19 +196,34 @@ impl Graph {
         node: &Arc<Node>,
         except: &[&Arc<Backend>],
     ) -> Result<Drained, GraphError> {
+        self.drain_within(node, except, self.drain_timeout.get())
+            .await
+    }
+
+    /// As [`drain`](Self::drain), but waits no longer than `timeout` for requests:
+    /// for those who would rather go on than hold the guest.
+    pub async fn drain_within(
+        &self,
+        node: &Arc<Node>,
+        except: &[&Arc<Backend>],
+        timeout: Duration,
+    ) -> Result<Drained, GraphError> {
         let except = except.iter().map(|backend| backend.id()).collect();
-        self.drain_section(Some(Arc::clone(node)), except).await
+        self.drain_section(Some(Arc::clone(node)), except, timeout)
+            .await
     }
 
     /// Begins a drained section of all nodes. As [`drain`](Self::drain).
     pub async fn drain_all(&self) -> Result<Drained, GraphError> {
-        self.drain_section(None, Vec::new()).await
+        self.drain_section(None, Vec::new(), self.drain_timeout.get())
+            .await
     }
 
     async fn drain_section(
         &self,
         node: Option<Arc<Node>>,
         except: Vec<u64>,
+        timeout: Duration,
     ) -> Result<Drained, GraphError> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let section = Arc::new(Section {
@@ -227,7 +242,7 @@ impl Graph {
         self.sections.borrow_mut().push(Arc::clone(&section));
         self.inherit_sections();
 
-        let deadline = section.began + self.drain_timeout.get();
+        let deadline = section.began + timeout;
         loop {
             let idle = poll_fn(|cx| match section.poll_idle(cx.waker()) {
                 true => std::task::Poll::Ready(()),

@@ -298,3 +298,29 @@ fn a_handle_runs_functions_on_main_for_other_threads() {
         iothread.stop();
     });
 }
+
+#[test]
+fn a_section_with_a_limit_of_its_own_gives_up_and_lets_requests_go_on() {
+    on_main(|graph| async move {
+        let (storage, node) = disk(&graph, "a");
+        let backend = attach(&graph, "vda", &node);
+        storage.hold(Match::op(IoOp::Write));
+        let first = spawn_local({
+            let backend = Arc::clone(&backend);
+            async move { write(&backend, 0, 1).await }
+        });
+        storage.wait_held(1).await;
+        // The graph's own limit is never reached here.
+        graph.set_drain_timeout(Duration::from_secs(3600));
+        let limit = Duration::from_millis(5);
+        let error = graph.drain_within(&node, &[], limit).await.unwrap_err();
+        assert!(matches!(error, GraphError::DrainTimeout { waited, .. } if waited >= limit));
+        assert!(backend.try_enter().is_some());
+        // Nobody is waited for, so no time is needed.
+        let none = Duration::ZERO;
+        let drained = graph.drain_within(&node, &[&backend], none).await.unwrap();
+        drop(drained);
+        storage.release_all();
+        first.await.unwrap();
+    });
+}
