@@ -140,6 +140,19 @@ pub enum GraphError {
         /// Who could send requests meanwhile.
         backend: String,
     },
+    /// A user would begin to write below a job's filter.
+    #[error(
+        "Cannot let {user} write node '{node}' below filter '{filter}' of a block job, which would \
+         miss the writes: attach it to '{filter}', or wait until the job has ended"
+    )]
+    BelowFilter {
+        /// Who would write.
+        user: String,
+        /// The node it is attached to.
+        node: String,
+        /// The topmost filter over it.
+        filter: String,
+    },
     /// The node is no filter.
     #[error("Node '{0}' is not a filter")]
     NotFilter(String),

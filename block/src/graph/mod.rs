@@ -200,14 +200,24 @@ impl Graph {
             );
         }
         backend.store_permissions(Permissions::IDLE);
-        // Less is needed than before, so nobody can be against it; a driver that
-        // is all the same keeps what it has.
+        // Less is needed than before, so nobody should be against it.
         if let Err(error) = self.commit(topology) {
-            tracing::error!(%error, backend = backend.describe(), "detach was refused");
+            tracing::error!(
+                %error,
+                backend = backend.describe(),
+                "Detached, but the permissions of others could not be worked out again"
+            );
+            // It is off all the same. The rest is caught up with by the next change.
+            let mut topology = self.topology.borrow_mut();
+            topology.backends.retain(|e| e.backend.id() != backend.id());
         }
     }
 
     /// Changes what a backend needs and shares.
+    ///
+    /// Fails, without any change, as [`attach`](Self::attach) does; and with
+    /// [`GraphError::BelowFilter`] if a [`Root`](AttachmentKind::Root) that did not
+    /// write so far would do so below a job's filter, which would not see it.
     pub fn set_permissions(
         &self,
         backend: &Arc<Backend>,
@@ -215,7 +225,20 @@ impl Graph {
     ) -> Result<(), GraphError> {
         let mut topology = self.topology.borrow().clone();
         if let Some(entry) = topology.backend_mut(backend.id()) {
-            entry.permissions = permissions;
+            let before = std::mem::replace(&mut entry.permissions, permissions);
+            let target = Arc::clone(&entry.target);
+            let gained = permissions.need.without(before.need);
+            let filter = above_inserted_filters(&topology, &target);
+            if backend.kind() == AttachmentKind::Root
+                && gained.contains(Perm::WRITE)
+                && filter.id() != target.id()
+            {
+                return Err(GraphError::BelowFilter {
+                    user: backend.describe(),
+                    node: target.name().to_owned(),
+                    filter: filter.name().to_owned(),
+                });
+            }
         }
         self.commit(topology)
     }

@@ -153,7 +153,7 @@ fn a_refused_filter_leaves_the_graph_as_it_was() {
             Box::new(PassThrough {
                 child,
                 passed: Arc::default(),
-                share: Perm::CONSISTENT_READ,
+                share: Arc::new(Mutex::new(Perm::CONSISTENT_READ)),
             })
         };
         let error = graph

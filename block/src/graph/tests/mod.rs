@@ -2,8 +2,8 @@
 
 use std::future::Future;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::{Graph, GraphError};
 use crate::backend::{AttachmentKind, Backend, BackendUser};
@@ -80,7 +80,7 @@ struct PassThrough {
     child: Child,
     passed: Arc<AtomicUsize>,
     /// What it lets others do with its child.
-    share: Perm,
+    share: Arc<Mutex<Perm>>,
 }
 
 impl PassThrough {
@@ -92,7 +92,7 @@ impl PassThrough {
         Box::new(Self {
             child,
             passed,
-            share: Perm::ALL,
+            share: Arc::new(Mutex::new(Perm::ALL)),
         })
     }
 }
@@ -115,7 +115,7 @@ impl BlockDriver for PassThrough {
     }
     fn child_permissions(&self, _: ChildRole, users: Permissions) -> Permissions {
         Permissions {
-            share: users.share & self.share,
+            share: users.share & *self.share.lock().unwrap(),
             ..users
         }
     }

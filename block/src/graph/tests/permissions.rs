@@ -248,3 +248,73 @@ fn a_driver_that_does_not_let_go_cannot_stop_a_detach() {
         assert_eq!(storage.permissions().last(), Some(&Permissions::IDLE));
     });
 }
+
+#[test]
+fn a_filter_that_has_changed_its_mind_cannot_stop_a_detach() {
+    on_main(|graph| async move {
+        let (_storage, node) = disk(&graph, "a");
+        let share = Arc::new(Mutex::new(Perm::ALL));
+        let drained = graph.drain_all().await.unwrap();
+        let filter = graph
+            .insert_filter(Some("top"), &node, &[], &drained, |child| {
+                Box::new(PassThrough {
+                    child,
+                    passed: Arc::default(),
+                    share: Arc::clone(&share),
+                })
+            })
+            .unwrap();
+        drop(drained);
+        let user = User {
+            blocker: Some("block device is in use by block job: mirror"),
+            ..User::new(AttachmentKind::Job)
+        };
+        let job = graph
+            .attach("", &node, writer(), Some(Arc::new(user)))
+            .unwrap();
+        let device = attach(&graph, "vda", &filter);
+        // From now on no permissions go together, whatever is taken away.
+        *share.lock().unwrap() = Perm::NONE;
+        assert!(graph.refresh_permissions().is_err());
+        graph.detach(&device);
+        assert_eq!(graph.backends().len(), 1);
+        graph.detach(&job);
+        assert_eq!(graph.backends(), []);
+        graph.check_not_blocked(&node).unwrap();
+    });
+}
+
+#[test]
+fn a_user_below_a_jobs_filter_does_not_begin_to_write() {
+    on_main(|graph| async move {
+        let (_storage, node) = disk(&graph, "a");
+        let reads = Permissions {
+            need: Perm::CONSISTENT_READ,
+            share: Perm::ALL,
+        };
+        let export = graph.attach("vdb", &node, reads, None).unwrap();
+        let job = Arc::new(User::new(AttachmentKind::Job));
+        let hold = graph.attach("", &node, reads, Some(job)).unwrap();
+        let drained = graph.drain_all().await.unwrap();
+        let filter = graph
+            .insert_filter(
+                Some("top"),
+                &node,
+                &[&export, &hold],
+                &drained,
+                PassThrough::boxed,
+            )
+            .unwrap();
+        let error = graph.set_permissions(&export, writer()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "Cannot let block device 'vdb' write node 'a' below filter 'top' of a block job, which \
+             would miss the writes: attach it to 'top', or wait until the job has ended"
+        );
+        assert_eq!(export.permissions(), reads);
+        // The job knows what it does.
+        graph.set_permissions(&hold, writer()).unwrap();
+        graph.remove_filter(&filter, &drained).unwrap();
+        graph.set_permissions(&export, writer()).unwrap();
+    });
+}
