@@ -21,6 +21,7 @@ use super::driver::{MirrorDriver, Places};
 use super::pace::Pace;
 use super::pool::BufferPool;
 use super::state::MirrorState;
+use super::sweep::{Sweep, Swept};
 
 /// Most operations in flight.
 const MAX_OPERATIONS: u64 = 16;
@@ -46,12 +47,14 @@ struct Done {
 /// State of the body. Home only.
 pub(super) struct Body<'a> {
     pub(super) ctx: &'a JobContext,
-    notifier: JobNotifier,
+    pub(super) notifier: JobNotifier,
     pub(super) driver: &'a MirrorDriver,
     pub(super) places: &'a Places,
     pub(super) state: Arc<MirrorState>,
     pub(super) copier: Rc<Copier>,
     operations: FuturesUnordered<Pin<Box<dyn Future<Output = Done>>>>,
+    /// What drained sections copy and flush.
+    pub(super) rest: Sweep,
     max_operations: usize,
     /// Bytes in flight as the window counts them.
     window_used: u64,
@@ -93,12 +96,14 @@ impl<'a> Body<'a> {
         let request = request_size(buf_size);
         let max_operations = (buf_size / request).clamp(1, MAX_OPERATIONS);
         let floor = MIN_WINDOW.max(state.granularity).min(buf_size);
+        let copier = driver.copier(places, max_operations as usize);
         Self {
             ctx,
             notifier: ctx.notifier(),
             driver,
             places,
-            copier: driver.copier(places, max_operations as usize),
+            rest: Sweep::new(Rc::clone(&copier), Arc::clone(&state)),
+            copier,
             operations: FuturesUnordered::new(),
             max_operations: max_operations as usize,
             window_used: 0,
@@ -182,10 +187,17 @@ impl<'a> Body<'a> {
         self.ready && (self.ctx.is_complete_requested() || self.ctx.is_soft_cancelled())
     }
 
-    /// Waits until nothing is in flight.
+    /// Waits until nothing is in flight, a flush included.
     pub(super) async fn quiesce(&mut self) {
         while let Some(done) = self.operations.next().await {
             self.ended(done);
+        }
+        while let Some(ended) = self.rest.next_ended().await {
+            match ended {
+                Ok(Some(copied)) => account(self.ctx, &self.notifier, &copied),
+                Ok(None) => {}
+                Err(CopyError { side, error }) => self.failed(side, &error),
+            }
         }
     }
 
@@ -241,19 +253,22 @@ impl<'a> Body<'a> {
     /// Flushes the target if it was written. `false`: it failed, and may be tried
     /// again later.
     pub(super) async fn flush(&mut self) -> bool {
-        if !self.state.is_target_written() {
-            return true;
-        }
-        let Some(nodes) = self.copier.enter() else {
-            self.not_before = Some(Instant::now() + SLICE);
-            return false;
-        };
-        self.state.flush_begins();
-        match nodes.target.flush().await {
-            Ok(()) => true,
-            Err(error) => {
-                self.state.note_target_written();
-                self.failed(Side::Target, &error);
+        let swept = self.rest.flush(std::future::pending()).await;
+        self.is_done(swept)
+    }
+
+    /// Whether all was done; notes it if something failed.
+    pub(super) fn is_done(&mut self, swept: Swept) -> bool {
+        match swept {
+            Swept::Done => true,
+            Swept::Stopped => {
+                // If somebody drains a node, it is the next pause point's turn.
+                let soon = Instant::now() + Duration::from_millis(1);
+                self.not_before = self.not_before.max(Some(soon));
+                false
+            }
+            Swept::Failed(CopyError { side, error }) => {
+                self.failed(side, &error);
                 false
             }
         }
@@ -417,7 +432,7 @@ impl<'a> Body<'a> {
         self.in_flight -= done.range.end - done.range.start;
         match done.result {
             Ok(copied) => {
-                self.account(&copied);
+                account(self.ctx, &self.notifier, &copied);
                 if copied.range.end < done.range.end {
                     self.cursor = self.cursor.min(copied.range.end);
                 }
@@ -433,14 +448,6 @@ impl<'a> Body<'a> {
             }
             Err(CopyError { side, error }) => self.failed(side, &error),
         }
-    }
-
-    /// Notes what an operation did, whoever started it.
-    pub(super) fn account(&mut self, copied: &Copied) {
-        self.ctx
-            .progress()
-            .add_done(copied.range.end - copied.range.start);
-        self.notifier.charge(copied.charged);
     }
 
     /// A request failed: acts as the policy of its side says. Its range is dirty
@@ -471,6 +478,13 @@ impl<'a> Body<'a> {
         let left = self.state.dirty_bytes() + self.in_flight + self.state.active_bytes();
         self.ctx.progress().set_remaining(left);
     }
+}
+
+/// Notes what an operation did, whoever started it.
+pub(super) fn account(ctx: &JobContext, notifier: &JobNotifier, copied: &Copied) {
+    ctx.progress()
+        .add_done(copied.range.end - copied.range.start);
+    notifier.charge(copied.charged);
 }
 
 /// Size of the buffers for this `buf-size`.

@@ -1,22 +1,28 @@
 //! The end of a mirror on main: the pivot, and taking the filter out.
 
-use std::ops::ControlFlow;
+use std::pin::pin;
 use std::rc::Rc;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use block::{Graph, GraphError, runtime};
+use block::{Drained, Graph, GraphError, runtime};
+use futures_util::future::{Either, select};
 
 use crate::JobFailure;
 
-use super::converge::{describe, drain_failure};
+use super::converge::{ENDING_DOUBLINGS, SECTION_BYTES, describe, drain_failure};
+use super::copy::CopyError;
 use super::driver::{Ending, Held, MirrorDriver, Places};
-use super::sweep::{Swept, sweep};
+use super::sweep::{OPERATIONS, Sweep, Swept};
 
 /// Wait before the filter's removal is tried again.
 const RETRY: Duration = Duration::from_secs(1);
-/// Scans beside the guest, and the largest rest, before a late pivot holds it.
-const LATE_SCANS: u32 = 8;
-const LATE_REST: u64 = 1 << 20;
+/// Drained sections that a late pivot may try.
+const LATE_SECTIONS: u32 = 16;
+/// Time without any progress after which a late pivot is given up.
+const LATE_STALL: Duration = Duration::from_secs(30);
+/// Wait while somebody else drains a node.
+const BUSY: Duration = Duration::from_millis(10);
 
 /// Puts the target in the place of the source, if the job was completed.
 ///
@@ -70,41 +76,118 @@ async fn drain_and_copy(
     places: &Places,
     graph: &Rc<Graph>,
 ) -> Result<Held, JobFailure> {
-    for _ in 0..LATE_SCANS {
-        if driver.state().dirty_bytes() <= LATE_REST {
-            break;
-        }
-        copy_dirty(driver, places).await?;
-    }
-    let drained = graph
-        .drain(&places.source, &[&places.source_backend])
-        .await
-        .map_err(|error| drain_failure(&error))?;
-    copy_dirty(driver, places).await?;
-    places
-        .target_backend
-        .flush()
-        .await
-        .map_err(|error| JobFailure::from(&error))?;
-    Ok(Held {
-        drained,
-        _own: None,
-    })
+    let state = driver.state();
+    // What is dirty only becomes less from here on.
+    state.set_catching_up(true);
+    let mut late = Late {
+        driver,
+        places,
+        graph,
+        sweep: Sweep::new(driver.copier(places, OPERATIONS), Arc::clone(state)),
+    };
+    let result = late.run().await;
+    let mut sweep = late.sweep;
+    // What is in flight, on a target that hangs, does not hold up main.
+    runtime::spawn_local(async move { while sweep.next_ended().await.is_some() {} }).detach();
+    result
 }
 
-async fn copy_dirty(driver: &MirrorDriver, places: &Places) -> Result<(), JobFailure> {
-    let copier = driver.copier(places, 0);
-    match sweep(&copier, driver.state(), |_| ControlFlow::Continue(())).await {
-        Swept::Clean => Ok(()),
-        Swept::Stopped => Err(JobFailure::new(
-            libc::EBUSY,
-            "The source or the target was drained during the switch",
-        )),
-        Swept::Failed(error) => {
-            tracing::warn!(error = %error.error, side = describe(error.side), "late copy failed");
-            Err(JobFailure::from(&error.error))
+/// The rest of a mirror that was finalized by hand, on main.
+struct Late<'a> {
+    driver: &'a MirrorDriver,
+    places: &'a Places,
+    graph: &'a Rc<Graph>,
+    sweep: Sweep,
+}
+
+impl Late<'_> {
+    async fn run(&mut self) -> Result<Held, JobFailure> {
+        for attempt in 0..LATE_SECTIONS {
+            self.copy_beside_the_guest().await?;
+            let drained = self.drain().await?;
+            let doublings = attempt.min(ENDING_DOUBLINGS);
+            let limit = self.driver.settings().section_limit * (1 << doublings);
+            if self.copy_the_rest(limit).await? {
+                return Ok(Held {
+                    drained,
+                    _own: None,
+                });
+            }
+            drop(drained);
+        }
+        Err(slow_target())
+    }
+
+    /// Copies until little is left, and flushes that.
+    async fn copy_beside_the_guest(&mut self) -> Result<(), JobFailure> {
+        loop {
+            let began = Instant::now();
+            let mut progress = false;
+            let stop = self.stop(LATE_STALL);
+            let swept = self.sweep.copy(SECTION_BYTES, |_| progress = true, stop);
+            let swept = match swept.await {
+                Swept::Done => self.sweep.flush(self.stop(LATE_STALL)).await,
+                other => other,
+            };
+            match swept {
+                Swept::Done => return Ok(()),
+                Swept::Failed(error) => return Err(late_failure(&error)),
+                Swept::Stopped if self.driver.is_cancelled() => {
+                    return Err(JobFailure::cancelled());
+                }
+                Swept::Stopped if progress => {}
+                // Somebody drains a node for a moment.
+                Swept::Stopped if began.elapsed() < LATE_STALL => runtime::sleep(BUSY).await,
+                Swept::Stopped => return Err(slow_target()),
+            }
         }
     }
+
+    /// In a drained section. `false`: it takes too long.
+    async fn copy_the_rest(&mut self, limit: Duration) -> Result<bool, JobFailure> {
+        let mut stop = pin!(self.stop(limit));
+        let swept = match self.sweep.copy(0, |_| (), stop.as_mut()).await {
+            Swept::Done => self.sweep.flush(stop).await,
+            other => other,
+        };
+        match swept {
+            Swept::Done => Ok(self.driver.state().dirty.is_clean()),
+            Swept::Failed(error) => Err(late_failure(&error)),
+            Swept::Stopped if self.driver.is_cancelled() => Err(JobFailure::cancelled()),
+            Swept::Stopped => Ok(false),
+        }
+    }
+
+    async fn drain(&self) -> Result<Drained, JobFailure> {
+        let except = [&self.places.source_backend];
+        let drained = pin!(self.graph.drain(&self.places.source, &except));
+        match select(drained, self.driver.state().disengaged()).await {
+            Either::Left((drained, _)) => drained.map_err(|error| drain_failure(&error)),
+            Either::Right(_) => Err(JobFailure::cancelled()),
+        }
+    }
+
+    /// Ends after `limit`, or when the job is cancelled.
+    fn stop(&self, limit: Duration) -> impl Future<Output = ()> + use<> {
+        let state = Arc::clone(self.driver.state());
+        async move {
+            let timer = pin!(runtime::sleep(limit));
+            select(timer, state.disengaged()).await;
+        }
+    }
+}
+
+fn late_failure(error: &CopyError) -> JobFailure {
+    tracing::warn!(error = %error.error, side = describe(error.side), "late copy failed");
+    JobFailure::from(&error.error)
+}
+
+fn slow_target() -> JobFailure {
+    JobFailure::new(
+        libc::ETIMEDOUT,
+        "What the guest wrote since the job was completed cannot be copied in time: the target \
+         is too slow, or hangs",
+    )
 }
 
 /// Takes the mirror off the graph, whichever way it ended. Idempotent.
@@ -136,7 +219,7 @@ pub(super) async fn leave(driver: &MirrorDriver, graph: &Rc<Graph>) {
     graph.detach(&places.source_backend);
     if let Err(error) = removed {
         tracing::warn!(%error, filter = places.filter.name(), "mirror: the filter stays for now");
-        let (graph, filter) = (Rc::clone(graph), std::sync::Arc::clone(&places.filter));
+        let (graph, filter) = (Rc::clone(graph), Arc::clone(&places.filter));
         // It passes everything on; take it out when the guest's requests end.
         runtime::spawn_local(async move {
             loop {

@@ -9,28 +9,30 @@
 //! stays held after the body's end, until main has put the target in place
 //! (`complete`).
 
-use std::ops::ControlFlow;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::{Drained, Graph, GraphError};
+use block::{Drained, Graph, GraphError, runtime};
 use futures_util::future::{Either, select};
 
-use crate::JobFailure;
+use crate::{JobContext, JobFailure};
 
-use super::body::Body;
-use super::copy::{CopyError, Side};
+use super::body::{Body, account};
+use super::copy::{Copied, Side};
 use super::driver::{Ending, Held};
-use super::sweep::{Swept, sweep};
 
 /// Most bytes that a section leaves to be copied inside it: what a slow disk copies
 /// within the limit.
-const SECTION_BYTES: u64 = 256 << 10;
-/// Time that the first section may take for copying. Doubles with each section
-/// that did not suffice, but not beyond the second value.
-const LIMIT: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(160));
+pub(super) const SECTION_BYTES: u64 = 256 << 10;
+/// Time that the first section may take for copying and flushing. Doubles with each
+/// section that did not suffice.
+pub(super) const SECTION_LIMIT: Duration = Duration::from_millis(10);
+/// How often it doubles at most: before the mirror is ready, which it becomes without
+/// a section too; and to end, where a target that flushes slowly has to have its time.
+const DOUBLINGS: u32 = 4;
+pub(super) const ENDING_DOUBLINGS: u32 = 8;
 /// Passes beside the guest after which a mirror that is not ready yet catches up.
 const PASSES_BEFORE_CATCHING_UP: u32 = 2;
 
@@ -96,10 +98,12 @@ impl Body<'_> {
             drained,
             _own: Some(own),
         };
-        let limit = LIMIT
-            .0
-            .saturating_mul(1 << self.sections.min(8))
-            .min(LIMIT.1);
+        let doublings = if self.should_end() {
+            ENDING_DOUBLINGS
+        } else {
+            DOUBLINGS
+        };
+        let limit = self.driver.settings().section_limit * (1 << self.sections.min(doublings));
         self.sections = self.sections.saturating_add(1);
         self.section_pass = self.passes;
         let clean = self.copy_rest(Instant::now() + limit).await;
@@ -114,7 +118,9 @@ impl Body<'_> {
             self.finish(ending, held);
             return true;
         }
+        // The guest goes on first: who waits for a slow target is the job.
         self.driver.end_section(held, self.ctx.id());
+        self.quiesce().await;
         if clean && !self.ready && !self.ctx.is_force_cancelled() {
             self.become_ready();
         }
@@ -155,26 +161,26 @@ impl Body<'_> {
     }
 
     /// Copies what is dirty and flushes the target. `true` if both are as they
-    /// should be.
+    /// should be. If not, something may still be in flight.
     async fn copy_rest(&mut self, deadline: Instant) -> bool {
-        let copier = Rc::clone(&self.copier);
-        let state = Arc::clone(&self.state);
-        let swept = sweep(&copier, &state, |copied| {
-            self.account(copied);
-            if self.ctx.is_force_cancelled() || Instant::now() > deadline {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        })
-        .await;
-        match swept {
-            Swept::Clean => self.state.dirty.is_clean() && self.flush().await,
-            Swept::Stopped => false,
-            Swept::Failed(CopyError { side, error }) => {
-                self.failed(side, &error);
-                false
-            }
+        let (ctx, notifier) = (self.ctx, self.notifier.clone());
+        let mut over = pin!(section_over(ctx, deadline));
+        let done = |copied: &Copied| account(ctx, &notifier, copied);
+        let swept = self.rest.copy(0, done, over.as_mut()).await;
+        if !self.is_done(swept) || !self.state.dirty.is_clean() {
+            return false;
+        }
+        let swept = self.rest.flush(over).await;
+        self.is_done(swept)
+    }
+}
+
+/// Ends when a section has lasted long enough, or the job is to stop at once.
+async fn section_over(ctx: &JobContext, deadline: Instant) {
+    let mut timer = pin!(runtime::sleep_until(deadline));
+    while !ctx.is_force_cancelled() {
+        if let Either::Left(_) = select(timer.as_mut(), pin!(ctx.kicked())).await {
+            return;
         }
     }
 }

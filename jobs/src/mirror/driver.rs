@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Duration;
 
 use block::{Backend, BoxFuture, Drained, Graph, Node};
 
@@ -29,6 +30,7 @@ pub(super) struct Settings {
     pub(super) on_source_error: OnError,
     pub(super) on_target_error: OnError,
     pub(super) auto_finalize: bool,
+    pub(super) section_limit: Duration,
 }
 
 /// The job's places in the graph: known when it starts.

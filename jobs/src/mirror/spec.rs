@@ -1,12 +1,14 @@
 //! What a mirror is asked to do, and the checks that need nothing but that.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::Node;
 use block::runtime::IothreadHandle;
 
 use crate::{CopyMode, OnError};
 
+use super::converge::SECTION_LIMIT;
 use super::error::MirrorError;
 
 /// Smallest granularity in bytes.
@@ -73,6 +75,9 @@ pub struct MirrorSpec {
     pub auto_finalize: bool,
     /// Vanish by itself when concluded.
     pub auto_dismiss: bool,
+    /// How long the first attempt to end may hold the guest while the rest is copied
+    /// and flushed. Each further attempt may take twice as long, to a limit.
+    pub section_limit: Duration,
     /// Where the job runs; `None`: an iothread of its own.
     pub home: Option<IothreadHandle>,
 }
@@ -96,6 +101,7 @@ impl MirrorSpec {
             on_target_error: OnError::Report,
             auto_finalize: true,
             auto_dismiss: true,
+            section_limit: SECTION_LIMIT,
             home: None,
         }
     }

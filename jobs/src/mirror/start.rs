@@ -168,6 +168,7 @@ fn set_up(
             on_source_error: spec.on_source_error,
             on_target_error: spec.on_target_error,
             auto_finalize: spec.auto_finalize,
+            section_limit: spec.section_limit,
         },
         Arc::clone(&state),
     ));

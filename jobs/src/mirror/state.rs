@@ -17,9 +17,12 @@
 //! own I/O, and has entered both backends before it locks: a drain never has to
 //! wait for somebody who waits for the drain.
 
+use std::collections::BTreeMap;
 use std::ops::{Deref, Range};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::task::{Context, Poll, Waker};
 
 use block::{Backend, BitmapError, DirtyBitmap, InFlight, IoError, RangeLock};
 
@@ -61,6 +64,9 @@ pub(crate) struct MirrorState {
     target_written: AtomicBool,
     /// Bytes that write-blocking requests have in hand. Atomic.
     active_bytes: AtomicU64,
+    /// Who waits for a change of `engaged` or `catching_up`. A leaf lock, taken
+    /// only by those who wait for the target, and to wake them.
+    waiters: Mutex<Waiters>,
     /// Counts guest discards and zero writes: what was known of the source's
     /// extents before may be too coarse since. Atomic.
     zeroed: AtomicU64,
@@ -96,6 +102,7 @@ impl MirrorState {
             // Whoever wrote it before may not have flushed it.
             target_written: AtomicBool::new(true),
             active_bytes: AtomicU64::new(0),
+            waiters: Mutex::default(),
             zeroed: AtomicU64::new(0),
             active_failed: AtomicBool::new(false),
             active_error: Mutex::new(None),
@@ -142,22 +149,55 @@ impl MirrorState {
 
     /// Whether guest requests write the target for a while only.
     pub(crate) fn is_catching_up(&self) -> bool {
-        self.catching_up.load(Ordering::Acquire)
+        self.catching_up.load(Ordering::SeqCst)
     }
 
     pub(crate) fn set_catching_up(&self, catching_up: bool) {
-        self.catching_up.store(catching_up, Ordering::Release);
+        let before = self.catching_up.swap(catching_up, Ordering::SeqCst);
+        if before && !catching_up {
+            self.wake_waiters();
+        }
     }
 
     /// Whether guest requests count.
     pub(crate) fn is_engaged(&self) -> bool {
-        self.engaged.load(Ordering::Acquire)
+        self.engaged.load(Ordering::SeqCst)
     }
 
     /// Begins or ends recording. Main, inside a drained section (to begin), so
     /// that no request is half-way.
     pub(crate) fn set_engaged(&self, engaged: bool) {
-        self.engaged.store(engaged, Ordering::Release);
+        self.engaged.store(engaged, Ordering::SeqCst);
+        if !engaged {
+            self.wake_waiters();
+        }
+    }
+
+    /// Waits until nothing is recorded any more. Cancel: nothing is left behind.
+    pub(crate) fn disengaged(&self) -> Until<'_> {
+        self.until(|state| !state.is_engaged())
+    }
+
+    /// Waits until `test` is true of `engaged` and `catching_up`.
+    fn until(&self, test: fn(&Self) -> bool) -> Until<'_> {
+        Until {
+            state: self,
+            test,
+            key: None,
+        }
+    }
+
+    fn waiters(&self) -> MutexGuard<'_, Waiters> {
+        self.waiters
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn wake_waiters(&self) {
+        let woken = std::mem::take(&mut self.waiters().wakers);
+        for waker in woken.into_values() {
+            waker.wake();
+        }
     }
 
     pub(crate) fn is_actively_synced(&self) -> bool {
@@ -271,6 +311,52 @@ impl MirrorState {
             range.end & !(self.granularity - 1)
         };
         start..end.max(start)
+    }
+}
+
+#[derive(Default)]
+struct Waiters {
+    next: u64,
+    wakers: BTreeMap<u64, Waker>,
+}
+
+/// See [`MirrorState::disengaged`].
+#[must_use = "it waits when it is awaited"]
+pub(crate) struct Until<'a> {
+    state: &'a MirrorState,
+    test: fn(&MirrorState) -> bool,
+    key: Option<u64>,
+}
+
+impl Future for Until<'_> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        // Registered before the test: who changes the state does so before it wakes.
+        let mut waiters = self.state.waiters();
+        let key = match self.key {
+            Some(key) => key,
+            None => {
+                waiters.next += 1;
+                waiters.next
+            }
+        };
+        waiters.wakers.insert(key, cx.waker().clone());
+        drop(waiters);
+        self.key = Some(key);
+        if (self.test)(self.state) {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    }
+}
+
+impl Drop for Until<'_> {
+    fn drop(&mut self) {
+        if let Some(key) = self.key {
+            self.state.waiters().wakers.remove(&key);
+        }
     }
 }
 

@@ -1,67 +1,146 @@
-//! Copies everything that is dirty, as fast as it can: for a drained section,
-//! in which the guest waits.
+//! Copies what is dirty as fast as it can, and flushes the target: for drained
+//! sections, in which the guest waits, and just before them.
+//!
+//! It can be left at any moment. What is in flight then stays so, holding its ranges,
+//! until it is waited for beside the guest ([`Sweep::next_ended`]): a request is never
+//! dropped before it has ended.
 
-use std::ops::ControlFlow;
+use std::future::Future;
+use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 
+use block::IoError;
+use futures_util::future::{Either, LocalBoxFuture, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
-use super::copy::{Copied, Copier, CopyError};
+use super::copy::{Copied, Copier, CopyError, Side};
 use super::state::MirrorState;
 
 /// Operations side by side.
-const OPERATIONS: usize = 8;
+pub(super) const OPERATIONS: usize = 8;
 
-/// How a sweep ended.
+/// How a copying or a flush ended.
 #[derive(Debug)]
-pub(crate) enum Swept {
-    /// Nothing is dirty that was when it began.
-    Clean,
-    /// `watch` stopped it, or a node is being drained by somebody else.
+pub(super) enum Swept {
+    /// There was no more to be done.
+    Done,
+    /// `stop` came, or a node is being drained by somebody else.
     Stopped,
-    /// An operation failed. Its range is dirty again.
+    /// A request failed. Its range is dirty again.
     Failed(CopyError),
 }
 
-/// Copies what is dirty in pieces of a buffer, until nothing is, an operation
-/// fails, or `watch` (asked after each operation) breaks. Ends when nothing is in
-/// flight.
-pub(crate) async fn sweep(
-    copier: &Rc<Copier>,
-    state: &MirrorState,
-    mut watch: impl FnMut(&Copied) -> ControlFlow<()>,
-) -> Swept {
-    let request = copier.pool().buffer_size() as u64;
-    let mut operations = FuturesUnordered::new();
-    let mut ended = None;
-    let mut cursor = 0;
-    loop {
-        while ended.is_none() && operations.len() < OPERATIONS {
-            let dirty = state
-                .dirty
-                .next_dirty_area(cursor, request)
-                .or_else(|| state.dirty.next_dirty_area(0, request));
-            let Some(range) = dirty else { break };
-            let Some(nodes) = copier.enter() else {
-                ended = Some(Swept::Stopped);
-                break;
+/// Operations, and at most one flush, that may outlive a drained section.
+pub(super) struct Sweep {
+    copier: Rc<Copier>,
+    state: Arc<MirrorState>,
+    operations: FuturesUnordered<LocalBoxFuture<'static, Result<Copied, CopyError>>>,
+    flush: Option<LocalBoxFuture<'static, Result<(), IoError>>>,
+    cursor: u64,
+}
+
+impl Sweep {
+    pub(super) fn new(copier: Rc<Copier>, state: Arc<MirrorState>) -> Self {
+        Self {
+            copier,
+            state,
+            operations: FuturesUnordered::new(),
+            flush: None,
+            cursor: 0,
+        }
+    }
+
+    /// Copies until no more than `enough` bytes are dirty and nothing is in flight.
+    /// `done` is told of each operation.
+    pub(super) async fn copy(
+        &mut self,
+        enough: u64,
+        mut done: impl FnMut(&Copied),
+        stop: impl Future<Output = ()>,
+    ) -> Swept {
+        let mut stop = pin!(stop);
+        loop {
+            if !self.start_operations(enough) {
+                return Swept::Stopped;
+            }
+            match select(stop.as_mut(), self.operations.next()).await {
+                Either::Left(_) => return Swept::Stopped,
+                Either::Right((None, _)) => return Swept::Done,
+                Either::Right((Some(Ok(copied)), _)) => done(&copied),
+                Either::Right((Some(Err(error)), _)) => return Swept::Failed(error),
+            }
+        }
+    }
+
+    /// `false`: somebody drains a node.
+    fn start_operations(&mut self, enough: u64) -> bool {
+        let request = self.copier.pool().buffer_size() as u64;
+        while self.operations.len() < OPERATIONS && self.state.dirty_bytes() > enough {
+            let dirty = &self.state.dirty;
+            let range = dirty
+                .next_dirty_area(self.cursor, request)
+                .or_else(|| dirty.next_dirty_area(0, request));
+            let Some(range) = range else { break };
+            let Some(nodes) = self.copier.enter() else {
+                return false;
             };
-            cursor = range.end;
-            let look = copier.look_at_written(&range, request);
-            operations.push(copier.copy(range, look, nodes));
+            self.cursor = range.end;
+            let look = self.copier.look_at_written(&range, request);
+            let operation = self.copier.copy(range, look, nodes);
+            self.operations.push(Box::pin(operation));
         }
-        match operations.next().await {
-            None => return ended.unwrap_or(Swept::Clean),
-            Some(Ok(copied)) => {
-                if watch(&copied).is_break() {
-                    ended.get_or_insert(Swept::Stopped);
+        true
+    }
+
+    /// Makes the target keep all that was written to it before this call.
+    pub(super) async fn flush(&mut self, stop: impl Future<Output = ()>) -> Swept {
+        let mut stop = pin!(stop);
+        let mut fresh = false;
+        loop {
+            if let Some(flush) = &mut self.flush {
+                match select(stop.as_mut(), flush).await {
+                    Either::Left(_) => return Swept::Stopped,
+                    Either::Right((result, _)) => {
+                        if let Err(error) = self.flush_ended(result) {
+                            return Swept::Failed(error);
+                        }
+                    }
+                }
+                // One that had begun before does not cover everything.
+                if fresh {
+                    return Swept::Done;
                 }
             }
-            Some(Err(error)) => {
-                if !matches!(ended, Some(Swept::Failed(_))) {
-                    ended = Some(Swept::Failed(error));
-                }
+            if !self.state.is_target_written() {
+                return Swept::Done;
             }
+            let Some(nodes) = self.copier.enter() else {
+                return Swept::Stopped;
+            };
+            self.state.flush_begins();
+            self.flush = Some(Box::pin(async move { nodes.target.flush().await }));
+            fresh = true;
         }
+    }
+
+    fn flush_ended(&mut self, result: Result<(), IoError>) -> Result<(), CopyError> {
+        self.flush = None;
+        result.map_err(|error| {
+            self.state.note_target_written();
+            CopyError {
+                side: Side::Target,
+                error,
+            }
+        })
+    }
+
+    /// Waits for something in flight; `None` if nothing is.
+    pub(super) async fn next_ended(&mut self) -> Option<Result<Option<Copied>, CopyError>> {
+        if let Some(ended) = self.operations.next().await {
+            return Some(ended.map(Some));
+        }
+        let result = self.flush.as_mut()?.await;
+        Some(self.flush_ended(result).map(|()| None))
     }
 }

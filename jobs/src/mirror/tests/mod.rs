@@ -2,7 +2,7 @@
 //! chosen requests.
 //!
 //! Lives here: the rig. `life` has starts, ends and refusals, `race` the staged
-//! races, `failure` failing storages, `stress` the random runs.
+//! races, `failure` failing storages, `hang` storages that hang, `stress` the random runs.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -22,6 +22,7 @@ use crate::{JobEvent, JobEventKind, JobKey, JobStatus, Jobs, MainJobs};
 use super::{MirrorError, MirrorSpec, start_mirror};
 
 mod failure;
+mod hang;
 mod life;
 mod race;
 mod stress;
@@ -125,6 +126,15 @@ impl Rig {
     }
 
     fn spec(&self) -> MirrorSpec {
+        MirrorSpec {
+            // Sections in which a test holds something last.
+            section_limit: LIMIT,
+            ..self.hasty_spec()
+        }
+    }
+
+    /// With sections as short as they are by default.
+    fn hasty_spec(&self) -> MirrorSpec {
         MirrorSpec::new("j0", self.node("src"), self.node("dst"))
     }
 

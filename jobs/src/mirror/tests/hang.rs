@@ -1,0 +1,134 @@
+//! Storages that hang: the guest goes on, and so does everybody else.
+
+use block::IoOp;
+use block::test_storage::Match;
+
+use crate::JobStatus;
+
+use super::*;
+
+const CHUNK: u64 = 64 * KIB;
+
+#[test]
+fn a_target_that_hangs_in_the_final_section_does_not_hold_the_guest() {
+    for op in [IoOp::Write, IoOp::Flush] {
+        for cancel in [false, true] {
+            with_rig(|rig| async move {
+                scribble(&rig.source);
+                let mut spec = rig.hasty_spec();
+                if cancel {
+                    // Nothing but the cancel ends the section.
+                    spec.section_limit = LIMIT;
+                }
+                let key = rig.ready(spec).await;
+                rig.write(0, 4096, 6).await;
+                rig.target.hold(Match::op(op));
+                rig.act(|jobs| jobs.complete(key));
+                rig.target.wait_held(1).await;
+                let write = rig.begin_write(CHUNK, 4096, 7);
+                if cancel {
+                    rig.act(|jobs| jobs.cancel(key, true));
+                }
+                write.await.expect("the write, though the target hangs");
+                assert!(rig.target.held() > 0);
+                assert_eq!(rig.source.peek(CHUNK, 1), [7]);
+                rig.target.release_all();
+                rig.wait_for(JobStatus::Null).await;
+                if cancel {
+                    assert!(rig.was_cancelled());
+                    rig.assert_on_source();
+                } else {
+                    assert_eq!(rig.completed(), Some(None));
+                    rig.assert_on_target();
+                    assert_eq!(rig.target.peek(0, 1), [6]);
+                    assert_eq!(rig.target.peek(CHUNK, 1), [7]);
+                }
+            });
+        }
+    }
+}
+
+/// A mirror that waits for `job-finalize`, with something to copy.
+async fn pending(rig: &Rig, section_limit: Duration) -> JobKey {
+    scribble(&rig.source);
+    let mut spec = rig.spec();
+    spec.section_limit = section_limit;
+    spec.auto_finalize = false;
+    let key = rig.ready(spec).await;
+    rig.act(|jobs| jobs.complete(key));
+    rig.wait_for(JobStatus::Pending).await;
+    rig.write(0, 4096, 6).await;
+    key
+}
+
+#[test]
+fn a_target_that_hangs_in_the_late_section_does_not_hold_the_guest() {
+    for op in [IoOp::Write, IoOp::Flush] {
+        with_rig(|rig| async move {
+            let key = pending(&rig, Duration::from_millis(10)).await;
+            rig.target.hold(Match::op(op));
+            rig.act(|jobs| jobs.finalize(key));
+            rig.target.wait_held(1).await;
+            let read = rig.guest(
+                0,
+                |disk| async move { disk.read(CHUNK, filled(4096, 0)).await },
+            );
+            read.await.expect("the read, though the target hangs");
+            assert!(rig.target.held() > 0);
+            rig.target.release_all();
+            rig.wait_for(JobStatus::Null).await;
+            assert_eq!(rig.completed(), Some(None));
+            rig.assert_on_target();
+            rig.assert_equal();
+        });
+    }
+}
+
+#[test]
+fn a_cancel_ends_a_late_pivot_to_a_target_that_hangs() {
+    for op in [IoOp::Write, IoOp::Flush] {
+        with_rig(|rig| async move {
+            let key = pending(&rig, LIMIT).await;
+            rig.target.hold(Match::op(op));
+            rig.act(|jobs| jobs.finalize(key));
+            rig.target.wait_held(1).await;
+            rig.act(|jobs| jobs.cancel(key, true));
+            rig.wait_for(JobStatus::Null).await;
+            assert!(rig.target.held() > 0, "nobody waited for it");
+            assert_eq!(rig.disk.root().name(), "src");
+            rig.write(CHUNK, 4096, 7).await;
+            rig.target.release_all();
+            rig.until(|| rig.target.in_flight() == 0).await;
+        });
+    }
+}
+
+#[test]
+fn a_guest_that_rewrites_what_is_copied_late_does_not_keep_the_pivot_from_ending() {
+    with_rig(|rig| async move {
+        let key = pending(&rig, Duration::from_millis(10)).await;
+        rig.write(0, SIZE, 5).await;
+        // Each copy takes as long as the guest takes to dirty the chunk again.
+        rig.source
+            .delay(Match::op(IoOp::Read), Duration::from_millis(5));
+        let disk = Arc::clone(&rig.disk);
+        let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let writer = rig.guest(1, move |_| async move {
+            while !stopped.load(std::sync::atomic::Ordering::SeqCst) {
+                for offset in (0..SIZE).step_by(CHUNK as usize) {
+                    disk.write(offset, filled(4096, 8), WriteFlags::default())
+                        .await?;
+                }
+                runtime::yield_now().await;
+            }
+            Ok(())
+        });
+        rig.act(|jobs| jobs.finalize(key));
+        rig.wait_for(JobStatus::Null).await;
+        stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        writer.await.expect("the guest never fails");
+        assert_eq!(rig.completed(), Some(None));
+        rig.assert_on_target();
+    });
+}
