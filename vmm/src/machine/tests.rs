@@ -392,3 +392,37 @@ fn a_guest_that_powers_off_just_when_it_is_stopped_ends_after_cont() {
         );
     }
 }
+
+/// A device whose code has a mistake.
+struct Panicking;
+
+impl Write for Panicking {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        panic!("staged")
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_panic_on_a_vcpu_thread_is_a_crash_and_holds_nobody() {
+    with_machine(
+        "a_panic_on_a_vcpu_thread_is_a_crash_and_holds_nobody",
+        &[SAY_K, POWER_OFF],
+        |spec| spec.serial_output = Box::new(Panicking),
+        async |rig| {
+            for round in 1..3 {
+                if round == 1 {
+                    rig.machine.cont().await.unwrap();
+                } else {
+                    rig.machine.system_reset().await.unwrap();
+                }
+                until(|| rig.machine.run_state() == RunState::InternalError).await;
+                assert!(rig.machine.crashed());
+                rig.machine.stop().await.unwrap();
+            }
+            assert_eq!(rig.events.borrow().last(), Some(&VmEvent::Stop));
+        },
+    );
+}

@@ -4,7 +4,9 @@
 //! and heeds what [`RunControl`] asks. What ends the guest (a triple fault, an
 //! error of KVM) is told to main, and the thread parks.
 
+use std::any::Any;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -39,7 +41,7 @@ pub struct Buses {
 pub enum CrashKind {
     /// The guest did what a processor answers with a shutdown.
     TripleFault,
-    /// KVM gave up on the guest.
+    /// KVM gave up on the guest, or a device did by a panic.
     KvmError,
 }
 
@@ -129,7 +131,7 @@ pub fn spawn(
                 control,
                 access_pending: false,
             };
-            if let Err(crash) = thread.run() {
+            if let Err(crash) = thread.run_or_panic() {
                 let control = Arc::clone(&thread.control);
                 // Nobody listens when the machine is being taken down.
                 let _ = events.unbounded_send(MachineEvent::Crashed(crash));
@@ -160,6 +162,17 @@ enum Step {
 }
 
 impl VcpuThread {
+    /// As [`Self::run`]; a panic of a device is this vCPU's end, too. Had it
+    /// ended the thread, every pause would wait for it to park.
+    fn run_or_panic(&mut self) -> Result<(), Crash> {
+        // Devices heed the poison of their locks, or do not need to; and this
+        // vCPU enters the guest no more.
+        match catch_unwind(AssertUnwindSafe(|| self.run())) {
+            Ok(result) => result,
+            Err(payload) => Err(self.crash(&Failure::Panic(panic_text(&*payload).to_owned()))),
+        }
+    }
+
     /// Runs the vCPU until the thread is asked to end (`Ok`) or it cannot go on.
     fn run(&mut self) -> Result<(), Crash> {
         loop {
@@ -309,6 +322,19 @@ enum Failure {
     Unexpected(String),
     #[error("KVM_RUN failed: {0}")]
     Run(kvm_ioctls::Error),
+    #[error("Internal panic while it served the guest: {0}")]
+    Panic(String),
+}
+
+/// What a panic said.
+fn panic_text(payload: &(dyn Any + Send)) -> &str {
+    if let Some(text) = payload.downcast_ref::<&str>() {
+        text
+    } else if let Some(text) = payload.downcast_ref::<String>() {
+        text
+    } else {
+        "no reason given"
+    }
 }
 
 /// Port, size of an element and data of a `KVM_EXIT_IO`.
