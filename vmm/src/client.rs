@@ -1,4 +1,4 @@
-//! A small QMP client that blocks: for the demo and the client commands.
+//! A small QMP client that blocks, for the demo.
 //!
 //! Replies and events come on one connection; events that arrive while a reply
 //! is awaited are kept, in order, until somebody asks for them. Every wait has

@@ -4,9 +4,6 @@
 //! The machine implements [`VmControl`]; the monitor knows nothing else of it.
 //! Everything here is used on the main thread only.
 
-// The trait has a user only once both the monitor and the machine are there.
-#![allow(dead_code)]
-
 use block::BoxFuture;
 
 /// State of the guest, by QMP's names.
@@ -22,8 +19,6 @@ pub enum RunState {
     Shutdown,
     /// KVM could not go on with the guest.
     InternalError,
-    /// The guest reported a panic of its own.
-    GuestPanicked,
 }
 
 impl RunState {
@@ -35,7 +30,6 @@ impl RunState {
             Self::Paused => "paused",
             Self::Shutdown => "shutdown",
             Self::InternalError => "internal-error",
-            Self::GuestPanicked => "guest-panicked",
         }
     }
 
@@ -48,8 +42,6 @@ impl RunState {
 /// Why a guest was reset or ended: `reason` of the RESET and SHUTDOWN events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShutdownCause {
-    /// A fatal error of the host side.
-    HostError,
     /// `quit` over QMP.
     HostQmpQuit,
     /// `system_reset` over QMP.
@@ -68,7 +60,6 @@ impl ShutdownCause {
     /// QMP's name.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::HostError => "host-error",
             Self::HostQmpQuit => "host-qmp-quit",
             Self::HostQmpSystemReset => "host-qmp-system-reset",
             Self::HostSignal => "host-signal",
@@ -131,8 +122,6 @@ pub struct DiskInfo {
     pub id: String,
     /// Where the device sits in the machine (`qdev` in QMP).
     pub qdev: String,
-    /// The serial number that the guest reads, if one was given.
-    pub serial: Option<String>,
 }
 
 /// An iothread, as `query-iothreads` shows it.

@@ -175,13 +175,9 @@ impl Board {
     pub fn disk_infos(&self) -> Vec<DiskInfo> {
         self.virtio
             .iter()
-            .map(|slot| {
-                let serial = &slot.disk.config().serial;
-                DiskInfo {
-                    id: slot.disk.id().to_owned(),
-                    qdev: format!("/machine/virtio-mmio@{:x}/virtio-backend", slot.gpa),
-                    serial: (!serial.is_empty()).then(|| serial.clone()),
-                }
+            .map(|slot| DiskInfo {
+                id: slot.disk.id().to_owned(),
+                qdev: format!("/machine/virtio-mmio@{:x}/virtio-backend", slot.gpa),
             })
             .collect()
     }

@@ -413,9 +413,7 @@ impl Operator {
                 }
                 Ok(())
             }
-            RunState::Shutdown | RunState::InternalError | RunState::GuestPanicked => {
-                Err(VmError::ResetRequired { state })
-            }
+            RunState::Shutdown | RunState::InternalError => Err(VmError::ResetRequired { state }),
         }
     }
 
@@ -433,7 +431,7 @@ impl Operator {
                         }
                     }
                     RunState::Prelaunch | RunState::Paused => {}
-                    RunState::Shutdown | RunState::InternalError | RunState::GuestPanicked => {
+                    RunState::Shutdown | RunState::InternalError => {
                         self.state.set(RunState::Paused);
                         return self.cont().await;
                     }
@@ -513,7 +511,7 @@ impl Operator {
                 self.wish.get_or_insert(wish);
             }
             // It has ended already.
-            (RunState::Shutdown | RunState::InternalError | RunState::GuestPanicked, _) => {}
+            (RunState::Shutdown | RunState::InternalError, _) => {}
         }
     }
 
@@ -539,7 +537,7 @@ impl Operator {
             // A crash that meets a stop is not put off: its vCPU never goes on.
             RunState::Running | RunState::Prelaunch | RunState::Paused => {}
             // The other vCPUs' reports of one crash add nothing.
-            RunState::Shutdown | RunState::InternalError | RunState::GuestPanicked => return,
+            RunState::Shutdown | RunState::InternalError => return,
         }
         tracing::error!("vCPU {}: {}", crash.vcpu, crash.report);
         match self.on_crash {
