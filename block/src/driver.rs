@@ -190,7 +190,8 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// Takes the last check back.
     fn abort_permissions(&self) {}
 
-    /// Called on main after the last user has gone, before the driver is
-    /// dropped. Must not block on the network.
+    /// Called after the last user has gone, before the driver is dropped; gives up
+    /// what it holds. On a helper thread, where it may block; others may still hold
+    /// the node, and requests that nobody waits for be in flight.
     fn close(&self) {}
 }

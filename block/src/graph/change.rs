@@ -54,7 +54,7 @@ impl Graph {
             }],
             permissions: Permissions::IDLE,
         });
-        self.commit(topology)?;
+        let _removed = self.commit(topology)?;
         Ok(filter)
     }
 
@@ -77,7 +77,8 @@ impl Graph {
         }
         entry.owner = Owner::Parent;
         topology.move_parents(filter, &below, &[], filter.id());
-        self.commit(topology)
+        let _removed = self.commit(topology)?;
+        Ok(())
     }
 
     /// Lets all that stands on `old` stand on `new`, except the backends given:
@@ -111,7 +112,8 @@ impl Graph {
             });
         }
         topology.move_parents(old, new, except, 0);
-        self.commit(topology)
+        let _removed = self.commit(topology)?;
+        Ok(())
     }
 
     fn check_in_graph(&self, node: &Arc<Node>) -> Result<(), GraphError> {

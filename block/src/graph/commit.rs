@@ -1,18 +1,23 @@
-//! Puts a changed topology in place: all of it, or nothing.
+//! Puts a changed topology in place: all of it, or nothing. And closes the nodes
+//! that have gone.
 
 use std::sync::Arc;
 
-use super::topology::Topology;
+use futures_channel::oneshot;
+
+use super::topology::{NodeEntry, Topology};
 use super::{Graph, GraphError};
 use crate::node::Node;
 use crate::permissions::Permissions;
+use crate::runtime;
 
 impl Graph {
     /// Checks `new` as a whole (loops, conflicts, rights, image locks), then
     /// makes it the graph. After an error everything is as before.
     ///
-    /// The caller has drained what sends requests over the edges that change.
-    pub(super) fn commit(&self, mut new: Topology) -> Result<(), GraphError> {
+    /// The caller has drained what sends requests over the edges that change, and
+    /// closes what is removed, or has it closed by dropping it.
+    pub(super) fn commit(&self, mut new: Topology) -> Result<Removed, GraphError> {
         let old = self.topology.borrow().clone();
         let removed = new.remove_orphans();
         new.update_permissions()?;
@@ -57,11 +62,55 @@ impl Graph {
             node.driver().set_permissions();
         }
         self.topology.replace(new);
-        for entry in removed {
-            entry.node.driver().close();
-        }
         self.inherit_sections();
-        Ok(())
+        Ok(Removed(removed))
+    }
+}
+
+/// Nodes that are in the graph no more, parents first.
+///
+/// They are closed on a helper thread, since the last close of an image may write
+/// it back, and never end on dead storage. Dropping this does not wait for that.
+#[must_use = "whoever can wait should wait until the nodes are closed"]
+pub(super) struct Removed(Vec<NodeEntry>);
+
+impl Removed {
+    pub(super) fn new(nodes: Vec<NodeEntry>) -> Self {
+        Self(nodes)
+    }
+
+    /// Waits until they are closed. Who else still holds one, or has requests in
+    /// it, keeps its file open.
+    ///
+    /// Cancel: they are closed all the same.
+    pub(super) async fn closed(mut self) {
+        if let Some(closed) = self.close() {
+            // An error is a driver that panicked on that thread.
+            let _ = closed.await;
+        }
+    }
+
+    fn close(&mut self) -> Option<oneshot::Receiver<()>> {
+        let nodes = std::mem::take(&mut self.0);
+        if nodes.is_empty() {
+            return None;
+        }
+        let (done, closed) = oneshot::channel();
+        runtime::unblock_detached(move || {
+            for entry in &nodes {
+                entry.node.driver().close();
+            }
+            drop(nodes);
+            // Nobody may be waiting.
+            let _ = done.send(());
+        });
+        Some(closed)
+    }
+}
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        let _ = self.close();
     }
 }
 
@@ -72,26 +121,18 @@ struct Change {
     wanted: Permissions,
 }
 
-/// Nodes whose users together want something else than before. Nodes that have
-/// gone want nothing.
+/// Nodes whose users together want something else than before. Those that have
+/// gone give up what they hold when they are closed.
 fn changed_permissions(old: &Topology, new: &Topology) -> Vec<Change> {
-    let gone = old
-        .nodes
+    new.nodes
         .iter()
-        .filter(|entry| new.node(entry.node.id()).is_none())
-        .map(|entry| (entry, entry.permissions, Permissions::IDLE));
-    let stay = new.nodes.iter().map(|entry| {
-        let before = old
-            .node(entry.node.id())
-            .map_or(Permissions::IDLE, |entry| entry.permissions);
-        (entry, before, entry.permissions)
-    });
-    gone.chain(stay)
-        .filter(|(_, before, wanted)| before != wanted)
-        .map(|(entry, before, wanted)| Change {
+        .map(|entry| Change {
             node: Arc::clone(&entry.node),
-            before,
-            wanted,
+            before: old
+                .node(entry.node.id())
+                .map_or(Permissions::IDLE, |entry| entry.permissions),
+            wanted: entry.permissions,
         })
+        .filter(|change| change.before != change.wanted)
         .collect()
 }

@@ -130,7 +130,7 @@ impl Graph {
             children: Vec::new(),
             permissions: Permissions::IDLE,
         });
-        self.commit(topology)?;
+        let _removed = self.commit(topology)?;
         Ok(node)
     }
 
@@ -178,7 +178,7 @@ impl Graph {
             target,
             permissions,
         });
-        self.commit(topology)?;
+        let _removed = self.commit(topology)?;
         Ok(backend)
     }
 
@@ -240,13 +240,15 @@ impl Graph {
                 });
             }
         }
-        self.commit(topology)
+        let _removed = self.commit(topology)?;
+        Ok(())
     }
 
     /// Works out all permissions again: for a filter whose wishes have changed.
     pub fn refresh_permissions(&self) -> Result<(), GraphError> {
         let topology = self.topology.borrow().clone();
-        self.commit(topology)
+        let _removed = self.commit(topology)?;
+        Ok(())
     }
 
     /// Fails if someone attached to the node says that it must be left alone.

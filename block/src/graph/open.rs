@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use super::commit::Removed;
 use super::names::ReservedName;
 use super::topology::{ChildEntry, NodeEntry, Owner};
 use super::{Graph, GraphError, LocalFuture, above_inserted_filters};
@@ -28,7 +29,8 @@ impl Graph {
     /// unless the new node is read-only: its writes would bypass the job.
     ///
     /// Files are opened on helper threads, so main does not wait for a slow file
-    /// system. Cancel: everything opened so far is closed.
+    /// system, and after an error closed there before this returns. Cancel:
+    /// everything opened so far is closed.
     pub async fn blockdev_add(&self, options: BlockdevOptions) -> Result<Arc<Node>, GraphError> {
         if options.node_name.is_none() {
             return Err(GraphError::NodeNameRequired);
@@ -38,18 +40,38 @@ impl Graph {
             nodes: Vec::new(),
             names: Vec::new(),
         };
-        let node = opening.open(options, Owner::Monitor).await?;
-        let mut topology = self.topology.borrow().clone();
-        // Parents first, as they are listed.
-        topology.nodes.extend(opening.nodes.iter().rev().cloned());
-        self.commit(topology)?;
-        // They are the graph's now.
-        opening.nodes.clear();
-        Ok(node)
+        match opening.open(options, Owner::Monitor).await {
+            Ok(node) => {
+                let mut topology = self.topology.borrow().clone();
+                // Parents first, as they are listed.
+                topology.nodes.extend(opening.nodes.iter().rev().cloned());
+                match self.commit(topology) {
+                    Ok(removed) => {
+                        // They are the graph's now.
+                        opening.nodes.clear();
+                        drop(opening);
+                        removed.closed().await;
+                        Ok(node)
+                    }
+                    Err(error) => {
+                        drop(node);
+                        opening.closed().await;
+                        Err(error)
+                    }
+                }
+            }
+            Err(error) => {
+                opening.closed().await;
+                Err(error)
+            }
+        }
     }
 
     /// Removes a node that `blockdev-add` made and that nothing uses, and the
-    /// children that belong to it.
+    /// children that belong to it. Their files are closed when this returns, unless
+    /// somebody still holds a node or has requests in it.
+    ///
+    /// Cancel: it is removed, and will be closed.
     pub async fn blockdev_del(&self, name: &str) -> Result<(), GraphError> {
         let mut topology = self.topology.borrow().clone();
         let Some(entry) = topology.nodes.iter_mut().find(|e| e.node.name() == name) else {
@@ -72,7 +94,10 @@ impl Graph {
         if used {
             return Err(GraphError::HasParents(name.to_owned()));
         }
-        self.commit(topology)
+        // The last one to hold a node closes its file, and must not be main.
+        drop(node);
+        self.commit(topology)?.closed().await;
+        Ok(())
     }
 }
 
@@ -86,13 +111,20 @@ struct Opening<'a> {
 
 impl Drop for Opening<'_> {
     fn drop(&mut self) {
-        for entry in self.nodes.drain(..).rev() {
-            entry.node.driver().close();
-        }
+        drop(self.take());
     }
 }
 
 impl<'a> Opening<'a> {
+    fn take(&mut self) -> Removed {
+        Removed::new(self.nodes.drain(..).rev().collect())
+    }
+
+    /// Closes them, with their names still reserved.
+    async fn closed(mut self) {
+        self.take().closed().await;
+    }
+
     fn open<'b>(
         &'b mut self,
         options: BlockdevOptions,

@@ -30,6 +30,7 @@ pub use async_fd::{AsyncFd, Interest};
 pub use error::RuntimeError;
 pub use event_loop::{EventLoop, current};
 pub use iothread::{Iothread, IothreadHandle};
+pub(crate) use task::unblock_detached;
 pub use task::{LocalTask, spawn_local, unblock, yield_now};
 pub use timers::{sleep, sleep_until};
 

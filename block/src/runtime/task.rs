@@ -195,3 +195,12 @@ where
     yield_now().await;
     task.await
 }
+
+/// Runs `f` on a thread that may block, and waits for nothing. Any thread. A panic
+/// of `f` ends `f` only.
+pub(crate) fn unblock_detached<F>(f: F)
+where
+    F: FnOnce() + Send + 'static,
+{
+    blocking::unblock(f).detach();
+}

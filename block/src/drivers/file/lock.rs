@@ -28,11 +28,11 @@ const UNSHARED_BASE: i64 = 200;
 pub(super) struct ImageLock {
     file: Arc<File>,
     filename: String,
-    /// Locked bytes, as a set packed by `pack`. Used on main only.
+    /// Locked bytes, as a set packed by `pack`. Used on main only, and by `close`.
     locked: AtomicU8,
-    /// What the last check was about, packed. Used on main only.
+    /// What the last check was about, packed. Used on main only, and by `close`.
     wanted: AtomicU8,
-    /// What holds, packed: `locked` goes back to it on abort. Used on main only.
+    /// What holds, packed: `locked` goes back to it on abort. Used on main only, and by `close`.
     held: AtomicU8,
 }
 

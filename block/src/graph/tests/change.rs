@@ -154,6 +154,7 @@ fn a_refused_filter_leaves_the_graph_as_it_was() {
                 child,
                 passed: Arc::default(),
                 share: Arc::new(Mutex::new(Perm::CONSISTENT_READ)),
+                end: None,
             })
         };
         let error = graph

@@ -3,7 +3,8 @@
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::ThreadId;
 
 use super::{Graph, GraphError};
 use crate::backend::{AttachmentKind, Backend, BackendUser};
@@ -81,6 +82,23 @@ struct PassThrough {
     passed: Arc<AtomicUsize>,
     /// What it lets others do with its child.
     share: Arc<Mutex<Perm>>,
+    end: Option<End>,
+}
+
+/// Tells on which threads a driver is closed and dropped.
+struct End(mpsc::Sender<(&'static str, ThreadId)>);
+
+impl End {
+    fn tell(&self, what: &'static str) {
+        // The test may have ended.
+        let _ = self.0.send((what, std::thread::current().id()));
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.tell("dropped");
+    }
 }
 
 impl PassThrough {
@@ -93,11 +111,26 @@ impl PassThrough {
             child,
             passed,
             share: Arc::new(Mutex::new(Perm::ALL)),
+            end: None,
+        })
+    }
+
+    fn telling(child: Child, end: End) -> Box<dyn BlockDriver> {
+        Box::new(Self {
+            child,
+            passed: Arc::default(),
+            share: Arc::new(Mutex::new(Perm::ALL)),
+            end: Some(end),
         })
     }
 }
 
 impl BlockDriver for PassThrough {
+    fn close(&self) {
+        if let Some(end) = &self.end {
+            end.tell("closed");
+        }
+    }
     fn name(&self) -> &'static str {
         "pass-through"
     }

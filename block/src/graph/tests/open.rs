@@ -207,3 +207,37 @@ fn a_name_is_taken_while_its_node_is_being_opened_and_free_once_that_is_given_up
             .unwrap();
     });
 }
+
+#[test]
+fn nodes_are_closed_where_it_may_block_before_a_deletion_is_reported() {
+    on_main(|graph| async move {
+        let main = std::thread::current().id();
+        let (_storage, below) = disk(&graph, "a");
+        let (ends, told) = mpsc::channel();
+        let driver = || {
+            let child = Child::new(ChildRole::File, Arc::clone(&below));
+            PassThrough::telling(child, End(ends.clone()))
+        };
+        let in_order = |first: (&'static str, ThreadId), second: (&'static str, ThreadId)| {
+            assert_eq!((first.0, second.0), ("closed", "dropped"));
+            assert!(first.1 != main && second.1 != main);
+        };
+        let node = graph.add_node(Some("b"), driver(), options()).unwrap();
+        drop(node);
+        graph.blockdev_del("b").await.unwrap();
+        // Both are told of by now.
+        in_order(told.try_recv().unwrap(), told.try_recv().unwrap());
+
+        let drained = graph.drain_all().await.unwrap();
+        let filter = graph
+            .insert_filter(Some("f"), &below, &[], &drained, |child| {
+                PassThrough::telling(child, End(ends.clone()))
+            })
+            .unwrap();
+        graph.remove_filter(&filter, &drained).unwrap();
+        assert_eq!(told.recv().unwrap().0, "closed");
+        // Who still holds a node has it to the end.
+        drop(filter);
+        assert_eq!(told.recv().unwrap().0, "dropped");
+    });
+}

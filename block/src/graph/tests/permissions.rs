@@ -261,6 +261,7 @@ fn a_filter_that_has_changed_its_mind_cannot_stop_a_detach() {
                     child,
                     passed: Arc::default(),
                     share: Arc::clone(&share),
+                    end: None,
                 })
             })
             .unwrap();
