@@ -9,6 +9,7 @@ mod client;
 mod config;
 mod demo;
 mod disks;
+mod end_watchdog;
 mod guest;
 mod machine;
 mod monitor;

@@ -6,18 +6,19 @@ use std::pin::pin;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use block::runtime::{EventLoop, sleep};
 use block::{Backend, Graph};
 use futures_channel::mpsc;
-use futures_util::future::{Either, select};
+use futures_util::future::{Either, join_all, select};
 use futures_util::{FutureExt, StreamExt};
 use jobs::Jobs;
 
 use crate::config::{DiskSpec, IothreadSpec, MemorySize, SerialSpec, VmSpec};
 use crate::disks::{self, Disk, Iothreads};
+use crate::end_watchdog;
 use crate::machine::{
     BootImages, BootProtocol, CrashPolicy, GuestEnd, Machine, MachineSpec, RebootPolicy,
 };
@@ -26,8 +27,11 @@ use crate::serial_backend::SerialBackend;
 use crate::signals::EndSignals;
 use crate::vm_control::{IothreadInfo, ShutdownCause, VmControl, VmEvent};
 
-/// How long each step of the process' end may take.
-const END_TIME: Duration = Duration::from_secs(5);
+/// How long the devices may take at the process' end, and how long the jobs.
+const STEP_LIMIT: Duration = Duration::from_secs(3);
+/// When, after the end's beginning, no flush is waited for any more: early enough
+/// for clients to be told before the watchdog's limit.
+const FLUSH_LIMIT: Duration = Duration::from_secs(9);
 /// Status of the process when the guest crashed.
 const EXIT_GUEST_CRASHED: u8 = 3;
 /// Status of the process when a signal ended it: this and the signal's number.
@@ -135,6 +139,8 @@ pub fn main(args: RunArgs) -> anyhow::Result<ExitCode> {
 
 /// Why the process ends.
 enum End {
+    /// The process cannot tell any more whether it shall.
+    Failed(anyhow::Error),
     Guest(GuestEnd),
     Signal(u8),
     Quit(ShutdownCause),
@@ -190,13 +196,18 @@ async fn run(spec: VmSpec) -> anyhow::Result<ExitCode> {
     }
     let (quit, quit_by_user) = mpsc::unbounded();
     serial.start_input(Arc::clone(machine.serial()), move || {
-        // Nobody listens when the process is ending anyway.
-        let _ = quit.unbounded_send(());
+        if quit.unbounded_send(()).is_err() {
+            // The process is ending already: that counts as a signal's repetition
+            // does. Fails for numbers only that are no signals.
+            let _ = signal_hook::low_level::raise(signal_hook::consts::SIGTERM);
+        }
     })?;
     if !spec.paused.unwrap_or(false) {
         machine.cont().await?;
     }
-    let end = wait_for_end(&machine, &monitor, &signals, quit_by_user).await?;
+    let end = wait_for_end(&machine, &monitor, &signals, quit_by_user).await;
+    let by_user = matches!(end, End::Signal(_) | End::Quit(ShutdownCause::HostSignal));
+    end_watchdog::start(by_user);
     let clean = take_down(&end, &machine, &monitor, &graph, disks).await;
     drop(serial);
     if !clean {
@@ -206,6 +217,7 @@ async fn run(spec: VmSpec) -> anyhow::Result<ExitCode> {
     }
     iothreads.stop();
     Ok(match end {
+        End::Failed(error) => return Err(error),
         End::Signal(signal) => ExitCode::from(EXIT_SIGNAL_BASE.saturating_add(signal)),
         End::Guest(GuestEnd::RestartFailed) => ExitCode::FAILURE,
         End::Guest(_) | End::Quit(_) if machine.crashed() => ExitCode::from(EXIT_GUEST_CRASHED),
@@ -219,20 +231,21 @@ async fn wait_for_end(
     monitor: &Monitor,
     signals: &EndSignals,
     mut quit_by_user: mpsc::UnboundedReceiver<()>,
-) -> anyhow::Result<End> {
-    Ok(futures_util::select_biased! {
+) -> End {
+    futures_util::select_biased! {
         end = pin!(machine.ended().fuse()) => End::Guest(end),
-        signal = pin!(signals.next().fuse()) => {
-            End::Signal(signal.context("Cannot wait for signals")?)
-        }
+        signal = pin!(signals.next().fuse()) => match signal.context("Cannot wait for signals") {
+            Ok(signal) => End::Signal(signal),
+            Err(error) => End::Failed(error),
+        },
         () = pin!(monitor.quit_requested().fuse()) => End::Quit(ShutdownCause::HostQmpQuit),
         () = quit_by_user.select_next_some() => End::Quit(ShutdownCause::HostSignal),
-    })
+    }
 }
 
 /// Ends in an order that loses nothing: the vCPUs and devices first, then jobs,
 /// then what the guest was told is written is flushed, then clients, who are
-/// told how it all ended. Bounded where a hung storage could hold it. Says
+/// told how it all ended. No wait for storage goes beyond [`FLUSH_LIMIT`]. Says
 /// whether all of it was done.
 async fn take_down(
     end: &End,
@@ -241,29 +254,34 @@ async fn take_down(
     graph: &Graph,
     disks: Vec<Disk>,
 ) -> bool {
+    let flush_deadline = Instant::now() + FLUSH_LIMIT;
     monitor.request_quit();
     let cause = match end {
-        End::Guest(_) => None,
+        End::Failed(_) | End::Guest(_) => None,
         End::Signal(_) => Some(ShutdownCause::HostSignal),
         End::Quit(cause) => Some(*cause),
     };
     if let Some(cause) = cause {
         monitor.emit_machine(VmEvent::Shutdown(cause));
     }
-    let mut clean = in_time(machine.take_down()).await;
+    let mut clean = in_time(STEP_LIMIT, machine.take_down()).await.is_some();
     if !clean {
         tracing::error!("Disk requests did not end in time; the guest's last writes may be lost");
     }
-    let left = monitor.jobs().cancel_all(END_TIME).await;
+    let left = monitor.jobs().cancel_all(STEP_LIMIT).await;
     if !left.is_empty() {
         tracing::error!(jobs = left.join(", "), "Jobs did not end in time");
     }
     clean &= left.is_empty();
-    for Disk { backend, .. } in disks {
-        let flushed = flush(&backend).await;
+    let left = flush_deadline.saturating_duration_since(Instant::now());
+    let flushes = disks.iter().map(|Disk { backend, .. }| async move {
+        let flushed = in_time(left, flush(backend)).await;
+        (backend, flushed)
+    });
+    for (backend, flushed) in join_all(flushes).await {
         clean &= matches!(flushed, Some(Ok(())));
         match flushed {
-            Some(Ok(())) => graph.detach(&backend),
+            Some(Ok(())) => graph.detach(backend),
             Some(Err(error)) => tracing::error!(%error, "Cannot flush disk '{}'", backend.name()),
             None => tracing::error!("Flush of disk '{}' did not end in time", backend.name()),
         }
@@ -272,22 +290,18 @@ async fn take_down(
     clean
 }
 
-/// Flushes a disk that may be written; `None` if that takes too long.
-async fn flush(backend: &Arc<Backend>) -> Option<Result<(), block::IoError>> {
+/// Flushes a disk that may be written.
+async fn flush(backend: &Arc<Backend>) -> Result<(), block::IoError> {
     if backend.root().read_only() {
-        return Some(Ok(()));
+        return Ok(());
     }
-    let flush = backend.flush();
-    match select(pin!(flush), pin!(sleep(END_TIME))).await {
-        Either::Left((result, _)) => Some(result),
-        Either::Right(_) => None,
-    }
+    backend.flush().await
 }
 
-/// Waits for `work`, but not for ever; whether it was done.
-async fn in_time(work: impl Future<Output = ()>) -> bool {
-    matches!(
-        select(pin!(work), pin!(sleep(END_TIME))).await,
-        Either::Left(_)
-    )
+/// Waits for `work`, but not longer than `limit`; `None` if it was not done.
+async fn in_time<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+    match select(pin!(work), pin!(sleep(limit))).await {
+        Either::Left((done, _)) => Some(done),
+        Either::Right(_) => None,
+    }
 }

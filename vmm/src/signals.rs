@@ -11,7 +11,10 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 use signal_hook::low_level::{pipe, unregister};
 
-/// SIGINT, SIGTERM and SIGHUP: each is a wish for an orderly end, and none kills
+/// The signals that ask the process to end.
+pub(crate) const END_SIGNALS: [libc::c_int; 3] = [SIGINT, SIGTERM, SIGHUP];
+
+/// [`END_SIGNALS`]: each is a wish for an orderly end, and none kills
 /// the process any more while this exists.
 ///
 /// Belongs to the event loop of the thread that made it.
@@ -35,7 +38,7 @@ impl EndSignals {
             last: Arc::default(),
             registered: Vec::new(),
         };
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
+        for signal in END_SIGNALS {
             let number = usize::try_from(signal).unwrap_or_default();
             let id = flag::register_usize(signal, Arc::clone(&signals.last), number)?;
             signals.registered.push(id);

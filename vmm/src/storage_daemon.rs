@@ -1,8 +1,7 @@
 //! `diptych storage-daemon`: block graph, jobs and monitor without a guest.
 
-use std::process::{self, ExitCode};
+use std::process::ExitCode;
 use std::rc::Rc;
-use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -12,13 +11,12 @@ use futures_util::future::{Either, select};
 use futures_util::pin_mut;
 use jobs::Jobs;
 
+use crate::end_watchdog;
 use crate::monitor::{Monitor, QmpAddress, QmpError, QmpSocket, parse_blockdev};
 use crate::signals::EndSignals;
 
 /// How long jobs may take to end when the program does.
 const JOBS_END_TIME: Duration = Duration::from_secs(3);
-/// How long the end of the program may take in all.
-const END_TIME: Duration = Duration::from_secs(5);
 
 /// Arguments of `diptych storage-daemon`.
 #[derive(Debug, clap::Args)]
@@ -31,6 +29,12 @@ pub struct StorageDaemonArgs {
     /// what is nested and doubled commas in values (may be given several times)
     #[arg(long, value_name = "OPTIONS", value_parser = blockdev_parser)]
     blockdev: Vec<BlockdevOptions>,
+}
+
+/// Who wants the program to end.
+enum End {
+    Quit,
+    Signal,
 }
 
 fn blockdev_parser(text: &str) -> Result<BlockdevOptions, QmpError> {
@@ -68,23 +72,16 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
             .listen(socket)
             .context("Cannot watch a QMP socket")?;
     }
-    wait_for_end(&monitor, &signals).await?;
+    let asked = wait_for_end(&monitor, &signals).await;
+    end_watchdog::start(matches!(asked, Ok(End::Signal)));
     end(&monitor).await;
-    Ok(())
+    asked.map(drop)
 }
 
 /// Ends in order: jobs, then clients, who are told how the jobs ended. Storage
-/// that hangs, here or when the event loop waits for its last requests, is left as
-/// a crash would leave it after [`END_TIME`].
+/// that hangs, here or when the event loop waits for its last requests, is the
+/// watchdog's.
 async fn end(monitor: &Monitor) {
-    thread::spawn(|| {
-        thread::sleep(END_TIME);
-        eprintln!(
-            "diptych: Requests to the storage did not end within {} seconds; leaving them",
-            END_TIME.as_secs()
-        );
-        process::exit(1);
-    });
     monitor.request_quit();
     let left = monitor.jobs().cancel_all(JOBS_END_TIME).await;
     if !left.is_empty() {
@@ -94,12 +91,14 @@ async fn end(monitor: &Monitor) {
 }
 
 /// Returns when somebody wants the program to end.
-async fn wait_for_end(monitor: &Rc<Monitor>, signals: &EndSignals) -> anyhow::Result<()> {
+async fn wait_for_end(monitor: &Rc<Monitor>, signals: &EndSignals) -> anyhow::Result<End> {
     let quit = monitor.quit_requested();
     let signal = signals.next();
     pin_mut!(quit, signal);
     match select(quit, signal).await {
-        Either::Left(((), _)) => Ok(()),
-        Either::Right((result, _)) => result.map(drop).context("Cannot wait for signals"),
+        Either::Left(((), _)) => Ok(End::Quit),
+        Either::Right((result, _)) => result
+            .map(|_| End::Signal)
+            .context("Cannot wait for signals"),
     }
 }

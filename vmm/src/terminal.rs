@@ -72,7 +72,7 @@ fn set(termios: &libc::termios) -> io::Result<()> {
 
 /// Gives the terminal back as it was, once. Async-signal-safe: an atomic swap
 /// and `tcsetattr`; the few bytes are not freed.
-fn restore() {
+pub(crate) fn restore() {
     let saved = SAVED.swap(std::ptr::null_mut(), Ordering::SeqCst);
     if !saved.is_null() {
         // SAFETY: made by `Box::into_raw` and never freed; nobody writes it.

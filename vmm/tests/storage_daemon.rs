@@ -191,6 +191,30 @@ fn a_running_job_is_cancelled_at_the_end_and_clients_are_told() {
 }
 
 #[test]
+fn a_second_signal_does_not_wait_for_storage_that_hangs() {
+    let mut daemon = Daemon::start(&[
+        "--blockdev",
+        "driver=null-co,node-name=a,size=64M",
+        "--blockdev",
+        "driver=null-co,node-name=b,size=64M,latency-ns=3600000000000",
+    ]);
+    let mut client = daemon.client();
+    client.ok(
+        "blockdev-mirror",
+        json!({"job-id": "j0", "device": "a", "target": "b", "sync": "full"}),
+    );
+    // An orderly end would wait for the job, and have status 0. The first ones
+    // of these count as one.
+    let deadline = Instant::now() + PATIENCE;
+    while daemon.process.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "it does not end");
+        daemon.signal("TERM");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(daemon.wait().code(), Some(1));
+}
+
+#[test]
 fn quit_is_answered_before_the_jobs_end() {
     let mut daemon = Daemon::start(&[
         "--blockdev",
