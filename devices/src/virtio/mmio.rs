@@ -60,15 +60,6 @@ impl Registers {
     fn queue(&mut self) -> Option<&mut QueueRegisters> {
         self.queues.get_mut(usize::try_from(self.queue_sel).ok()?)
     }
-
-    /// The selected queue, if the driver may change it now: after feature
-    /// negotiation, before DRIVER_OK, and not while it is ready.
-    fn queue_in_setup(&mut self) -> Option<&mut QueueRegisters> {
-        if self.status & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
-            return None;
-        }
-        self.queue().filter(|queue| !queue.in_use())
-    }
 }
 
 /// A virtio device behind the MMIO transport.
@@ -256,7 +247,7 @@ impl VirtioMmio {
             | reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW
             | reg::VIRTIO_MMIO_QUEUE_AVAIL_HIGH
             | reg::VIRTIO_MMIO_QUEUE_USED_LOW
-            | reg::VIRTIO_MMIO_QUEUE_USED_HIGH => match registers.queue_in_setup() {
+            | reg::VIRTIO_MMIO_QUEUE_USED_HIGH => match self.queue_in_setup(registers) {
                 Some(queue) => queue.write(offset, value),
                 None => self.complain("a queue that cannot be set up now", offset),
             },
@@ -309,6 +300,18 @@ impl VirtioMmio {
         features & !self.device.features() == 0 && features & (1 << VIRTIO_F_VERSION_1) != 0
     }
 
+    /// The selected queue, if the driver may change it now: after feature
+    /// negotiation, before DRIVER_OK, not while it is ready, and not if only a
+    /// reset helps any more.
+    fn queue_in_setup<'a>(&self, registers: &'a mut Registers) -> Option<&'a mut QueueRegisters> {
+        if registers.status & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK
+            || self.interrupt.needs_reset()
+        {
+            return None;
+        }
+        registers.queue().filter(|queue| !queue.in_use())
+    }
+
     fn write_queue_ready(&self, registers: &mut Registers, value: u32) -> MmioOutcome {
         let live = registers.status & DRIVER_OK != 0;
         let event_idx = event_idx(registers.driver_features);
@@ -331,7 +334,7 @@ impl VirtioMmio {
                 }
             }
             1 => {
-                let Some(queue) = registers.queue_in_setup() else {
+                let Some(queue) = self.queue_in_setup(registers) else {
                     self.complain("a queue that cannot be made ready now", index);
                     return MmioOutcome::Done;
                 };

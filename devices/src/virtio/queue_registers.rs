@@ -3,7 +3,7 @@
 
 use virtio_bindings::virtio_mmio as reg;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::GuestMemory;
 use crate::ticket::ResetTicket;
@@ -49,11 +49,28 @@ impl QueueRegisters {
         queue.try_set_used_ring_address(GuestAddress(self.used_ring))?;
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
-        // The queue takes an avail ring at 0 for one that was never set.
-        if self.avail_ring == 0 || !queue.is_valid(mem) {
+        // The queue takes an avail ring at 0 for one that was never set. It checks
+        // the rings again, but would log each that is wrong, as often as the guest
+        // likes.
+        if self.avail_ring == 0 || !self.rings_are_in(mem) || !queue.is_valid(mem) {
             return Err(virtio_queue::Error::FindMemoryRegion);
         }
         Ok(queue)
+    }
+
+    /// Whether the guest's memory holds all three rings (virtio 1.2 §2.7).
+    fn rings_are_in(&self, mem: &GuestMemory) -> bool {
+        let size = u64::from(self.size);
+        [
+            (self.desc_table, 16 * size),
+            (self.avail_ring, 6 + 2 * size),
+            (self.used_ring, 6 + 8 * size),
+        ]
+        .into_iter()
+        .all(|(start, len)| {
+            // At most 2^32 entries.
+            usize::try_from(len).is_ok_and(|len| mem.check_range(GuestAddress(start), len))
+        })
     }
 
     /// As `QueueReady` reads: until a stop is done, the queue is in use.

@@ -1,5 +1,6 @@
 //! The transport against a device that only remembers what it was told.
 
+use std::cell::Cell;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -258,6 +259,54 @@ fn only_queues_inside_guest_memory_become_ready() {
         rig.set(0x70, 0);
         assert_eq!(rig.get(0x70), 0, "{what}");
     }
+}
+
+/// Counts what the queue's crate logs, which nobody limits.
+struct QueueLog;
+
+thread_local! {
+    static QUEUE_LOG: Cell<usize> = const { Cell::new(0) };
+}
+
+impl log::Log for QueueLog {
+    fn enabled(&self, _: &log::Metadata) -> bool {
+        true
+    }
+    fn log(&self, record: &log::Record) {
+        if record.target().starts_with("virtio_queue") {
+            QUEUE_LOG.with(|count| count.set(count.get() + 1));
+        }
+    }
+    fn flush(&self) {}
+}
+
+#[test]
+fn a_driver_cannot_flood_the_log_with_bad_queues() {
+    // Another test's set-up may have been first: the same one.
+    let _ = log::set_logger(&QueueLog);
+    log::set_max_level(log::LevelFilter::Trace);
+    for (desc, avail, used) in [
+        (1 << 40, 0x2000, 0x3000),
+        (0x1000, 0xfffe, 0x3000),
+        (0x1000, 0x2000, u64::MAX - 3),
+    ] {
+        let rig = Rig::new(false);
+        rig.negotiate(OFFERED);
+        assert!(!rig.queue(1, 16, desc, avail, used));
+    }
+    assert_eq!(QUEUE_LOG.get(), 0);
+}
+
+#[test]
+fn a_device_that_needs_a_reset_takes_no_queue() {
+    let rig = Rig::new(false);
+    rig.negotiate(OFFERED);
+    assert!(!rig.queue(1, 16, 1 << 40, 0x2000, 0x3000));
+    assert!(!rig.queue(1, 16, 0x1000, 0x2000, 0x3000));
+    assert!(!rig.queue(0, 16, 0x1000, 0x2000, 0x3000));
+    rig.set(0x70, 0);
+    rig.negotiate(OFFERED);
+    assert!(rig.queue(1, 16, 0x1000, 0x2000, 0x3000));
 }
 
 #[test]
