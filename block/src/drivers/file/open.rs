@@ -124,7 +124,7 @@ pub(super) fn open(
         (Kind::Regular, metadata.len(), read_only)
     };
     let direct = direct
-        .then(|| alignment(&file, kind).map_err(probe("the alignment for O_DIRECT")))
+        .then(|| alignment(&file, kind, size).map_err(probe("the alignment for O_DIRECT")))
         .transpose()?;
     Ok(Opened {
         file,
@@ -153,7 +153,7 @@ fn check_kind(options: &FileOptions, kind: std::fs::FileType) -> Result<(), Open
 const SECTOR: u32 = 512;
 
 /// What O_DIRECT wants: asked, or tried out.
-fn alignment(file: &File, kind: Kind) -> io::Result<DirectAlignment> {
+fn alignment(file: &File, kind: Kind, size: u64) -> io::Result<DirectAlignment> {
     let smallest = match kind {
         Kind::Device { sector } => sector.max(SECTOR),
         Kind::Regular => SECTOR,
@@ -161,7 +161,7 @@ fn alignment(file: &File, kind: Kind) -> io::Result<DirectAlignment> {
     let found = match sys::direct_alignment(file) {
         // Zero: the file system takes O_DIRECT only to ignore it.
         Some(found) if found.memory > 0 && found.request > 0 => found,
-        _ => try_alignment(file, smallest)?,
+        _ => try_alignment(file, smallest, size)?,
     };
     let usable = |value: u32| value.is_power_of_two() && value as usize <= MAX_ALIGNMENT;
     if !usable(found.memory) || !usable(found.request) {
@@ -176,8 +176,8 @@ fn alignment(file: &File, kind: Kind) -> io::Result<DirectAlignment> {
 /// Buffers of ours have this alignment.
 const MAX_ALIGNMENT: usize = AlignedBuffer::ALIGNMENT;
 
-/// Reads until the kernel is content.
-pub(super) fn try_alignment(file: &File, smallest: u32) -> io::Result<DirectAlignment> {
+/// Reads until the kernel is content. `size` is the file's.
+pub(super) fn try_alignment(file: &File, smallest: u32, size: u64) -> io::Result<DirectAlignment> {
     let mut memory = vec![0u8; 3 * MAX_ALIGNMENT];
     let aligned = memory.as_ptr().align_offset(MAX_ALIGNMENT);
     let sizes = || std::iter::successors(Some(smallest as usize), |size| Some(size * 2));
@@ -187,6 +187,20 @@ pub(super) fn try_alignment(file: &File, smallest: u32) -> io::Result<DirectAlig
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
             Err(error) => Err(error),
         };
+    if fits(0, 1)? {
+        // Nobody looks at reads here (of a hole, in some file systems), so they
+        // tell nothing of writes. The largest fits all; but a file that does not
+        // end with such a block could not be written then.
+        let whole = size.is_multiple_of(MAX_ALIGNMENT as u64);
+        return Ok(DirectAlignment {
+            memory: MAX_ALIGNMENT as u32,
+            request: if whole {
+                MAX_ALIGNMENT as u32
+            } else {
+                smallest
+            },
+        });
+    }
     let unfit = || io::Error::from_raw_os_error(libc::EINVAL);
     let mut request = None;
     for len in sizes().take_while(|size| *size <= MAX_ALIGNMENT) {
