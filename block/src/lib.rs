@@ -37,6 +37,7 @@ pub use dirty_bitmap::{BitmapError, DirtyBitmap};
 pub use driver::{
     BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags,
 };
+pub use drivers::OpenError;
 pub use error::{IoError, IoErrorKind, IoOp};
 pub use graph::{
     BackendInfo, BitmapInfo, BusyBackend, DEFAULT_DRAIN_TIMEOUT, Drained, Graph, GraphError,

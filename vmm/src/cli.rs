@@ -5,10 +5,14 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::{demo, guest, run, storage_daemon};
+
+/// Status of the process when it was told something that it cannot do.
+pub const EXIT_USAGE: u8 = 2;
 
 /// What `diptych` can be asked to do.
 #[derive(Debug, Parser)]
@@ -26,7 +30,8 @@ struct Cli {
         global = true,
         value_name = "FILTER",
         env = "DIPTYCH_LOG",
-        default_value = "warn"
+        default_value = "warn",
+        value_parser = log_filter
     )]
     log_level: String,
 
@@ -53,7 +58,10 @@ enum Command {
 /// Errors: those of the subcommand; a usage mistake ends the process with
 /// status 2 before anything is started.
 pub fn main() -> anyhow::Result<ExitCode> {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return Ok(explain(&error)),
+    };
     init_logging(&cli.log_level)?;
     match cli.command {
         Command::Run(args) => run::main(*args),
@@ -61,6 +69,61 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Demo(args) => demo::main(args),
         Command::Guest(args) => guest::main(args),
     }
+}
+
+/// Prints help or the version where that was asked for, else one line that says
+/// what is wrong with the arguments.
+fn explain(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp
+        | ErrorKind::DisplayVersion
+        | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            // Whoever closed the pipe does not want it.
+            let _ = error.print();
+        }
+        _ => {
+            let subcommand = std::env::args_os()
+                .nth(1)
+                .and_then(|word| word.into_string().ok())
+                .filter(|word| Cli::command().find_subcommand(word).is_some())
+                .map(|word| word + " ")
+                .unwrap_or_default();
+            let message = one_line(&error.render().to_string());
+            eprintln!("diptych: {message}; see diptych {subcommand}--help");
+        }
+    }
+    u8::try_from(error.exit_code()).map_or(ExitCode::from(EXIT_USAGE), ExitCode::from)
+}
+
+/// What clap says in several lines, without the usage and in the form of
+/// diptych's own errors.
+fn one_line(text: &str) -> String {
+    let mut message = String::new();
+    let lines = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
+        .filter(|line| !line.is_empty());
+    for line in lines {
+        let line = line.strip_prefix("error: ").unwrap_or(line);
+        let line = line.strip_prefix("tip: ").unwrap_or(line);
+        if !message.is_empty() {
+            let joined = message.ends_with(':') || line.starts_with('[');
+            message.push_str(if joined { " " } else { "; " });
+        }
+        message.push_str(line);
+    }
+    if let Some(first) = message.get_mut(..1) {
+        first.make_ascii_uppercase();
+    }
+    message
+}
+
+/// Checks a log filter.
+fn log_filter(text: &str) -> Result<String, String> {
+    EnvFilter::try_new(text)
+        .map(|_| text.to_owned())
+        .map_err(|error| format!("{error}; try info"))
 }
 
 /// Sends log lines to stderr, in colour where that is a terminal.
@@ -74,4 +137,39 @@ fn init_logging(filter: &str) -> anyhow::Result<()> {
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn usage_mistakes_are_explained_in_one_line() {
+        for (words, message) in [
+            (&["fly"][..], "Unrecognized subcommand 'fly'"),
+            (
+                &["storage-daemon"],
+                "The following required arguments were not provided: --qmp <unix:PATH>",
+            ),
+            (
+                &["run", "--kernal", "k"],
+                "Unexpected argument '--kernal' found; a similar argument exists: '--kernel'",
+            ),
+            (
+                &["run", "--on-reboot", "fly"],
+                "Invalid value 'fly' for '--on-reboot <ACTION>' [possible values: exit, reset]",
+            ),
+            (
+                &["run", "--memory", "12Q"],
+                "Invalid value '12Q' for '--memory <SIZE>': '12Q' is not a size; give MiB, or a number with K, M, G or T behind it",
+            ),
+            (&["demo", "--log-level", "a=b=c"], "Invalid value 'a=b=c'"),
+        ] {
+            let error = Cli::try_parse_from([&["diptych"], words].concat()).unwrap_err();
+            let line = one_line(&error.render().to_string());
+            assert!(line.starts_with(message), "{line}");
+            assert_eq!(line.lines().count(), 1, "{line}");
+            assert_eq!(error.exit_code(), i32::from(EXIT_USAGE));
+        }
+    }
 }

@@ -2,6 +2,7 @@
 //! the backend that block jobs know, and the device that the guest sees.
 
 use std::collections::HashMap;
+use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -9,7 +10,8 @@ use anyhow::Context;
 use block::runtime::{Iothread, IothreadHandle};
 use block::{
     Backend, BackendUser, BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, DiscardMode,
-    DriverOptions, FileOptions, Graph, GraphError, Perm, PermissionError, Permissions, RawOptions,
+    DriverOptions, FileOptions, Graph, GraphError, OpenError, Perm, PermissionError, Permissions,
+    RawOptions,
 };
 use devices::{VirtioBlk, VirtioBlkConfig};
 
@@ -69,25 +71,33 @@ pub async fn open(
     for spec in specs {
         let id = spec.id.as_deref().unwrap_or_default();
         let disk = open_one(graph, id, spec, &by_id).await.map_err(|error| {
-            let remedy = if is_locked(&error) {
-                "; stop the process that uses it, or open it with readonly=on in both"
-            } else {
-                ""
-            };
             let path = spec.path.display();
-            error.context(format!("Cannot open disk '{id}' ('{path}'){remedy}"))
+            let remedy = remedy(&error);
+            anyhow::anyhow!("Cannot open disk '{id}' ('{path}'): {error:#}{remedy}")
         })?;
         disks.push(disk);
     }
     Ok(disks)
 }
 
-/// Whether another process's lock on the image is what is wrong.
-fn is_locked(error: &anyhow::Error) -> bool {
-    matches!(
-        error.downcast_ref(),
-        Some(GraphError::Permission(PermissionError::Locked { .. }))
-    )
+/// What the user may do about a disk that cannot be opened, to go behind what
+/// was wrong; empty if that says all.
+fn remedy(error: &anyhow::Error) -> &'static str {
+    match error.downcast_ref() {
+        Some(GraphError::Permission(PermissionError::Locked { .. })) => {
+            "; is another process or disk using the image? Stop that one, or give both readonly=on"
+        }
+        Some(GraphError::Open(OpenError::Open { error, .. })) => match error.kind() {
+            io::ErrorKind::NotFound => {
+                "; check the path, or make an image with truncate -s SIZE PATH"
+            }
+            io::ErrorKind::PermissionDenied => {
+                "; check the image's permissions, or give readonly=on to only read it"
+            }
+            _ => "",
+        },
+        _ => "",
+    }
 }
 
 async fn open_one(

@@ -28,7 +28,10 @@ fn main() -> ExitCode {
         Err(error) => {
             // One line, whatever the causes: what, then why.
             eprintln!("diptych: {error:#}");
-            ExitCode::FAILURE
+            match error.downcast_ref::<config::ConfigError>() {
+                Some(error) if error.is_usage() => ExitCode::from(cli::EXIT_USAGE),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::config::{DiskSpec, IothreadSpec, MemorySize, SerialSpec, VmSpec};
 use crate::disks::{self, Disk, Iothreads};
 use crate::end_watchdog;
 use crate::machine::{
-    BootImages, BootProtocol, CrashPolicy, GuestEnd, Machine, MachineSpec, RebootPolicy,
+    BootImages, BootProtocol, CrashPolicy, GuestEnd, MAX_CPUS, Machine, MachineSpec, RebootPolicy,
 };
 use crate::monitor::{Monitor, QmpAddress, QmpSocket};
 use crate::serial_backend::SerialBackend;
@@ -63,15 +63,20 @@ pub struct RunArgs {
     boot: Option<BootProtocol>,
 
     /// Number of vCPUs, 1 to 32 [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_CPUS)))]
     cpus: Option<u8>,
 
     /// Memory: MiB, or a number with K, M, G or T behind it [default: 256M]
     #[arg(long, value_name = "SIZE")]
     memory: Option<MemorySize>,
 
-    /// A disk, as path=P[,id=ID][,readonly=on]…; see --help. May be repeated
-    #[arg(long, value_name = "KEY=VALUE,…", long_help = DiskSpec::HELP)]
+    /// Disks, in the order the guest finds them
+    #[arg(
+        long,
+        value_name = "KEY=VALUE,…",
+        help = "A disk, as path=P[,id=ID][,readonly=on]…; see --help. May be repeated",
+        long_help = DiskSpec::HELP
+    )]
     disk: Vec<DiskSpec>,
 
     /// A thread for disks to be served by, as id=ID. May be repeated

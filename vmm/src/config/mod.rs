@@ -15,7 +15,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::machine::{BootProtocol, CrashPolicy, MAX_CPUS, MAX_DISKS, RebootPolicy};
+use crate::machine::{
+    BootProtocol, CrashPolicy, MAX_CPUS, MAX_DISKS, MachineError, RebootPolicy, check_memory_size,
+};
 use crate::monitor::QmpAddress;
 use key_value::key_value_spec;
 pub use values::{MemorySize, SerialSpec};
@@ -60,6 +62,9 @@ pub enum ConfigError {
         /// The number.
         cpus: u8,
     },
+    /// A memory size that no guest can have.
+    #[error(transparent)]
+    Memory(MachineError),
     /// Too many disks.
     #[error("A guest cannot have {count} disks; the most is {MAX_DISKS}")]
     TooManyDisks {
@@ -120,6 +125,13 @@ pub enum ConfigError {
     },
 }
 
+impl ConfigError {
+    /// Whether the user has to say something else, not to mend the system.
+    pub fn is_usage(&self) -> bool {
+        !matches!(self, Self::Read { .. })
+    }
+}
+
 key_value_spec! {
     /// A disk of the guest.
     pub struct DiskSpec {
@@ -170,14 +182,18 @@ pub struct VmSpec {
     /// How it is entered.
     pub boot: Option<BootProtocol>,
     /// Number of vCPUs.
+    #[serde(deserialize_with = "values::cpus")]
     pub cpus: Option<u8>,
     /// Memory.
     pub memory: Option<MemorySize>,
     /// Disks, in the order the guest finds them.
+    #[serde(deserialize_with = "values::disks")]
     pub disk: Vec<DiskSpec>,
     /// Iothreads.
+    #[serde(deserialize_with = "values::iothreads")]
     pub iothread: Vec<IothreadSpec>,
     /// Monitor sockets.
+    #[serde(deserialize_with = "values::addresses")]
     pub qmp: Vec<QmpAddress>,
     /// The serial port.
     pub serial: Option<SerialSpec>,
@@ -263,6 +279,8 @@ impl VmSpec {
         if !(1..=MAX_CPUS).contains(&cpus) {
             return Err(ConfigError::Cpus { cpus });
         }
+        check_memory_size(self.memory.unwrap_or(MemorySize::DEFAULT).0)
+            .map_err(ConfigError::Memory)?;
         if self.disk.len() > MAX_DISKS {
             return Err(ConfigError::TooManyDisks {
                 count: self.disk.len(),

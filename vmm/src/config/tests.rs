@@ -166,6 +166,11 @@ fn bad_flags_are_usage_errors_that_name_the_key() {
         (&["--qmp", "/run/q"], "unix:PATH"),
         (&["--serial", "tty"], "stdio"),
         (&["--cpus", "lots"], "cpus"),
+        (&["--cpus", "0"], "1..=32"),
+        (&["--cpus", "33"], "1..=32"),
+        (&["--disk", "path=a,iothread="], "several as in a+b"),
+        (&["--disk", "path=a,iothread=a++b"], "several as in a+b"),
+        (&["--disk", "path=a,iothread=a+a"], "'a' is given twice"),
     ] {
         let error = Cli::try_parse_from([&["run", "--kernel", "k"], words].concat()).unwrap_err();
         assert_eq!(error.exit_code(), 2);
@@ -217,8 +222,9 @@ fn contradictions_are_found_before_anything_is_opened() {
     assert!(message(&[]).contains("--kernel"));
     let k = ["--kernel", "k"];
     for (words, part) in [
-        (&["--cpus", "0"][..], "1 to 32"),
-        (&["--cpus", "33"], "1 to 32"),
+        (&["--memory", "0"][..], "--memory"),
+        (&["--memory", "1025K"], "whole MiB"),
+        (&["--memory", "100T"], "--memory"),
         (
             &["--disk", "path=a,id=x", "--disk", "path=b,id=x"],
             "Two disks have the id 'x'",
@@ -242,6 +248,47 @@ fn contradictions_are_found_before_anything_is_opened() {
         let text = message(&[&k, words].concat());
         assert!(text.contains(part), "{text}");
     }
+}
+
+#[test]
+fn a_value_of_the_wrong_kind_is_refused_with_what_it_should_be() {
+    for (json, toml, part) in [
+        ("\"disk\": \"path=d\"", "disk = 'path=d'", "a list of disks"),
+        (
+            "\"iothread\": \"a\"",
+            "iothread = 'a'",
+            "a list of iothreads",
+        ),
+        (
+            "\"qmp\": \"unix:/q\"",
+            "qmp = 'unix:/q'",
+            "a list of addresses",
+        ),
+        ("\"cpus\": 300", "cpus = 300", "1 to 32"),
+        ("\"cpus\": 0", "cpus = 0", "1 to 32"),
+        ("\"cpus\": -1", "cpus = -1", "1 to 32"),
+        (
+            "\"disk\": [{\"path\": \"d\", \"iothread\": [\"\"]}]",
+            "disk = [{path = 'd', iothread = ['']}]",
+            "several as in a+b",
+        ),
+    ] {
+        for (ending, text) in [(".json", format!("{{{json}}}")), (".toml", toml.to_owned())] {
+            let error = file(ending, &text).1.unwrap_err();
+            assert!(error.to_string().contains(part), "{error}");
+            assert!(error.is_usage());
+        }
+    }
+    let missing = VmSpec::read(Path::new("/no/such/file.toml")).unwrap_err();
+    assert!(!missing.is_usage());
+}
+
+#[test]
+fn the_sample_files_are_right_and_say_the_same() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/config");
+    let mut toml = VmSpec::read(&folder.join("guest.toml")).unwrap();
+    assert_eq!(VmSpec::read(&folder.join("guest.json")).unwrap(), toml);
+    toml.check().unwrap();
 }
 
 #[test]

@@ -3,13 +3,15 @@
 //! file), and a number or boolean where a file would have one.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, de::Unexpected};
 
-use crate::machine::{GIB, KIB, MIB};
+use super::{DiskSpec, IothreadSpec};
+use crate::machine::{GIB, KIB, MAX_CPUS, MIB};
 use crate::monitor::QmpAddress;
 
 /// A size of memory in bytes.
@@ -172,7 +174,69 @@ pub fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error
     deserializer.deserialize_any(Count)
 }
 
-/// A list of ids, or a string with `+` between them.
+/// A number of vCPUs.
+pub fn cpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u8>, D::Error> {
+    struct Cpus;
+    impl Visitor<'_> for Cpus {
+        type Value = u8;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a number from 1 to {MAX_CPUS}")
+        }
+        fn visit_u64<E: de::Error>(self, value: u64) -> Result<u8, E> {
+            u8::try_from(value)
+                .ok()
+                .filter(|cpus| (1..=MAX_CPUS).contains(cpus))
+                .ok_or_else(|| E::invalid_value(Unexpected::Unsigned(value), &self))
+        }
+        fn visit_i64<E: de::Error>(self, value: i64) -> Result<u8, E> {
+            u64::try_from(value)
+                .map_err(|_| E::invalid_value(Unexpected::Signed(value), &self))
+                .and_then(|value| self.visit_u64(value))
+        }
+    }
+    deserializer.deserialize_any(Cpus).map(Some)
+}
+
+/// Disks.
+pub fn disks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DiskSpec>, D::Error> {
+    list(deserializer, "disks, each a table with its path")
+}
+
+/// Iothreads.
+pub fn iothreads<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<IothreadSpec>, D::Error> {
+    list(deserializer, "iothreads, each a table with its id")
+}
+
+/// Addresses of monitor sockets.
+pub fn addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<QmpAddress>, D::Error> {
+    list(deserializer, "addresses, each as unix:PATH")
+}
+
+/// A list, whose elements are `what` to the user.
+fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+    what: &'static str,
+) -> Result<Vec<T>, D::Error> {
+    struct List<T>(&'static str, PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
+        type Value = Vec<T>;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a list of {}", self.0)
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+            let mut elements = Vec::new();
+            while let Some(element) = seq.next_element()? {
+                elements.push(element);
+            }
+            Ok(elements)
+        }
+    }
+    deserializer.deserialize_any(List(what, PhantomData))
+}
+
+/// A list of different ids, or a string with `+` between them.
 pub fn id_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     struct IdList;
     impl<'de> Visitor<'de> for IdList {
@@ -191,5 +255,17 @@ pub fn id_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>
             Ok(ids)
         }
     }
-    deserializer.deserialize_any(IdList)
+    let ids = deserializer.deserialize_any(IdList)?;
+    if ids.iter().any(String::is_empty) {
+        let text = ids.join("+");
+        return Err(de::Error::invalid_value(Unexpected::Str(&text), &IdList));
+    }
+    for (index, id) in ids.iter().enumerate() {
+        if ids[..index].contains(id) {
+            return Err(de::Error::custom(format_args!(
+                "iothread '{id}' is given twice; name each once"
+            )));
+        }
+    }
+    Ok(ids)
 }

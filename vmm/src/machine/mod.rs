@@ -35,6 +35,14 @@ pub use boot::{BootError, BootImages, BootProtocol};
 pub use control::{CrashPolicy, GuestEnd, Machine, MachineSpec, RebootPolicy};
 pub use layout::{GIB, KIB, MIB};
 
+/// Checks that a guest can have `memory` bytes of memory, as far as that can be
+/// said without asking the host for them.
+///
+/// Errors: [`MachineError::MemorySize`].
+pub fn check_memory_size(memory: u64) -> Result<(), MachineError> {
+    layout::ram_ranges(memory).map(drop)
+}
+
 /// Most vCPUs that a guest can have.
 pub const MAX_CPUS: u8 = 32;
 /// Most disks that a guest can have.

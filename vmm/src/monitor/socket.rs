@@ -83,6 +83,15 @@ pub(crate) enum SocketError {
         /// The path.
         path: PathBuf,
     },
+    /// There is no folder for the socket's file.
+    #[error(
+        "Cannot listen on {}: its folder does not exist; create that first, or give another path",
+        .path.display()
+    )]
+    NoFolder {
+        /// The socket's file.
+        path: PathBuf,
+    },
     /// The system refused.
     #[error("Cannot listen on {}", .path.display())]
     Listen {
@@ -112,9 +121,12 @@ impl QmpSocket {
     /// Errors: [`SocketError`]; nothing of anybody else's is touched.
     pub(crate) fn bind(address: &QmpAddress) -> Result<Self, SocketError> {
         let path = &address.path;
-        let failed = |source: io::Error| SocketError::Listen {
-            path: path.clone(),
-            source,
+        let failed = |source: io::Error| {
+            let path = path.clone();
+            match source.kind() {
+                io::ErrorKind::NotFound => SocketError::NoFolder { path },
+                _ => SocketError::Listen { path, source },
+            }
         };
         let listener = match listen_at(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
@@ -267,6 +279,14 @@ mod tests {
         fs::write(&path, "other").unwrap();
         drop(socket);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn a_missing_folder_is_an_error_with_its_remedy() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("none/qmp.sock");
+        let error = QmpSocket::bind(&address(&path)).unwrap_err();
+        assert!(matches!(error, SocketError::NoFolder { .. }), "{error}");
     }
 
     #[test]
