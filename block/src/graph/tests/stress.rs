@@ -84,7 +84,8 @@ fn no_write_is_lost_while_the_graph_changes_under_four_iothreads() {
         for _ in 0..CHANGES {
             let filter = {
                 let drained = graph.drain(&nodes[at], &[]).await.unwrap();
-                assert_eq!(backend.in_flight(), 0);
+                // (The backend may count those that are just being held back.)
+                assert_eq!(storages[at].in_flight(), 0);
                 graph
                     .insert_filter(None, &nodes[at], &[], &drained, PassThrough::boxed)
                     .unwrap()
@@ -92,7 +93,6 @@ fn no_write_is_lost_while_the_graph_changes_under_four_iothreads() {
             crate::runtime::yield_now().await;
             {
                 let drained = graph.drain(&nodes[at], &[]).await.unwrap();
-                assert_eq!(backend.in_flight(), 0);
                 assert_eq!(storages[at].in_flight(), 0);
                 // The pivot: what the old one has goes to the new one.
                 let other = 1 - at;
