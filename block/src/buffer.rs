@@ -28,6 +28,14 @@ struct Segment {
 ///
 /// Its bytes may be changed by others at any time (the guest), so they are only
 /// copied, never borrowed. Cloning is cheap and shares the memory.
+///
+/// Copies race with those others. So they are made of relaxed atomic accesses,
+/// each word read or written once: a copy may be a mixture of old and new, and
+/// must be checked after it was made, but it is a value like any other. The guest
+/// and the kernel are outside Rust's memory model, for which this is all that can
+/// be said. What is left of it on paper: two of our own threads that copy the same
+/// memory at once (a guest may give it to two requests) may meet with accesses of
+/// different size, a word and a byte at the end of a list.
 #[derive(Clone)]
 pub struct IoVec {
     segments: SmallVec<[Segment; 4]>,
@@ -36,7 +44,7 @@ pub struct IoVec {
 }
 
 // SAFETY: the segments point into memory that `owner` (Send + Sync) keeps
-// mapped; access is by raw copies only, so no thread holds a reference.
+// mapped; access is by atomic copies only, so no thread holds a reference.
 unsafe impl Send for IoVec {}
 // SAFETY: as for Send; no method hands out a reference to the bytes.
 unsafe impl Sync for IoVec {}
@@ -95,12 +103,8 @@ impl IoVec {
             .all(|s| (s.base.as_ptr() as usize) & (address - 1) == 0 && s.len & (len - 1) == 0)
     }
 
-    /// The part of `len` bytes from `offset`.
-    ///
-    /// # Panics
-    ///
-    /// If it is not inside the list.
-    pub fn slice(&self, offset: usize, len: usize) -> Self {
+    /// Gives `visit` the segments of bytes `offset..offset + len`, in order.
+    fn walk(&self, offset: usize, len: usize, mut visit: impl FnMut(Segment)) {
         let end = offset.checked_add(len).expect("slice end fits usize");
         assert!(
             end <= self.len,
@@ -109,7 +113,6 @@ impl IoVec {
         );
         let mut skip = offset;
         let mut left = len;
-        let mut segments = SmallVec::new();
         for segment in &self.segments {
             if left == 0 {
                 break;
@@ -119,7 +122,7 @@ impl IoVec {
                 continue;
             }
             let take = left.min(segment.len - skip);
-            segments.push(Segment {
+            visit(Segment {
                 // SAFETY: skip < segment.len, so this stays in the segment.
                 base: unsafe { segment.base.add(skip) },
                 len: take,
@@ -127,6 +130,16 @@ impl IoVec {
             left -= take;
             skip = 0;
         }
+    }
+
+    /// The part of `len` bytes from `offset`.
+    ///
+    /// # Panics
+    ///
+    /// If it is not inside the list.
+    pub fn slice(&self, offset: usize, len: usize) -> Self {
+        let mut segments = SmallVec::new();
+        self.walk(offset, len, |segment| segments.push(segment));
         Self {
             segments,
             len,
@@ -141,18 +154,11 @@ impl IoVec {
     /// If they are not inside the list.
     pub fn copy_to(&self, offset: usize, into: &mut [u8]) {
         let mut done = 0;
-        for segment in &self.slice(offset, into.len()).segments {
-            // SAFETY: the segment is alive (owner), and `into` is ours alone and
-            // as long as the slice. Others may write the source meanwhile; then
-            // the copy has some of both, as with any device.
-            unsafe {
-                segment
-                    .base
-                    .as_ptr()
-                    .copy_to_nonoverlapping(into.as_mut_ptr().add(done), segment.len);
-            }
+        self.walk(offset, into.len(), |segment| {
+            // SAFETY: the segment is alive (owner).
+            unsafe { shared::load(segment.base, &mut into[done..done + segment.len]) }
             done += segment.len;
-        }
+        });
     }
 
     /// Copies `from` in at `offset`.
@@ -162,16 +168,11 @@ impl IoVec {
     /// If it does not fit.
     pub fn copy_from(&self, offset: usize, from: &[u8]) {
         let mut done = 0;
-        for segment in &self.slice(offset, from.len()).segments {
-            // SAFETY: as in `copy_to`, the other way round.
-            unsafe {
-                segment
-                    .base
-                    .as_ptr()
-                    .copy_from_nonoverlapping(from.as_ptr().add(done), segment.len);
-            }
+        self.walk(offset, from.len(), |segment| {
+            // SAFETY: the segment is alive and writable (owner).
+            unsafe { shared::store(segment.base, &from[done..done + segment.len]) }
             done += segment.len;
-        }
+        });
     }
 
     /// Copies all of `from` in at `offset`. Where both share memory, the result
@@ -181,46 +182,122 @@ impl IoVec {
     ///
     /// If it does not fit.
     pub fn copy_from_iov(&self, offset: usize, from: &Self) {
-        let mut offset = offset;
-        for source in &from.segments {
-            let mut done = 0;
-            for segment in &self.slice(offset, source.len).segments {
-                // SAFETY: both segments are alive (owners); the source has
-                // `source.len` bytes, of which `done` are copied. Others may
-                // write either meanwhile, as in `copy_to`.
-                unsafe {
-                    segment
-                        .base
-                        .as_ptr()
-                        .copy_from(source.base.as_ptr().add(done), segment.len);
-                }
-                done += segment.len;
-            }
-            offset += source.len;
+        let mut block = [0; BLOCK];
+        let mut done = 0;
+        while done < from.len {
+            let n = BLOCK.min(from.len - done);
+            from.copy_to(done, &mut block[..n]);
+            self.copy_from(offset + done, &block[..n]);
+            done += n;
         }
     }
 
     /// Sets all bytes to `byte`.
     pub fn fill(&self, byte: u8) {
-        for segment in &self.segments {
-            // SAFETY: the segment is alive and writable (owner).
-            unsafe { segment.base.as_ptr().write_bytes(byte, segment.len) }
+        let block = [byte; BLOCK];
+        let mut done = 0;
+        while done < self.len {
+            let n = BLOCK.min(self.len - done);
+            self.copy_from(done, &block[..n]);
+            done += n;
         }
     }
 
     /// Whether all bytes are zero at this moment.
     pub fn is_zero(&self) -> bool {
-        let mut block = [0u8; 4096];
-        let mut offset = 0;
-        while offset < self.len {
-            let n = block.len().min(self.len - offset);
-            self.copy_to(offset, &mut block[..n]);
+        let mut block = [0; BLOCK];
+        let mut done = 0;
+        while done < self.len {
+            let n = BLOCK.min(self.len - done);
+            self.copy_to(done, &mut block[..n]);
             if block[..n].iter().any(|b| *b != 0) {
                 return false;
             }
-            offset += n;
+            done += n;
         }
         true
+    }
+}
+
+/// Copies go through the stack in pieces of this many bytes.
+const BLOCK: usize = 4096;
+
+/// The only accesses to memory that others write meanwhile.
+mod shared {
+    use std::ptr::NonNull;
+    use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+    const WORD: usize = size_of::<u64>();
+
+    /// Bytes before the first whole word of `len` bytes at `at`.
+    fn unaligned(at: NonNull<u8>, len: usize) -> usize {
+        at.as_ptr().align_offset(WORD).min(len)
+    }
+
+    /// Copies out as many bytes as `into` has.
+    ///
+    /// # Safety
+    ///
+    /// They must stay readable and writable meanwhile.
+    pub(super) unsafe fn load(from: NonNull<u8>, into: &mut [u8]) {
+        let (first, rest) = into.split_at_mut(unaligned(from, into.len()));
+        let mut at = from;
+        for byte in first {
+            // SAFETY: there is a byte of `from` for each of `into`; no alignment.
+            unsafe {
+                *byte = AtomicU8::from_ptr(at.as_ptr()).load(Ordering::Relaxed);
+                at = at.add(1);
+            }
+        }
+        let (words, last) = rest.as_chunks_mut::<WORD>();
+        for word in words {
+            // SAFETY: as above, for eight bytes, and `at` is aligned by now.
+            unsafe {
+                let value = AtomicU64::from_ptr(at.as_ptr().cast()).load(Ordering::Relaxed);
+                *word = value.to_ne_bytes();
+                at = at.add(WORD);
+            }
+        }
+        for byte in last {
+            // SAFETY: as for the first bytes.
+            unsafe {
+                *byte = AtomicU8::from_ptr(at.as_ptr()).load(Ordering::Relaxed);
+                at = at.add(1);
+            }
+        }
+    }
+
+    /// Copies all of `from` in.
+    ///
+    /// # Safety
+    ///
+    /// As many bytes must stay readable and writable meanwhile.
+    pub(super) unsafe fn store(into: NonNull<u8>, from: &[u8]) {
+        let (first, rest) = from.split_at(unaligned(into, from.len()));
+        let mut at = into;
+        for byte in first {
+            // SAFETY: there is a byte of `into` for each of `from`; no alignment.
+            unsafe {
+                AtomicU8::from_ptr(at.as_ptr()).store(*byte, Ordering::Relaxed);
+                at = at.add(1);
+            }
+        }
+        let (words, last) = rest.as_chunks::<WORD>();
+        for word in words {
+            // SAFETY: as above, for eight bytes, and `at` is aligned by now.
+            unsafe {
+                AtomicU64::from_ptr(at.as_ptr().cast())
+                    .store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+                at = at.add(WORD);
+            }
+        }
+        for byte in last {
+            // SAFETY: as for the first bytes.
+            unsafe {
+                AtomicU8::from_ptr(at.as_ptr()).store(*byte, Ordering::Relaxed);
+                at = at.add(1);
+            }
+        }
     }
 }
 
@@ -330,6 +407,25 @@ mod tests {
         assert!(!iov.is_aligned(64, 8), "the second segment begins at 32");
         // As kernels want it that take memory at any word, but whole blocks only.
         assert!(!iov.is_aligned(4, 16), "segments of 8 and 24 bytes");
+    }
+
+    #[test]
+    fn copies_begin_and_end_at_any_byte() {
+        let all = AlignedBuffer::new(96).io_vec(96);
+        let bytes: Vec<u8> = (1..=96).collect();
+        for (from, len) in (0..10).flat_map(|from| (0..40).map(move |len| (from, len))) {
+            all.fill(0);
+            let part = &bytes[..len];
+            all.copy_from(16 + from, part);
+            let mut back = [0xff; 96];
+            all.copy_to(0, &mut back);
+            let mut expected = [0; 96];
+            expected[16 + from..][..len].copy_from_slice(part);
+            assert_eq!(back, expected, "{from}+{len}");
+            let mut back = vec![0; len];
+            all.copy_to(16 + from, &mut back);
+            assert_eq!(back, part, "{from}+{len}");
+        }
     }
 
     #[test]
