@@ -41,7 +41,8 @@ const EXIT_SIGNAL_BASE: u8 = 128;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Exit status: 0 the guest shut down (or a monitor said quit), 1 an error, 2 wrong
-usage, 3 the guest crashed, 128+N ended by signal N.
+usage, 3 the guest crashed, 128+N ended by signal N. A second signal does not wait
+for the disks, and the status is 1.
 
 On a terminal, Ctrl-A x ends the process; Ctrl-A Ctrl-A is a Ctrl-A for the guest.")]
 pub struct RunArgs {
