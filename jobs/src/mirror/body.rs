@@ -36,6 +36,9 @@ const MAX_LEAP: u64 = 1 << 30;
 /// First and longest wait after a failure that is to be tried again.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
+/// Time without an answer of the target after which it counts as hung.
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+
 /// An operation in flight.
 struct Done {
     range: Range<u64>,
@@ -87,6 +90,9 @@ pub(super) struct Body<'a> {
     ending: bool,
     /// The log has it that the mirror does not converge.
     told: bool,
+    /// Nothing has ended for a long time.
+    pub(super) hung: bool,
+    last_ended: Instant,
 }
 
 impl<'a> Body<'a> {
@@ -124,6 +130,8 @@ impl<'a> Body<'a> {
             section_pass: 0,
             ending: false,
             told: false,
+            hung: false,
+            last_ended: Instant::now(),
             state,
         }
     }
@@ -157,6 +165,7 @@ impl<'a> Body<'a> {
                 self.count_anew();
                 self.pace.hurry();
             }
+            self.look_for_hang();
             self.ensure_progress();
             self.adapt();
             if self.wants_section() {
@@ -189,6 +198,14 @@ impl<'a> Body<'a> {
 
     /// Waits until nothing is in flight, a flush included.
     pub(super) async fn quiesce(&mut self) {
+        let state = Arc::clone(&self.state);
+        if with_patience(&state, self.all_ended()).await.1 {
+            // It has answered now.
+            self.hung = false;
+        }
+    }
+
+    async fn all_ended(&mut self) {
         while let Some(done) = self.operations.next().await {
             self.ended(done);
         }
@@ -253,14 +270,22 @@ impl<'a> Body<'a> {
     /// Flushes the target if it was written. `false`: it failed, and may be tried
     /// again later.
     pub(super) async fn flush(&mut self) -> bool {
-        let swept = self.rest.flush(std::future::pending()).await;
+        let patience = Instant::now() + PATIENCE;
+        let swept = self.rest.flush(runtime::sleep_until(patience)).await;
+        if matches!(swept, Swept::Stopped) && Instant::now() >= patience {
+            self.hung = true;
+            self.state.set_catching_up(false);
+        }
         self.is_done(swept)
     }
 
     /// Whether all was done; notes it if something failed.
     pub(super) fn is_done(&mut self, swept: Swept) -> bool {
         match swept {
-            Swept::Done => true,
+            Swept::Done => {
+                self.hung = false;
+                true
+            }
             Swept::Stopped => {
                 // If somebody drains a node, it is the next pause point's turn.
                 let soon = Instant::now() + Duration::from_millis(1);
@@ -271,6 +296,16 @@ impl<'a> Body<'a> {
                 self.failed(side, &error);
                 false
             }
+        }
+    }
+
+    /// A target that hangs does not hold the guest of a mirror that only catches up.
+    fn look_for_hang(&mut self) {
+        if self.operations.is_empty() {
+            self.last_ended = Instant::now();
+        } else if self.last_ended.elapsed() >= PATIENCE {
+            self.hung = true;
+            self.state.set_catching_up(false);
         }
     }
 
@@ -428,6 +463,8 @@ impl<'a> Body<'a> {
     }
 
     fn ended(&mut self, done: Done) {
+        self.hung = false;
+        self.last_ended = Instant::now();
         self.window_used -= done.cost;
         self.in_flight -= done.range.end - done.range.start;
         match done.result {
@@ -477,6 +514,21 @@ impl<'a> Body<'a> {
     pub(super) fn report_progress(&self) {
         let left = self.state.dirty_bytes() + self.in_flight + self.state.active_bytes();
         self.ctx.progress().set_remaining(left);
+    }
+}
+
+/// Waits for `work`; if that takes long while the mirror catches up, the guest no
+/// longer waits for the target. Says whether it took long.
+pub(super) async fn with_patience<T>(
+    state: &MirrorState,
+    work: impl Future<Output = T>,
+) -> (T, bool) {
+    match select(pin!(work), pin!(runtime::sleep(PATIENCE))).await {
+        Either::Left((done, _)) => (done, false),
+        Either::Right((_, work)) => {
+            state.set_catching_up(false);
+            (work.await, true)
+        }
     }
 }
 

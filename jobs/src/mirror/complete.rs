@@ -5,18 +5,23 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::{Drained, Graph, GraphError, runtime};
+use block::{Backend, Drained, Graph, GraphError, Node, runtime};
 use futures_util::future::{Either, select};
 
 use crate::JobFailure;
 
+use super::body::{PATIENCE, with_patience};
 use super::converge::{ENDING_DOUBLINGS, SECTION_BYTES, describe, drain_failure};
 use super::copy::CopyError;
 use super::driver::{Ending, Held, MirrorDriver, Places};
 use super::sweep::{OPERATIONS, Sweep, Swept};
 
-/// Wait before the filter's removal is tried again.
-const RETRY: Duration = Duration::from_secs(1);
+/// First and longest wait before the filter's removal is tried again; doubles.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// Longest that the guest is held to take the filter out.
+const LEAVE_DRAIN: Duration = Duration::from_secs(1);
+/// How often is looked whether a request has ended that outlives the job.
+const IDLE_LOOK: Duration = Duration::from_millis(100);
 /// Drained sections that a late pivot may try.
 const LATE_SECTIONS: u32 = 16;
 /// Time without any progress after which a late pivot is given up.
@@ -120,24 +125,37 @@ impl Late<'_> {
 
     /// Copies until little is left, and flushes that.
     async fn copy_beside_the_guest(&mut self) -> Result<(), JobFailure> {
+        let mut stalled = Duration::ZERO;
         loop {
             let began = Instant::now();
             let mut progress = false;
-            let stop = self.stop(LATE_STALL);
+            let stop = self.stop(PATIENCE);
             let swept = self.sweep.copy(SECTION_BYTES, |_| progress = true, stop);
             let swept = match swept.await {
-                Swept::Done => self.sweep.flush(self.stop(LATE_STALL)).await,
+                Swept::Done => self.sweep.flush(self.stop(PATIENCE)).await,
                 other => other,
             };
+            if progress {
+                stalled = Duration::ZERO;
+            }
             match swept {
-                Swept::Done => return Ok(()),
+                Swept::Done => {
+                    // What is dirty only becomes less from here on.
+                    self.driver.state().set_catching_up(true);
+                    return Ok(());
+                }
                 Swept::Failed(error) => return Err(late_failure(&error)),
                 Swept::Stopped if self.driver.is_cancelled() => {
                     return Err(JobFailure::cancelled());
                 }
                 Swept::Stopped if progress => {}
                 // Somebody drains a node for a moment.
-                Swept::Stopped if began.elapsed() < LATE_STALL => runtime::sleep(BUSY).await,
+                Swept::Stopped if began.elapsed() < PATIENCE => runtime::sleep(BUSY).await,
+                Swept::Stopped if stalled < LATE_STALL => {
+                    // The guest does not wait for a target that hangs.
+                    self.driver.state().set_catching_up(false);
+                    stalled += PATIENCE;
+                }
                 Swept::Stopped => return Err(slow_target()),
             }
         }
@@ -161,7 +179,9 @@ impl Late<'_> {
     async fn drain(&self) -> Result<Drained, JobFailure> {
         let except = [&self.places.source_backend];
         let drained = pin!(self.graph.drain(&self.places.source, &except));
-        match select(drained, self.driver.state().disengaged()).await {
+        let state = self.driver.state();
+        let drained = select(drained, state.disengaged());
+        match with_patience(state, drained).await.0 {
             Either::Left((drained, _)) => drained.map_err(|error| drain_failure(&error)),
             Either::Right(_) => Err(JobFailure::cancelled()),
         }
@@ -200,44 +220,64 @@ pub(super) async fn leave(driver: &MirrorDriver, graph: &Rc<Graph>) {
         return;
     }
     graph.detach(&places.filter_hold);
-    let held = match driver.take_section() {
-        Some(held) => Ok(held),
-        None => graph
-            .drain(&places.filter, &[&places.source_backend])
-            .await
-            .map(|drained| Held {
-                drained,
-                _own: None,
-            }),
+    let removed = match driver.take_section() {
+        Some(held) => {
+            let removed = graph.remove_filter(&places.filter, &held.drained);
+            driver.end_section(held, places.filter.name());
+            removed
+        }
+        None => take_out(graph, &places.filter).await,
     };
-    let removed = held.and_then(|held| {
-        let removed = graph.remove_filter(&places.filter, &held.drained);
-        driver.end_section(held, places.filter.name());
-        removed
-    });
-    graph.detach(&places.target_backend);
-    graph.detach(&places.source_backend);
+    // The guest's last writes of the target end soon, unless it hangs.
+    let patience = Instant::now() + LEAVE_DRAIN;
+    let backends = [&places.target_backend, &places.source_backend];
+    while backends.iter().any(|it| it.in_flight() > 0) && Instant::now() < patience {
+        runtime::sleep(Duration::from_millis(1)).await;
+    }
+    for backend in backends {
+        detach_when_idle(graph, backend);
+    }
     if let Err(error) = removed {
         tracing::warn!(%error, filter = places.filter.name(), "mirror: the filter stays for now");
         let (graph, filter) = (Rc::clone(graph), Arc::clone(&places.filter));
-        // It passes everything on; take it out when the guest's requests end.
-        runtime::spawn_local(async move {
-            loop {
-                runtime::sleep(RETRY).await;
-                let removed = match graph.drain(&filter, &[]).await {
-                    Ok(drained) => graph.remove_filter(&filter, &drained),
-                    Err(error) => Err(error),
-                };
-                match removed {
-                    Err(GraphError::DrainTimeout { .. }) => {}
-                    Err(error) => {
-                        tracing::error!(%error, "mirror: the filter cannot be taken out");
-                        return;
-                    }
-                    Ok(()) => return,
-                }
-            }
-        })
-        .detach();
+        runtime::spawn_local(async move { keep_taking_out(&graph, &filter).await }).detach();
     }
+}
+
+/// Holds the guest for a short time only: the filter passes everything on.
+async fn take_out(graph: &Graph, filter: &Arc<Node>) -> Result<(), GraphError> {
+    let drained = graph.drain_within(filter, &[], LEAVE_DRAIN).await?;
+    graph.remove_filter(filter, &drained)
+}
+
+/// Takes the filter out when the guest's requests end some time.
+async fn keep_taking_out(graph: &Graph, filter: &Arc<Node>) {
+    let mut pause = RETRY.0;
+    loop {
+        runtime::sleep(pause).await;
+        pause = (pause * 2).min(RETRY.1);
+        match take_out(graph, filter).await {
+            Ok(()) | Err(GraphError::NotFound { .. }) => return,
+            Err(error) => {
+                tracing::warn!(%error, filter = filter.name(), "mirror: the filter stays for now");
+            }
+        }
+    }
+}
+
+/// Detaches at once if nothing is in flight, else as soon as nothing is. Until then
+/// the node stays the job's, since it may still be written.
+fn detach_when_idle(graph: &Rc<Graph>, backend: &Arc<Backend>) {
+    if backend.in_flight() == 0 {
+        graph.detach(backend);
+        return;
+    }
+    let (graph, backend) = (Rc::clone(graph), Arc::clone(backend));
+    runtime::spawn_local(async move {
+        while backend.in_flight() > 0 {
+            runtime::sleep(IDLE_LOOK).await;
+        }
+        graph.detach(&backend);
+    })
+    .detach();
 }

@@ -19,7 +19,7 @@ use futures_util::future::{Either, select};
 
 use crate::{JobContext, JobFailure};
 
-use super::body::{Body, account};
+use super::body::{Body, account, with_patience};
 use super::copy::{Copied, Side};
 use super::driver::{Ending, Held};
 
@@ -61,7 +61,7 @@ impl Body<'_> {
     /// writes of its own than for large copies in a section.
     pub(super) fn ensure_progress(&self) {
         let state = &self.state;
-        if state.mirrors_actively() || (self.ready && !self.should_end()) {
+        if self.hung || state.mirrors_actively() || (self.ready && !self.should_end()) {
             return;
         }
         let helps = if self.ready {
@@ -86,7 +86,7 @@ impl Body<'_> {
     /// not, the guest goes on, and the job is ready if it could be.
     pub(super) async fn converge(&mut self) -> bool {
         let own = self.ctx.own_drain();
-        let drained = match self.drain_source().await {
+        let drained = match with_patience(&self.state, self.drain_source()).await.0 {
             Some(Ok(drained)) => drained,
             Some(Err(error)) => {
                 self.failure = Some(drain_failure(&error));

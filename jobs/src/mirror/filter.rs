@@ -6,15 +6,18 @@
 //! then is recorded and left to the copier. The rules both follow are in
 //! `state`.
 //!
-//! A guest request never fails because of the target.
+//! A guest request never fails because of the target, and waits for it no longer than
+//! the mirror lives, or catches up: what is under way then goes on by itself.
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 use block::{
-    BlockDriver, BoxFuture, Child, Extent, IoError, IoVec, Limits, Node, WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, Child, Extent, IoError, IoVec, Limits, Node, RangeGuard, WriteFlags,
+    ZeroFlags, runtime,
 };
+use futures_util::future::{Either, LocalBoxFuture, select};
 
 use super::private_copy::PrivateCopy;
 use super::state::{DirtyOnDrop, MirrorState};
@@ -52,8 +55,25 @@ impl MirrorTop {
         result
     }
 
-    fn mirrors_actively(&self) -> bool {
-        self.state.is_engaged() && self.state.mirrors_actively()
+    /// Locks a range, unless the guest is not to wait for the target any more.
+    async fn lock(&self, range: &Range<u64>) -> Option<RangeGuard> {
+        let lock = self.state.in_flight.lock(range.clone());
+        match select(lock, self.state.released()).await {
+            Either::Left((guard, _)) => Some(guard),
+            Either::Right(_) => None,
+        }
+    }
+
+    /// Waits for the target's part of a request, as long as the guest is to wait for
+    /// the target. Then it goes on by itself, and its range is copied again.
+    async fn wait_for_target(&self, part: LocalBoxFuture<'static, ()>, range: Range<u64>) {
+        if let Either::Right((_, part)) = select(part, self.state.released()).await {
+            // The copier waits for the range, and so for what is under way, before
+            // anybody takes the target for equal.
+            self.state.set_dirty(range);
+            self.state.set_actively_synced(false);
+            runtime::spawn_local(part).detach();
+        }
     }
 
     async fn write_pieces(
@@ -70,7 +90,7 @@ impl MirrorTop {
             let piece_len = (len - done).min(ACTIVE_PIECE);
             let piece = offset + done..offset + done + piece_len;
             let part = iov.slice(done as usize, piece_len as usize);
-            if self.mirrors_actively() {
+            if self.state.holds_guest() {
                 self.write_actively(&source, piece, part, flags).await?;
             } else {
                 self.record(piece.clone(), source.write(piece.start, part, flags))
@@ -90,13 +110,17 @@ impl MirrorTop {
         iov: IoVec,
         flags: WriteFlags,
     ) -> Result<(), IoError> {
-        let state = &*self.state;
-        let Some(_budget) = state.reserve_active(range.end - range.start) else {
+        let state = &self.state;
+        let Some(budget) = state.reserve_active(range.end - range.start) else {
             return self
                 .record(range.clone(), source.write(range.start, iov, flags))
                 .await;
         };
-        let _lock = state.in_flight.lock(range.clone()).await;
+        let Some(lock) = self.lock(&range).await else {
+            return self
+                .record(range.clone(), source.write(range.start, iov, flags))
+                .await;
+        };
         let mirrored = ActivePart::of(state, &range);
         if mirrored.is_empty() {
             return self
@@ -105,7 +129,7 @@ impl MirrorTop {
         }
         let copy = PrivateCopy::of(&iov);
         drop(iov);
-        let dirty = mirrored.begin(state, &range);
+        let claim = mirrored.begin(state, &range, lock);
         source.write(range.start, copy.io_vec(), flags).await?;
         let Some(target) = state.try_enter_target() else {
             state.set_actively_synced(false);
@@ -114,9 +138,13 @@ impl MirrorTop {
         let part = mirrored.range();
         let skip = (part.start - range.start) as usize;
         let data = copy.io_vec().slice(skip, (part.end - part.start) as usize);
-        let written = target.write(part.start, data, WriteFlags::default()).await;
-        self.finish_active(written, dirty);
-        copy.give_back();
+        let written = async move {
+            let written = target.write(part.start, data, WriteFlags::default()).await;
+            claim.finish(written);
+            copy.give_back();
+            drop((target, budget));
+        };
+        self.wait_for_target(Box::pin(written), range).await;
         Ok(())
     }
 
@@ -126,10 +154,15 @@ impl MirrorTop {
         range: Range<u64>,
         flags: ZeroFlags,
     ) -> Result<(), IoError> {
-        let state = &*self.state;
-        let _lock = state.in_flight.lock(range.clone()).await;
+        let state = &self.state;
+        let Some(lock) = self.lock(&range).await else {
+            let len = range.end - range.start;
+            return self
+                .record(range.clone(), source.write_zeroes(range.start, len, flags))
+                .await;
+        };
         let mirrored = ActivePart::of(state, &range);
-        let dirty = mirrored.begin(state, &range);
+        let claim = mirrored.begin(state, &range, lock);
         source
             .write_zeroes(range.start, range.end - range.start, flags)
             .await?;
@@ -146,10 +179,12 @@ impl MirrorTop {
             may_unmap: flags.may_unmap && state.unmap,
             no_fallback: false,
         };
-        let written = target
-            .write_zeroes(part.start, part.end - part.start, zero)
-            .await;
-        self.finish_active(written, dirty);
+        let written = async move {
+            let len = part.end - part.start;
+            claim.finish(target.write_zeroes(part.start, len, zero).await);
+            drop(target);
+        };
+        self.wait_for_target(Box::pin(written), range).await;
         Ok(())
     }
 
@@ -158,11 +193,15 @@ impl MirrorTop {
     /// copier finds out. So source and target stay equal even if one of them
     /// ignores discards.
     async fn discard_actively(&self, source: &Node, range: Range<u64>) -> Result<(), IoError> {
-        let state = &*self.state;
-        let _lock = state.in_flight.lock(range.clone()).await;
-        let mirrored = ActivePart::of(state, &range);
-        let dirty = mirrored.begin(state, &range);
+        let state = &self.state;
         let len = range.end - range.start;
+        let Some(lock) = self.lock(&range).await else {
+            return self
+                .record(range.clone(), source.discard(range.start, len))
+                .await;
+        };
+        let mirrored = ActivePart::of(state, &range);
+        let claim = mirrored.begin(state, &range, lock);
         source.discard(range.start, len).await?;
         if mirrored.is_empty() {
             return Ok(());
@@ -182,23 +221,35 @@ impl MirrorTop {
             may_unmap: state.unmap,
             no_fallback: false,
         };
-        let written = target
-            .write_zeroes(part.start, part.end - part.start, zero)
-            .await;
-        self.finish_active(written, dirty);
+        let written = async move {
+            let len = part.end - part.start;
+            claim.finish(target.write_zeroes(part.start, len, zero).await);
+            drop(target);
+        };
+        self.wait_for_target(Box::pin(written), range).await;
         Ok(())
     }
+}
 
+/// A range that a request mirrors. Dropped, it is dirty first, and free then.
+struct Claim {
+    dirty: DirtyOnDrop<Arc<MirrorState>>,
+    lock: RangeGuard,
+    state: Arc<MirrorState>,
+}
+
+impl Claim {
     /// The target has been written, or not: then the range stays to be copied.
-    fn finish_active(&self, written: Result<(), IoError>, dirty: DirtyOnDrop<&MirrorState>) {
+    fn finish(self, written: Result<(), IoError>) {
         self.state.note_target_written();
         match written {
-            Ok(()) => dirty.disarm(),
+            Ok(()) => self.dirty.disarm(),
             Err(error) => {
-                drop(dirty);
+                drop(self.dirty);
                 self.state.note_active_error(error);
             }
         }
+        drop(self.lock);
     }
 }
 
@@ -238,17 +289,17 @@ impl ActivePart {
 
     /// Cleans the chunks that the request covers, and arms their return for the
     /// whole request.
-    fn begin<'a>(
-        &self,
-        state: &'a MirrorState,
-        range: &Range<u64>,
-    ) -> DirtyOnDrop<&'a MirrorState> {
-        let dirty = DirtyOnDrop::new(state, range.clone());
+    fn begin(&self, state: &Arc<MirrorState>, range: &Range<u64>, lock: RangeGuard) -> Claim {
+        let dirty = DirtyOnDrop::new(Arc::clone(state), range.clone());
         let whole = state.round_in(range);
         if !whole.is_empty() {
             state.clear_dirty(whole);
         }
-        dirty
+        Claim {
+            dirty,
+            lock,
+            state: Arc::clone(state),
+        }
     }
 }
 
@@ -301,7 +352,7 @@ impl BlockDriver for MirrorTop {
         Box::pin(async move {
             let range = offset..offset.saturating_add(len);
             let source = self.source.node();
-            let result = if self.mirrors_actively() {
+            let result = if self.state.holds_guest() {
                 self.zero_actively(&source, range, flags).await
             } else {
                 self.record(range, source.write_zeroes(offset, len, flags))
@@ -316,7 +367,7 @@ impl BlockDriver for MirrorTop {
         Box::pin(async move {
             let range = offset..offset.saturating_add(len);
             let source = self.source.node();
-            let result = if self.mirrors_actively() {
+            let result = if self.state.holds_guest() {
                 self.discard_actively(&source, range).await
             } else {
                 self.record(range, source.discard(offset, len)).await

@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::{
     AttachmentKind, Backend, BackendUser, Drained, Graph, GraphError, Node, Perm, Permissions,
@@ -18,6 +19,9 @@ use super::user::FilterHold;
 
 /// Default granularity in bytes of a mirror of new writes only.
 const NONE_GRANULARITY: u32 = 64 << 10;
+
+/// Longest that the guest is held because some of its requests do not end.
+const DRAIN: Duration = Duration::from_secs(2);
 
 /// The job's hold on the source: nobody may change its size.
 const READ_SOURCE: Permissions = Permissions {
@@ -44,7 +48,7 @@ pub async fn start_mirror(
     spec: MirrorSpec,
 ) -> Result<JobKey, MirrorError> {
     let sizes = check(graph, &spec)?;
-    let drained = graph.drain(&spec.source, &[]).await?;
+    let drained = graph.drain_within(&spec.source, &[], DRAIN).await?;
     // Nothing is awaited from here on, so that nobody can come in between; but
     // much may have happened while the requests ended.
     check(graph, &spec)?;

@@ -178,6 +178,17 @@ impl MirrorState {
         self.until(|state| !state.is_engaged())
     }
 
+    /// Waits until guest requests need not wait for the target: the mirror was
+    /// cancelled, or no longer catches up. Cancel: nothing is left behind.
+    pub(crate) fn released(&self) -> Until<'_> {
+        self.until(|state| !state.holds_guest())
+    }
+
+    /// Whether guest requests are to write the target, and to wait for that.
+    pub(crate) fn holds_guest(&self) -> bool {
+        self.is_engaged() && self.mirrors_actively()
+    }
+
     /// Waits until `test` is true of `engaged` and `catching_up`.
     fn until(&self, test: fn(&Self) -> bool) -> Until<'_> {
         Until {
@@ -245,9 +256,12 @@ impl MirrorState {
     }
 
     /// Takes `len` bytes of the budget for private copies, if they are there.
-    pub(crate) fn reserve_active(&self, len: u64) -> Option<ActiveBytes<'_>> {
+    pub(crate) fn reserve_active(self: &Arc<Self>, len: u64) -> Option<ActiveBytes> {
         let before = self.active_bytes.fetch_add(len, Ordering::Relaxed);
-        let reserved = ActiveBytes { state: self, len };
+        let reserved = ActiveBytes {
+            state: Arc::clone(self),
+            len,
+        };
         (before + len <= ACTIVE_BYTES_LIMIT).then_some(reserved)
     }
 
@@ -361,12 +375,12 @@ impl Drop for Until<'_> {
 }
 
 /// A share of the budget for private copies, until dropped.
-pub(crate) struct ActiveBytes<'a> {
-    state: &'a MirrorState,
+pub(crate) struct ActiveBytes {
+    state: Arc<MirrorState>,
     len: u64,
 }
 
-impl Drop for ActiveBytes<'_> {
+impl Drop for ActiveBytes {
     fn drop(&mut self) {
         self.state
             .active_bytes

@@ -3,7 +3,7 @@
 use block::IoOp;
 use block::test_storage::Match;
 
-use crate::JobStatus;
+use crate::{CopyMode, JobStatus};
 
 use super::*;
 
@@ -130,5 +130,80 @@ fn a_guest_that_rewrites_what_is_copied_late_does_not_keep_the_pivot_from_ending
         writer.await.expect("the guest never fails");
         assert_eq!(rig.completed(), Some(None));
         rig.assert_on_target();
+    });
+}
+
+#[test]
+fn a_cancel_frees_the_writes_that_wait_for_a_target_that_hangs() {
+    with_rig(|rig| async move {
+        scribble(&rig.source);
+        let mut spec = rig.spec();
+        spec.copy_mode = CopyMode::WriteBlocking;
+        let key = rig.ready(spec).await;
+        rig.target.hold(Match::any());
+        let first = rig.begin_write(0, 4096, 6);
+        rig.target.wait_held(1).await;
+        let same = rig.begin_write(0, 4096, 7);
+        let zeroes = rig.guest(1, |disk| async move {
+            disk.write_zeroes(2 * CHUNK, CHUNK, ZeroFlags::default())
+                .await
+        });
+        let discard = rig.guest(
+            1,
+            |disk| async move { disk.discard(4 * CHUNK, CHUNK).await },
+        );
+        rig.target.wait_held(3).await;
+        assert!(!first.is_finished() && !same.is_finished());
+        rig.act(|jobs| jobs.cancel(key, true));
+        for request in [first, same, zeroes, discard] {
+            request.await.expect("though the target hangs");
+        }
+        rig.wait_for(JobStatus::Null).await;
+        rig.until(|| rig.disk.root().name() == "src").await;
+        assert!(rig.target.held() >= 3);
+        assert_eq!(rig.source.peek(0, 1), [7]);
+        let busy = rig.graph.check_not_blocked(&rig.node("dst"));
+        assert!(busy.is_err(), "the target may still be written");
+        rig.target.release_all();
+        rig.until(|| rig.graph.check_not_blocked(&rig.node("dst")).is_ok())
+            .await;
+        rig.assert_on_source();
+    });
+}
+
+#[test]
+fn a_target_that_hangs_while_a_mirror_catches_up_does_not_hold_the_guest() {
+    with_rig(|rig| async move {
+        let key = pending(&rig, Duration::from_millis(10)).await;
+        rig.write(0, SIZE, 5).await;
+        rig.target.hold(Match::op(IoOp::Write));
+        rig.act(|jobs| jobs.finalize(key));
+        rig.target.wait_held(1).await;
+        let writes = [0, CHUNK, 2 * CHUNK, SIZE - CHUNK].map(|at| rig.begin_write(at, 4096, 7));
+        for write in writes {
+            write.await.expect("the write, though the target hangs");
+        }
+        assert!(rig.target.held() > 0);
+        rig.target.release_all();
+        rig.wait_for(JobStatus::Null).await;
+        assert_eq!(rig.completed(), Some(None));
+        rig.assert_on_target();
+        rig.assert_equal();
+    });
+}
+
+#[test]
+fn a_guest_whose_requests_hang_refuses_a_mirror_soon_and_says_who_it_is() {
+    with_rig(|rig| async move {
+        rig.source.hold(Match::op(IoOp::Write).range(0..CHUNK));
+        let stuck = rig.begin_write(0, 4096, 7);
+        rig.source.wait_held(1).await;
+        let error = rig.try_start(rig.spec()).await.expect_err("a refusal");
+        let text = error.to_string();
+        assert!(text.contains("has 1 in flight"), "{text}");
+        rig.write(CHUNK, 4096, 8).await;
+        rig.source.release_all();
+        stuck.await.expect("the write");
+        rig.assert_on_source();
     });
 }
