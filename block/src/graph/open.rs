@@ -186,16 +186,11 @@ impl<'a> Opening<'a> {
                 })
             }
             DriverOptions::Raw(raw) => {
-                let edge = self.child(&raw.file, options).await?;
-                let recorded = edge.share();
+                let (file, entry) = self.child(ChildRole::File, &raw.file, options).await?;
                 Ok(Opened {
-                    driver: Box::new(RawDriver::new(node, raw, edge)?),
+                    driver: Box::new(RawDriver::new(node, raw, file)?),
                     read_only,
-                    children: vec![ChildEntry {
-                        target: recorded.node(),
-                        child: Arc::new(recorded),
-                        permissions: Permissions::IDLE,
-                    }],
+                    children: vec![entry],
                 })
             }
             DriverOptions::NullCo(null) => Ok(Opened {
@@ -206,26 +201,36 @@ impl<'a> Opening<'a> {
         }
     }
 
-    /// The edge to a node's `file`, which is opened if it is given inline.
+    /// The edge to a child, which is opened if it is given inline: one for the
+    /// driver, and the graph's record of it.
     async fn child(
         &mut self,
+        role: ChildRole,
         child: &BlockdevRef,
         parent: &BlockdevOptions,
-    ) -> Result<Child, GraphError> {
+    ) -> Result<(Child, ChildEntry), GraphError> {
         let node = match child {
             BlockdevRef::Name(name) => {
                 let node = self.graph.find(name)?;
-                if parent.read_only == Some(true) {
+                if parent.read_only == Some(true) || role == ChildRole::Backing {
                     node
                 } else {
                     above_inserted_filters(&self.graph.topology.borrow(), &node)
                 }
             }
             BlockdevRef::Inline(options) => {
-                self.open(inherit(options, parent), Owner::Parent).await?
+                self.open(inherit(role, options, parent), Owner::Parent)
+                    .await?
             }
         };
-        Ok(Child::new(ChildRole::File, node))
+        let child = Child::new(role, node);
+        let recorded = child.share();
+        let entry = ChildEntry {
+            target: recorded.node(),
+            child: Arc::new(recorded),
+            permissions: Permissions::IDLE,
+        };
+        Ok((child, entry))
     }
 }
 
@@ -235,9 +240,14 @@ struct Opened {
     children: Vec<ChildEntry>,
 }
 
-fn inherit(child: &BlockdevOptions, parent: &BlockdevOptions) -> BlockdevOptions {
+/// A child's options, completed by its parent's. A backing image is only read
+/// unless it says otherwise.
+fn inherit(role: ChildRole, child: &BlockdevOptions, parent: &BlockdevOptions) -> BlockdevOptions {
     let mut options = child.clone();
-    options.read_only = child.read_only.or(parent.read_only);
+    options.read_only = child.read_only.or(match role {
+        ChildRole::Backing => Some(true),
+        ChildRole::File | ChildRole::Target => parent.read_only,
+    });
     options.auto_read_only |= parent.auto_read_only;
     options.cache.direct |= parent.cache.direct;
     options.cache.no_flush |= parent.cache.no_flush;

@@ -1,12 +1,8 @@
 //! `blockdev-add`, `blockdev-del`, and the options of a node on the wire.
 
-use std::path::PathBuf;
 use std::rc::Rc;
 
-use block::{
-    BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, DiscardMode, DriverOptions,
-    FileOptions, NullCoOptions, RawOptions,
-};
+use block::{BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, DiscardMode, DriverOptions};
 use serde_json::Value;
 
 use super::{Outcome, bounded, done};
@@ -15,6 +11,7 @@ use crate::monitor::args::{Args, StringOrObject};
 use crate::monitor::error::QmpError;
 use crate::monitor::json::{Limits, Reader};
 
+mod drivers;
 #[cfg(test)]
 mod tests;
 
@@ -37,29 +34,16 @@ pub(super) async fn blockdev_del(monitor: Rc<Monitor>, mut args: Args) -> Outcom
     done()
 }
 
-/// Drivers by QMP's names.
-#[derive(Clone, Copy)]
-enum Driver {
-    File,
-    HostDevice,
-    NullCo,
-    Raw,
-}
+/// Reads what is one driver's own of a node's options.
+type ReadDriver = fn(&mut Args, &Common) -> Result<DriverOptions, QmpError>;
 
-const DRIVERS: &[(&str, Driver)] = &[
-    ("file", Driver::File),
-    ("host_device", Driver::HostDevice),
-    ("null-co", Driver::NullCo),
-    ("raw", Driver::Raw),
+/// Drivers by QMP's names, with who reads their options.
+const DRIVERS: &[(&str, ReadDriver)] = &[
+    ("file", drivers::file),
+    ("host_device", drivers::host_device),
+    ("null-co", drivers::null_co),
+    ("raw", drivers::raw),
 ];
-
-/// What QEMU may do I/O with. All I/O here goes through io_uring.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Aio {
-    Threads,
-    Native,
-    IoUring,
-}
 
 /// Reads `--blockdev`: JSON if it begins with a brace, else `key=value,…`.
 ///
@@ -84,7 +68,7 @@ pub(crate) fn parse_blockdev(text: &str) -> Result<BlockdevOptions, QmpError> {
 ///
 /// Errors: a missing, unknown or ill-typed option, in QEMU's words.
 fn blockdev_options(args: Args) -> Result<BlockdevOptions, QmpError> {
-    let options = node_options(args, &Inherited::default())?;
+    let options = node_options(args, &Common::default())?;
     if options.node_name.is_none() {
         return Err(QmpError::generic(
             "'node-name' must be specified for the root node",
@@ -93,18 +77,30 @@ fn blockdev_options(args: Args) -> Result<BlockdevOptions, QmpError> {
     Ok(options)
 }
 
-/// What a child opened with its parent takes from it where it says nothing.
+/// Options of any node that its driver and its children look at: a child opened
+/// with its parent takes them from it where it says nothing.
 #[derive(Clone, Copy, Default)]
-struct Inherited {
+struct Common {
     read_only: Option<bool>,
     auto_read_only: bool,
     cache: CacheOptions,
     discard: DiscardMode,
 }
 
+impl Common {
+    /// What the child takes that holds a node's data (`file`). The parent decides
+    /// about discards; what it lets through is done.
+    fn for_file(&self) -> Self {
+        Self {
+            discard: DiscardMode::Unmap,
+            ..*self
+        }
+    }
+}
+
 /// Reads the options of one node, and of those that are opened with it.
-fn node_options(mut args: Args, parent: &Inherited) -> Result<BlockdevOptions, QmpError> {
-    let driver = args.required_enum("driver", DRIVERS)?;
+fn node_options(mut args: Args, parent: &Common) -> Result<BlockdevOptions, QmpError> {
+    let read_driver = args.required_enum("driver", DRIVERS)?;
     let node_name = args.optional_str("node-name")?;
     let discard = args
         .optional_enum(
@@ -140,21 +136,13 @@ fn node_options(mut args: Args, parent: &Inherited) -> Result<BlockdevOptions, Q
             ],
         )?
         .unwrap_or_default();
-    let driver = match driver {
-        Driver::File => DriverOptions::File(file_options(&mut args, &cache, false)?),
-        Driver::HostDevice => DriverOptions::File(file_options(&mut args, &cache, true)?),
-        Driver::NullCo => DriverOptions::NullCo(null_co_options(&mut args)?),
-        Driver::Raw => {
-            // The parent decides about discards; what it lets through is done.
-            let inherited = Inherited {
-                read_only,
-                auto_read_only,
-                cache,
-                discard: DiscardMode::Unmap,
-            };
-            DriverOptions::Raw(raw_options(&mut args, &inherited)?)
-        }
+    let common = Common {
+        read_only,
+        auto_read_only,
+        cache,
+        discard,
     };
+    let driver = read_driver(&mut args, &common)?;
     args.finish()?;
     if detect_zeroes == DetectZeroes::Unmap && discard != DiscardMode::Unmap {
         return Err(QmpError::generic(
@@ -173,74 +161,19 @@ fn node_options(mut args: Args, parent: &Inherited) -> Result<BlockdevOptions, Q
     })
 }
 
+/// Reads a child: the name of a node, or the options of one to be opened.
+fn child(args: &mut Args, role: &str, inherited: &Common) -> Result<BlockdevRef, QmpError> {
+    Ok(match args.required_string_or_object(role, "BlockdevRef")? {
+        StringOrObject::String(name) => BlockdevRef::Name(name),
+        StringOrObject::Object(args) => {
+            BlockdevRef::Inline(Box::new(node_options(args, inherited)?))
+        }
+    })
+}
+
 fn cache_options(mut args: Args, parent: CacheOptions) -> Result<CacheOptions, QmpError> {
     let direct = args.optional_bool("direct")?.unwrap_or(parent.direct);
     let no_flush = args.optional_bool("no-flush")?.unwrap_or(parent.no_flush);
     args.finish()?;
     Ok(CacheOptions { direct, no_flush })
-}
-
-fn file_options(
-    args: &mut Args,
-    cache: &CacheOptions,
-    host_device: bool,
-) -> Result<FileOptions, QmpError> {
-    let filename = args.required_str("filename")?;
-    let locking = args
-        .optional_enum(
-            "locking",
-            &[("auto", None), ("on", Some(true)), ("off", Some(false))],
-        )?
-        .flatten();
-    let aio = args.optional_enum(
-        "aio",
-        &[
-            ("threads", Aio::Threads),
-            ("native", Aio::Native),
-            ("io_uring", Aio::IoUring),
-        ],
-    )?;
-    if aio == Some(Aio::Native) && !cache.direct {
-        return Err(QmpError::generic(
-            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
-        ));
-    }
-    if filename.is_empty() {
-        let driver = if host_device { "host_device" } else { "file" };
-        return Err(QmpError::generic(format!(
-            "The '{driver}' block driver requires a file name"
-        )));
-    }
-    Ok(FileOptions {
-        filename: PathBuf::from(filename),
-        locking,
-        host_device,
-    })
-}
-
-fn null_co_options(args: &mut Args) -> Result<NullCoOptions, QmpError> {
-    const DEFAULT_SIZE: u64 = 1 << 30;
-    let size = args.optional_non_negative("size")?;
-    let latency_ns = args.optional_u64("latency-ns")?.unwrap_or(0);
-    let read_zeroes = args.optional_bool("read-zeroes")?.unwrap_or(false);
-    if i64::try_from(latency_ns).is_err() {
-        return Err(QmpError::generic("latency-ns is invalid"));
-    }
-    Ok(NullCoOptions {
-        size: size.unwrap_or(DEFAULT_SIZE),
-        latency_ns,
-        read_zeroes,
-    })
-}
-
-fn raw_options(args: &mut Args, inherited: &Inherited) -> Result<RawOptions, QmpError> {
-    let file = match args.required_string_or_object("file", "BlockdevRef")? {
-        StringOrObject::String(name) => BlockdevRef::Name(name),
-        StringOrObject::Object(args) => {
-            BlockdevRef::Inline(Box::new(node_options(args, inherited)?))
-        }
-    };
-    let offset = args.optional_non_negative("offset")?.unwrap_or(0);
-    let size = args.optional_non_negative("size")?;
-    Ok(RawOptions { file, offset, size })
 }

@@ -1,5 +1,9 @@
 use serde_json::json;
 
+use std::path::PathBuf;
+
+use block::{FileOptions, NullCoOptions, RawOptions};
+
 use super::*;
 
 fn read(value: Value) -> Result<BlockdevOptions, QmpError> {
