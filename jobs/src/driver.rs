@@ -26,9 +26,15 @@ pub struct JobKind {
 
 /// The body and the hooks of one job.
 ///
-/// No hook is ever called with the job mutex held, so each may use anything. The
-/// hooks of *main* run one at a time, in the order in which their causes
-/// happened; `run`, `pause` and `resume` never overlap one another.
+/// No hook is ever called with the job mutex held, so each may use anything. `run`,
+/// `pause` and `resume` never overlap one another.
+///
+/// The hooks of *main* that cannot wait run in the order in which their causes
+/// happened. Those that can (`prepare`, `commit`, `abort`, `clean`) run one at a time
+/// and in order within a transaction; between them, and wherever one of them awaits,
+/// hooks of other jobs and clients' commands may change the graph. So what a hook has
+/// found out about the graph holds until its next await: it looks again afterwards, or
+/// is protected by a drained section and by the rights of its attachments.
 ///
 /// A driver sees its job only through the [`JobContext`] that `run` is given. It
 /// cannot reach the monitor side with it:

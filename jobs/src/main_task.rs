@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use block::{Graph, runtime};
 use futures_util::future::{Either, select};
+use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::id::JobKey;
 use crate::monitor::Jobs;
@@ -167,21 +168,33 @@ impl MainJobs {
         .await;
     }
 
-    /// Main's second task: hooks that may wait, one at a time.
+    /// Main's second task: hooks that may wait. The machine asks for the next hook of
+    /// a transaction when the one before has ended; so these run one at a time, and
+    /// those of another transaction beside them: one that hangs is waited for by
+    /// nobody else.
     pub(crate) async fn run_slow(self) {
+        let mut running = FuturesUnordered::new();
         loop {
-            let work = poll_fn(|cx| {
+            poll_fn(|cx| {
                 self.jobs.shared.main_slow.register(cx.waker());
-                let work = self.jobs.shared.lock().core.slow.pop_front();
-                work.map_or(Poll::Pending, Poll::Ready)
+                while let Some(work) = self.next_slow() {
+                    // What was asked before, first: a `complete` before its `prepare`.
+                    self.run_quick_work();
+                    running.push(self.call_slow(work));
+                }
+                match running.poll_next_unpin(cx) {
+                    Poll::Ready(Some(())) => Poll::Ready(()),
+                    Poll::Ready(None) | Poll::Pending => Poll::Pending,
+                }
             })
             .await;
-            // What was asked before, first: a `complete` before its `prepare`.
-            self.run_quick_work();
-            self.call_slow(work).await;
             self.flush_events();
             self.wake_waiters();
         }
+    }
+
+    fn next_slow(&self) -> Option<MainWork> {
+        self.jobs.shared.lock().core.slow.pop_front()
     }
 
     pub(crate) fn run_quick_work(&self) {

@@ -65,7 +65,7 @@ pub(crate) struct Core {
     sequence: u64,
     /// Calls that cannot wait, and the last of each job.
     pub(crate) quick: VecDeque<MainWork>,
-    /// Hooks that may wait: one at a time.
+    /// Hooks that may wait: of each transaction one at a time.
     pub(crate) slow: VecDeque<MainWork>,
 }
 

@@ -268,6 +268,65 @@ fn settle_ends_after_its_limit_when_a_hook_hangs_and_a_cancel_still_gets_through
 }
 
 #[test]
+fn a_hook_that_hangs_holds_up_no_other_transaction_but_its_own_members() {
+    on_main(|stage| async move {
+        let (release, released) = oneshot::channel::<()>();
+        let released = Mutex::new(Some(released));
+        let hangs = Scripted::new(|_| async { Ok(()) }).with_prepare(move || {
+            let released = released.lock().unwrap().take();
+            async move {
+                if let Some(released) = released {
+                    released.await.ok();
+                }
+                Ok(())
+            }
+        });
+        let (hangs, partner) = (
+            Arc::new(hangs),
+            Arc::new(Scripted::new(|_| async { Ok(()) })),
+        );
+        let txn = stage.jobs.lock().new_txn();
+        let member = |id: &str| JobSpec {
+            txn: Some(txn),
+            ..spec(id)
+        };
+        let partner_key = {
+            // Both are members before the first can end.
+            let (hangs, partner): (Arc<dyn JobDriver>, Arc<dyn JobDriver>) =
+                (hangs.clone(), partner.clone());
+            let mut guard = stage.jobs.lock();
+            let (first, one) = guard.create(member("hangs"), &hangs).unwrap();
+            let (second, two) = guard.create(member("partner"), &partner).unwrap();
+            let started = guard.start(first).and(guard.start(second));
+            drop(guard);
+            stage.jobs.run(one.and(two).and(started));
+            second
+        };
+        stage
+            .until_true("prepare hangs", || {
+                hangs.called().contains(&"prepare".to_owned())
+            })
+            .await;
+        let other = Arc::new(Scripted::new(|_| async { Ok(()) }));
+        start(&stage.jobs, spec("other"), &other);
+        stage.until("other", JobStatus::Null).await;
+        assert!(other.called().contains(&"commit".to_owned()));
+        assert_eq!(
+            partner.called(),
+            ["run"],
+            "its turn comes after the first's"
+        );
+        release.send(()).unwrap();
+        stage.jobs.settle(partner_key, LIMIT).await;
+        for driver in [hangs, partner] {
+            let calls = driver.called();
+            let hooks = &calls[calls.len() - 4..];
+            assert_eq!(hooks, ["prepare", "commit", "clean", "free"]);
+        }
+    });
+}
+
+#[test]
 fn a_pause_parks_the_body_and_a_resume_wakes_it() {
     on_main(|stage| async move {
         let driver = steady();

@@ -207,3 +207,45 @@ fn a_guest_whose_requests_hang_refuses_a_mirror_soon_and_says_who_it_is() {
         rig.assert_on_source();
     });
 }
+
+#[test]
+fn a_pivot_that_hangs_does_not_hold_the_guest_of_another_mirror() {
+    with_rig(|rig| async move {
+        let key = pending(&rig, LIMIT).await;
+        rig.target.hold(Match::op(IoOp::Write));
+        rig.act(|jobs| jobs.finalize(key));
+        rig.target.wait_held(1).await;
+        // Another disk, whose mirror ends with a section held for main.
+        let storages = [TestStorage::new(SIZE), TestStorage::new(SIZE)];
+        scribble(&storages[0]);
+        let [source, target] = [("src1", 0), ("dst1", 1)].map(|(name, which)| {
+            let options = NodeOptions::default();
+            let node = rig
+                .graph
+                .add_node(Some(name), storages[which].driver(), options);
+            node.expect("a node")
+        });
+        let disk = rig.graph.attach("disk1", &source, device(), None);
+        let disk = disk.expect("a device");
+        let other = start_mirror(
+            &rig.graph,
+            &rig.jobs,
+            MirrorSpec::new("j1", source, Arc::clone(&target)),
+        );
+        let other = other.await.expect("the mirror starts");
+        rig.until(|| {
+            let jobs = rig.jobs.query();
+            let status = |job: &crate::JobInfo| job.id.as_str() == "j1" && job.status.is_ready();
+            jobs.iter().any(status)
+        })
+        .await;
+        rig.act(|jobs| jobs.complete(other));
+        rig.until(|| disk.root().id() == target.id() && !disk.is_drained())
+            .await;
+        assert!(rig.target.held() > 0, "the first still hangs");
+        assert_eq!(storages[0].snapshot(), storages[1].snapshot());
+        rig.target.release_all();
+        rig.until(|| rig.disk.root().name() == "dst").await;
+        rig.assert_equal();
+    });
+}
