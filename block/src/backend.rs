@@ -43,6 +43,10 @@ pub trait BackendUser: Send + Sync {
     /// The section has ended.
     fn drained_end(&self) {}
 
+    /// The size of what it is attached to may have changed: [`Backend::size`] tells.
+    /// In a drained section, on main.
+    fn resized(&self) {}
+
     /// Whether requests that come while the backend is drained wait in
     /// [`Backend::enter`] (the default). A user that is told of sections by these
     /// hooks, and whose requests serve requests of other backends (the target of

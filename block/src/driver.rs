@@ -5,9 +5,11 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use crate::buffer::IoVec;
-use crate::error::IoError;
+use crate::error::{IoError, IoOp};
+use crate::node::Node;
 use crate::permissions::{PermissionError, Permissions};
 
 /// A future on the current thread's executor. Not `Send`: an operation ends on
@@ -155,10 +157,67 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// most `len` bytes (`len` is at least 1).
     fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>>;
 
-    /// Whether this is a filter: shows the data of one child unchanged.
-    fn is_filter(&self) -> bool {
-        false
+    /// Changes the size to `size` bytes. What is new then reads as zeroes, and
+    /// [`size`](Self::size) gives the new size. A size that is not of whole sectors
+    /// may be refused.
+    ///
+    /// Called with no other request in flight. The default passes it to what a
+    /// filter shows, and else fails with `EOPNOTSUPP`. Cancel: the size is the old
+    /// or the new one.
+    fn resize<'a>(&'a self, size: u64) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            match self.filtered() {
+                Some(below) => below.resize(size).await,
+                None => Err(IoError {
+                    op: IoOp::Truncate,
+                    node: self.name().into(),
+                    offset: size,
+                    len: 0,
+                    errno: libc::EOPNOTSUPP,
+                }),
+            }
+        })
     }
+
+    /// The child that a filter shows: the same data, unchanged. `None` for all
+    /// that are no filters.
+    fn filtered(&self) -> Option<Arc<Node>> {
+        None
+    }
+
+    /// The node that shows through the ranges that are not allocated here; `None`
+    /// if there is none.
+    fn backing(&self) -> Option<Arc<Node>> {
+        None
+    }
+
+    /// Whether this is a filter.
+    fn is_filter(&self) -> bool {
+        self.filtered().is_some()
+    }
+
+    /// Lets requests fail now that wait for something that may never come, such as
+    /// a server's return: whoever waits for them would rather see them fail. Any
+    /// thread; must not block.
+    ///
+    /// The default passes it to what a filter shows; formats pass it to their
+    /// children.
+    fn cancel_in_flight(&self) {
+        if let Some(below) = self.filtered() {
+            below.cancel_in_flight();
+        }
+    }
+
+    /// A drained section waits for requests that may be under way in this node:
+    /// those that it holds back of its own accord (a limit of their rate, a server
+    /// that is awaited) must end or go on by themselves. Sections nest, and each
+    /// begin has its end. Called with no lock held, on main.
+    ///
+    /// Requests may come all the same: of users that the section does not hold.
+    fn drained_begin(&self) {}
+
+    /// The section has ended. Any thread, no lock held.
+    fn drained_end(&self) {}
 
     /// What this node needs of the child in `role`, and lets others do with it,
     /// when its own users together need and share `users`.

@@ -15,6 +15,7 @@
 
 mod backend;
 mod buffer;
+mod chain;
 mod dirty_bitmap;
 mod driver;
 pub mod drivers;
@@ -33,6 +34,7 @@ mod uring;
 
 pub use backend::{AttachmentKind, Backend, BackendUser, InFlight};
 pub use buffer::{AlignedBuffer, IoVec, MemoryOwner};
+pub use chain::ChainExtent;
 pub use dirty_bitmap::{BitmapError, DirtyBitmap};
 pub use driver::{
     BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags,

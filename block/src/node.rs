@@ -317,6 +317,38 @@ impl Node {
         })
     }
 
+    /// Changes the size to `size` bytes; what is new reads as zeroes.
+    ///
+    /// The caller has the right to, holds all requests of the node back (a drained
+    /// section), and tells those above of it: `Graph::resize` does it all. Fails
+    /// with `EPERM` on a read-only node, and `EBUSY` if a bitmap records the
+    /// node's writes: it is as large as the node was.
+    ///
+    /// Cancel: the size is the old or the new one.
+    pub async fn resize(&self, size: u64) -> Result<(), IoError> {
+        self.check_writable(IoOp::Truncate, size, 0)?;
+        if i64::try_from(size).is_err() {
+            return Err(self.error(IoOp::Truncate, size, 0, libc::EFBIG));
+        }
+        if !self.bitmaps.load().is_empty() {
+            return Err(self.error(IoOp::Truncate, size, 0, libc::EBUSY));
+        }
+        self.driver.resize(size).await.map_err(|error| IoError {
+            // Not every driver knows its node.
+            node: match error.errno {
+                libc::EOPNOTSUPP => Arc::clone(&self.name),
+                _ => error.node,
+            },
+            ..error
+        })
+    }
+
+    /// Lets requests to this node and those below it fail that wait for something
+    /// that may never come. Any thread.
+    pub fn cancel_in_flight(&self) {
+        self.driver.cancel_in_flight();
+    }
+
     /// An error of a request to this node.
     pub fn error(&self, op: IoOp, offset: u64, len: u64, errno: i32) -> IoError {
         IoError {

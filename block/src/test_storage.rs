@@ -15,6 +15,7 @@
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::Duration;
@@ -98,7 +99,8 @@ pub struct TestStorage {
 }
 
 struct Shared {
-    size: u64,
+    /// Bytes. Changed by resizes, of which there is one at a time.
+    size: AtomicU64,
     limits: Limits,
     state: Mutex<State>,
 }
@@ -115,6 +117,10 @@ struct State {
     delays: Vec<(Match, Duration)>,
     ended: Vec<Ended>,
     in_flight: usize,
+    /// Drained sections that its driver was told of and that have not ended.
+    sections: usize,
+    /// How often requests in flight were cancelled.
+    cancels: usize,
     permissions: Vec<Permissions>,
     refuse_permissions: bool,
     /// Told of every change.
@@ -151,7 +157,7 @@ impl TestStorage {
     pub fn with_limits(size: u64, limits: Limits) -> Self {
         Self {
             shared: Arc::new(Shared {
-                size,
+                size: AtomicU64::new(size),
                 limits,
                 state: Mutex::default(),
             }),
@@ -288,6 +294,16 @@ impl TestStorage {
         self.state().in_flight
     }
 
+    /// Drained sections that the driver is in.
+    pub fn sections(&self) -> usize {
+        self.state().sections
+    }
+
+    /// How often requests in flight were cancelled.
+    pub fn cancels(&self) -> usize {
+        self.state().cancels
+    }
+
     /// All permissions that were set, the last one last.
     pub fn permissions(&self) -> Vec<Permissions> {
         self.state().permissions.clone()
@@ -300,12 +316,12 @@ impl TestStorage {
 
     /// Size in bytes.
     pub fn size(&self) -> u64 {
-        self.shared.size
+        self.shared.size.load(Ordering::SeqCst)
     }
 
     /// All bytes.
     pub fn snapshot(&self) -> Vec<u8> {
-        self.peek(0, self.shared.size as usize)
+        self.peek(0, self.size() as usize)
     }
 
     /// `len` bytes at `offset`.
@@ -516,7 +532,33 @@ impl BlockDriver for TestDriver {
     }
 
     fn size(&self) -> u64 {
-        self.storage.shared.size
+        self.storage.size()
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            self.storage
+                .request(IoOp::Truncate, size, 1, || {
+                    let old = self.storage.size();
+                    if size < old {
+                        self.storage.poke(size, &vec![0; (old - size) as usize]);
+                    }
+                    self.storage.shared.size.store(size, Ordering::SeqCst);
+                })
+                .await
+        })
+    }
+
+    fn drained_begin(&self) {
+        self.storage.state().sections += 1;
+    }
+
+    fn drained_end(&self) {
+        self.storage.state().sections -= 1;
+    }
+
+    fn cancel_in_flight(&self) {
+        self.storage.state().cancels += 1;
     }
 
     fn limits(&self) -> Limits {

@@ -145,6 +145,21 @@ impl BlockDriver for RawDriver {
             })
         })
     }
+
+    fn resize<'a>(&'a self, size: u64) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            let file = self.file.node();
+            if self.size.is_some() {
+                return Err(file.error(IoOp::Truncate, size, 0, libc::EOPNOTSUPP));
+            }
+            let below = self.below(IoOp::Truncate, size, 0)?;
+            file.resize(below).await
+        })
+    }
+
+    fn cancel_in_flight(&self) {
+        self.file.node().cancel_in_flight();
+    }
 }
 
 #[cfg(all(test, not(shuttle)))]

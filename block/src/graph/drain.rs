@@ -84,6 +84,8 @@ pub(super) struct Section {
 struct Members {
     ended: bool,
     backends: Vec<Arc<Backend>>,
+    /// Nodes whose drivers were told.
+    nodes: Vec<Arc<Node>>,
 }
 
 fn begin_for(backend: &Backend) {
@@ -122,6 +124,26 @@ impl Section {
         }
     }
 
+    /// Tells the driver of a node where requests may be under way, unless it was
+    /// told. As [`add`](Self::add).
+    fn add_node(&self, node: &Arc<Node>) {
+        let known = |members: &Members| members.nodes.iter().any(|n| n.id() == node.id());
+        if known(&lock(&self.members)) {
+            return;
+        }
+        node.driver().drained_begin();
+        let added = {
+            let mut members = lock(&self.members);
+            if !members.ended {
+                members.nodes.push(Arc::clone(node));
+            }
+            !members.ended
+        };
+        if !added {
+            node.driver().drained_end();
+        }
+    }
+
     fn members(&self) -> Vec<Arc<Backend>> {
         lock(&self.members).backends.clone()
     }
@@ -131,11 +153,17 @@ impl Section {
     }
 
     fn end(&self) {
-        let backends = {
+        let (backends, nodes) = {
             let mut members = lock(&self.members);
             members.ended = true;
-            std::mem::take(&mut members.backends)
+            (
+                std::mem::take(&mut members.backends),
+                std::mem::take(&mut members.nodes),
+            )
         };
+        for node in &nodes {
+            node.driver().drained_end();
+        }
         for backend in &backends {
             backend.gate().forget_drainer(self.id);
             end_for(backend);
@@ -283,19 +311,28 @@ impl Graph {
             sections.clone()
         };
         for section in sections {
-            let backends: Vec<_> = {
+            let (backends, nodes) = {
                 let topology = self.topology.borrow();
-                match &section.node {
+                let backends = match &section.node {
                     Some(node) => topology.backends_reaching(node.id()),
                     None => topology
                         .backends
                         .iter()
                         .map(|entry| Arc::clone(&entry.backend))
                         .collect(),
-                }
+                };
+                let held = backends
+                    .iter()
+                    .filter(|backend| !section.except.contains(&backend.id()));
+                let nodes = topology.below(held.map(|backend| backend.id()));
+                (backends, nodes)
             };
             for backend in backends {
                 section.add(&backend);
+            }
+            // Gates are closed by now: what drivers let go is what is in flight.
+            for node in nodes {
+                section.add_node(&node);
             }
         }
     }

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use crate::drivers::OpenError;
+use crate::error::IoError;
 use crate::permissions::{Perm, PermissionError};
 
 /// A backend that a drained section waited for in vain.
@@ -168,6 +169,9 @@ pub enum GraphError {
         /// For whom.
         busy: Vec<BusyBackend>,
     },
+    /// The storage cannot be resized, or not to that size.
+    #[error(transparent)]
+    Io(#[from] IoError),
     /// The main loop has ended, so there is no graph any more.
     #[error("The main loop has ended")]
     MainGone,

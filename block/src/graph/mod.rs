@@ -4,6 +4,7 @@
 //! - `commit`: a checked change, put in place all at once;
 //! - `change`: insert a filter, replace a node, remove a filter;
 //! - `open`: `blockdev-add` and `blockdev-del`;
+//! - `resize`: `block_resize`;
 //! - `drain`: drained sections;
 //! - `handle`: how other threads get here.
 //!
@@ -31,6 +32,7 @@ mod handle;
 mod info;
 mod names;
 mod open;
+mod resize;
 #[cfg(all(test, not(shuttle)))]
 mod tests;
 mod topology;
@@ -297,19 +299,6 @@ impl Graph {
             .borrow()
             .child(node.id(), role)
             .map(Arc::clone)
-    }
-
-    /// The first node from `node` down that is not a filter.
-    pub fn skip_filters(&self, node: &Arc<Node>) -> Arc<Node> {
-        let topology = self.topology.borrow();
-        let mut node = Arc::clone(node);
-        while node.driver().is_filter() {
-            match topology.child(node.id(), ChildRole::File) {
-                Some(below) => node = Arc::clone(below),
-                None => break,
-            }
-        }
-        node
     }
 
     /// How long a drained section waits for requests.

@@ -126,6 +126,30 @@ impl Topology {
             .collect()
     }
 
+    /// Nodes where requests of the backends with these ids may be.
+    pub(super) fn below(&self, backends: impl Iterator<Item = u64>) -> Vec<Arc<Node>> {
+        let ids: Vec<u64> = backends.collect();
+        let mut nodes: Vec<Arc<Node>> = Vec::new();
+        let add = |nodes: &mut Vec<Arc<Node>>, node: &Arc<Node>| {
+            if !nodes.iter().any(|known| known.id() == node.id()) {
+                nodes.push(Arc::clone(node));
+            }
+        };
+        for entry in &self.backends {
+            if ids.contains(&entry.backend.id()) {
+                add(&mut nodes, &entry.target);
+            }
+        }
+        let mut next = 0;
+        while let Some(node) = nodes.get(next).map(|node| node.id()) {
+            next += 1;
+            for edge in self.node(node).iter().flat_map(|entry| &entry.children) {
+                add(&mut nodes, &edge.target);
+            }
+        }
+        nodes
+    }
+
     /// Lets all parents of `old` stand on `new`, except the backends and the
     /// node given.
     pub(super) fn move_parents(

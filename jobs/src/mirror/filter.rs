@@ -385,7 +385,7 @@ impl BlockDriver for MirrorTop {
         Box::pin(async move { self.source.node().block_status(offset, len).await })
     }
 
-    fn is_filter(&self) -> bool {
-        true
+    fn filtered(&self) -> Option<Arc<Node>> {
+        Some(self.source.node())
     }
 }

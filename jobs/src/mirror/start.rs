@@ -95,7 +95,7 @@ fn check(graph: &Graph, spec: &MirrorSpec) -> Result<Sizes, MirrorError> {
             return Err(MirrorError::Replaces(name.clone()));
         }
     }
-    let data = |node| graph.skip_filters(node).id();
+    let data = |node: &Arc<Node>| node.skip_filters().id();
     if data(&spec.source) == data(&spec.target) {
         return Err(MirrorError::SameNode);
     }

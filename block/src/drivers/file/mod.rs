@@ -21,6 +21,7 @@
 
 mod lock;
 mod open;
+mod resize;
 mod status;
 mod sys;
 mod zero;
@@ -75,8 +76,9 @@ pub struct FileDriver {
     kind: Kind,
     host_device: bool,
     read_only: bool,
-    /// Bytes; where the file ended when it was opened.
-    size: u64,
+    /// Bytes; where the file ended when it was opened or resized. Written by a
+    /// resize, of which there is one at a time.
+    size: Arc<AtomicU64>,
     direct: Option<DirectAlignment>,
     no_flush: bool,
     /// Blocks being written, if blocks are larger than a sector.
@@ -186,7 +188,7 @@ impl FileDriver {
             kind: opened.kind,
             host_device: options.host_device,
             read_only: opened.read_only,
-            size: opened.size,
+            size: Arc::new(AtomicU64::new(opened.size)),
             direct: opened.direct,
             no_flush: flags.cache.no_flush,
             writing: RangeLock::new(),
@@ -416,7 +418,7 @@ impl BlockDriver for FileDriver {
     }
 
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Relaxed)
     }
 
     fn limits(&self) -> Limits {
@@ -497,6 +499,14 @@ impl BlockDriver for FileDriver {
             self.status(offset, len)
                 .await
                 .map_err(|error| self.error(IoOp::BlockStatus, offset, len, &error))
+        })
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            self.set_size(size)
+                .await
+                .map_err(|error| self.error(IoOp::Truncate, size, 0, &error))
         })
     }
 

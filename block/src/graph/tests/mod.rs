@@ -23,6 +23,7 @@ mod node_io;
 mod open;
 mod permissions;
 mod random;
+mod resize;
 mod stress;
 
 const SIZE: u64 = 1 << 20;
@@ -143,8 +144,8 @@ impl BlockDriver for PassThrough {
     fn filename(&self) -> String {
         String::new()
     }
-    fn is_filter(&self) -> bool {
-        true
+    fn filtered(&self) -> Option<Arc<Node>> {
+        Some(self.child.node())
     }
     fn child_permissions(&self, _: ChildRole, users: Permissions) -> Permissions {
         Permissions {

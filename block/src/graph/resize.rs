@@ -1,0 +1,54 @@
+//! `block_resize`.
+
+use std::sync::Arc;
+
+use super::{Graph, GraphError};
+use crate::backend::Backend;
+use crate::node::Node;
+use crate::permissions::{Perm, Permissions};
+
+/// Whoever resizes a node: shares everything.
+const RESIZER: Permissions = Permissions {
+    need: Perm::RESIZE,
+    share: Perm::ALL,
+};
+
+impl Graph {
+    /// Changes the size of `node` to `size` bytes, in a drained section, and tells
+    /// all who are attached to it or above it
+    /// ([`BackendUser::resized`](crate::BackendUser::resized)).
+    ///
+    /// Fails, without any change, if a user of the node does not share resizing, if
+    /// requests do not end, if a bitmap records the node's writes, or if the storage
+    /// cannot. Cancel: the size is the old or the new one, and users may not have
+    /// been told.
+    pub async fn resize(&self, node: &Arc<Node>, size: u64) -> Result<(), GraphError> {
+        let resizer = Attached {
+            graph: self,
+            backend: self.attach("", node, RESIZER, None)?,
+        };
+        let drained = self.drain(node, &[&resizer.backend]).await?;
+        let resized = node.resize(size).await;
+        let users = self.topology.borrow().backends_reaching(node.id());
+        for backend in users {
+            // A size that was changed in spite of an error is told, too.
+            if let Some(user) = backend.user() {
+                user.resized();
+            }
+        }
+        drop(drained);
+        Ok(resized?)
+    }
+}
+
+/// An attachment for as long as something is done.
+struct Attached<'a> {
+    graph: &'a Graph,
+    backend: Arc<Backend>,
+}
+
+impl Drop for Attached<'_> {
+    fn drop(&mut self) {
+        self.graph.detach(&self.backend);
+    }
+}
