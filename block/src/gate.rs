@@ -22,6 +22,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
+use crate::leaf;
 use crate::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use crate::sync::{Mutex, lock};
 
@@ -99,6 +100,7 @@ impl Gate {
 
     /// Counts a request in, unless the gate is closed and holds.
     pub(crate) fn try_enter(&self) -> Option<ShardIndex> {
+        leaf::assert_none_held("a request was begun");
         let shard = ShardIndex::current();
         self.shards[shard.0].0.fetch_add(1, SeqCst);
         if !self.holds || self.closed.load(SeqCst) == 0 {

@@ -22,6 +22,7 @@ pub mod drivers;
 mod error;
 mod gate;
 mod graph;
+pub mod leaf;
 mod node;
 mod options;
 mod permissions;

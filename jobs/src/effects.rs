@@ -95,7 +95,7 @@ impl Drop for Effects {
         tracing::error!(effects = ?self, "Effects of a job request were not run by its caller");
         // Unwinding under the mutex: they cannot be run, and the process is done
         // for anyway.
-        if !sync::is_held() {
+        if !block::leaf::is_held() {
             self.run_all();
         }
     }

@@ -43,8 +43,6 @@ mod monitor;
 mod progress;
 mod query;
 mod shared;
-#[cfg(all(test, not(shuttle)))]
-mod shell_tests;
 #[cfg(all(test, shuttle))]
 mod shuttle_tests;
 mod state;
@@ -52,7 +50,7 @@ mod sync;
 #[cfg(test)]
 mod test_support;
 #[cfg(all(test, not(shuttle)))]
-mod throttle_tests;
+mod tests;
 
 pub use context::{JobContext, JobNotifier, JobWatch};
 pub use drain::OwnDrain;

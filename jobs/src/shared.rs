@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use block::leaf::LeafMark;
 use block::runtime::IothreadHandle;
 
 use crate::context::JobContext;
@@ -17,7 +18,7 @@ use crate::id::{JobId, JobKey};
 use crate::progress::Progress;
 use crate::state::{Announcement, Effect, Event, Hook, Machine};
 use crate::sync::atomic::{AtomicBool, AtomicU64};
-use crate::sync::{HeldMark, Mutex, MutexGuard, WakerSlot};
+use crate::sync::{Mutex, MutexGuard, WakerSlot};
 
 /// The part of a job that is not behind the job mutex.
 pub(crate) struct Slot {
@@ -87,7 +88,7 @@ pub(crate) struct Locked<'a> {
     // Dropped in this order: the mutex first, then the mark.
     pub(crate) core: MutexGuard<'a, Core>,
     pub(crate) shared: &'a Arc<Shared>,
-    _mark: HeldMark,
+    _mark: LeafMark,
 }
 
 impl Shared {
@@ -101,7 +102,7 @@ impl Shared {
     }
 
     pub(crate) fn lock(self: &Arc<Self>) -> Locked<'_> {
-        let mark = HeldMark::new();
+        let mark = LeafMark::new("the job mutex");
         // A panic of an earlier holder is a bug that was reported already; each
         // step leaves the data consistent where it can panic.
         let core = self

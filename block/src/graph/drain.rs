@@ -14,6 +14,7 @@ use futures_util::future::{Either, poll_fn, select};
 use super::error::BusyBackend;
 use super::{Graph, GraphError};
 use crate::backend::Backend;
+use crate::leaf;
 use crate::node::Node;
 use crate::runtime;
 
@@ -254,6 +255,7 @@ impl Graph {
         timeout: Duration,
     ) -> Result<Drained, GraphError> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
+        leaf::assert_none_held("a drained section was begun");
         let section = Arc::new(Section {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             graph: self.id,
@@ -339,6 +341,8 @@ impl Graph {
 }
 
 /// Locks a member list, which is consistent whenever its holder may panic.
+#[track_caller]
 fn lock(members: &Mutex<Members>) -> MutexGuard<'_, Members> {
+    leaf::assert_none_held("a lock of the block layer was taken");
     members.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -21,6 +21,7 @@ use futures_util::future::LocalBoxFuture;
 
 use crate::backend::{AttachmentKind, Backend, BackendUser};
 use crate::driver::{BlockDriver, ChildRole};
+use crate::leaf::NoLeafCell;
 use crate::node::{Node, NodeOptions};
 use crate::permissions::{Perm, Permissions};
 
@@ -54,7 +55,7 @@ pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// called, so these may call back.
 pub struct Graph {
     id: u64,
-    topology: RefCell<Topology>,
+    topology: NoLeafCell<Topology>,
     /// Names of nodes that are being opened.
     reserved: RefCell<HashSet<String>>,
     next_auto_name: Cell<u64>,
@@ -70,7 +71,7 @@ impl Graph {
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
         Rc::new(Self {
             id: NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
-            topology: RefCell::default(),
+            topology: NoLeafCell::default(),
             reserved: RefCell::default(),
             next_auto_name: Cell::new(100),
             sections: RefCell::default(),

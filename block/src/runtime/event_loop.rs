@@ -27,6 +27,7 @@ use super::iothread::IothreadHandle;
 use super::task::Registry;
 use super::timers::{Timers, millis_until};
 use super::wake_queue::WakeQueue;
+use crate::leaf;
 use crate::uring::Ring;
 
 /// Tasks that run in one turn at most, so that I/O gets its share.
@@ -97,6 +98,7 @@ impl Shared {
 
     /// Makes a task of this loop run; from any thread.
     pub(super) fn schedule(&self, runnable: Runnable) {
+        leaf::assert_none_held("a task was woken");
         let mut runnable = Some(runnable);
         self.with_local(|core| core.ready.borrow_mut().extend(runnable.take()));
         let Some(runnable) = runnable else { return };
@@ -139,6 +141,7 @@ impl Wake for RootWaker {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
+        leaf::assert_none_held("a task was woken");
         if !self.woken.swap(true, Ordering::AcqRel) && !self.shared.is_current() {
             // A closed queue means that block_on has returned.
             let _ = self.shared.send(Message::WakeRoot);
@@ -294,7 +297,9 @@ impl LoopCore {
         for _ in 0..count {
             let runnable = self.ready.borrow_mut().pop_front();
             let Some(runnable) = runnable else { break };
+            leaf::assert_none_held("a task was run");
             runnable.run();
+            leaf::assert_none_held("a task awaited");
         }
     }
 
@@ -471,11 +476,13 @@ impl EventLoop {
         let mut cx = Context::from_waker(&waker);
         let mut future = pin!(future);
         loop {
+            leaf::assert_none_held("a task was run");
             if root.woken.swap(false, Ordering::AcqRel)
                 && let Poll::Ready(output) = future.as_mut().poll(&mut cx)
             {
                 return output;
             }
+            leaf::assert_none_held("a task awaited");
             self.core.turn(Some(&root));
         }
     }
@@ -505,6 +512,7 @@ pub fn current() -> Option<IothreadHandle> {
 ///
 /// If the thread has no loop: drivers are called on loops only.
 pub(crate) fn current_ring() -> Rc<Ring> {
+    leaf::assert_none_held("I/O was begun");
     CURRENT.with(|current| {
         let current = current.borrow();
         let core = current

@@ -12,6 +12,7 @@ use futures_util::FutureExt;
 use slab::Slab;
 
 use super::event_loop::LoopCore;
+use crate::leaf;
 
 type Panic = Box<dyn Any + Send>;
 
@@ -191,6 +192,7 @@ where
     R: Send + 'static,
     F: FnOnce() -> R + Send + 'static,
 {
+    leaf::assert_none_held("a helper thread was asked");
     let task = blocking::unblock(f);
     yield_now().await;
     task.await
@@ -202,5 +204,6 @@ pub(crate) fn unblock_detached<F>(f: F)
 where
     F: FnOnce() + Send + 'static,
 {
+    leaf::assert_none_held("a helper thread was asked");
     blocking::unblock(f).detach();
 }

@@ -11,116 +11,13 @@ use block::runtime::{self, EventLoop, Iothread, IothreadHandle};
 use block::test_storage::TestStorage;
 use block::{AttachmentKind, Graph, NodeOptions, Perm, Permissions};
 use futures_channel::oneshot;
-use futures_util::future::{Either, select};
 
-use crate::test_support::{MIRROR, Scripted, spec, start, word};
+use super::{LIMIT, on_main, ready, steady};
+use crate::test_support::{MIRROR, Scripted, spec, start};
 use crate::{
-    BlockJobProgress, CopyMode, JobChange, JobDriver, JobError, JobEvent, JobEventKind, JobFailure,
-    JobKey, JobKind, JobNotifier, JobSpec, JobStatus, Jobs, MainJobs, SoftCancel,
+    BlockJobProgress, CopyMode, JobChange, JobDriver, JobError, JobEventKind, JobFailure, JobKind,
+    JobNotifier, JobSpec, JobStatus, Jobs, MainJobs, SoftCancel,
 };
-
-/// Longer than anything here takes; a bound, not a wait.
-const LIMIT: Duration = Duration::from_secs(30);
-
-struct Stage {
-    jobs: MainJobs,
-    graph: Rc<Graph>,
-    /// What the sink was given.
-    events: Rc<RefCell<Vec<JobEvent>>>,
-}
-
-/// Runs `test` on a main loop with jobs.
-fn on_main<Fut: Future<Output = ()>>(test: impl FnOnce(Stage) -> Fut) {
-    let main = EventLoop::new("main").unwrap();
-    main.block_on(async {
-        let graph = Graph::new();
-        let events = Rc::new(RefCell::new(Vec::new()));
-        let sink = Rc::clone(&events);
-        let jobs = Jobs::new(graph.handle()).attach_main(Rc::clone(&graph), move |event| {
-            sink.borrow_mut().push(event);
-        });
-        test(Stage {
-            jobs,
-            graph,
-            events,
-        })
-        .await;
-    });
-}
-
-impl Stage {
-    fn told(&self) -> String {
-        let events = self.events.borrow();
-        let words: Vec<String> = events.iter().map(word).collect();
-        words.join(" ")
-    }
-
-    fn status(&self, id: &str) -> JobStatus {
-        self.jobs
-            .query()
-            .iter()
-            .find(|job| job.id.as_str() == id)
-            .map_or(JobStatus::Null, |job| job.status)
-    }
-
-    /// Waits until the job is in `status`.
-    async fn until(&self, id: &str, status: JobStatus) {
-        self.until_true(&format!("{id} is {status}"), || self.status(id) == status)
-            .await;
-    }
-
-    async fn until_true(&self, what: &str, mut test: impl FnMut() -> bool) {
-        let wait = std::pin::pin!(async {
-            while !test() {
-                runtime::sleep(Duration::from_millis(1)).await;
-            }
-        });
-        let limit = std::pin::pin!(runtime::sleep(LIMIT));
-        if let Either::Right(_) = select(wait, limit).await {
-            panic!("waited in vain until {what}; told: {}", self.told());
-        }
-        self.jobs.flush_events();
-    }
-
-    fn verb(
-        &self,
-        id: &str,
-        verb: impl FnOnce(&mut crate::JobsGuard<'_>, JobKey) -> Result<crate::Effects, JobError>,
-    ) {
-        self.jobs
-            .act(|guard| {
-                let key = guard.find(id)?;
-                verb(guard, key)
-            })
-            .unwrap();
-    }
-}
-
-/// Works in small steps until it is told to end.
-fn steady() -> Arc<Scripted> {
-    Arc::new(Scripted::new(|context| async move {
-        while !context.is_force_cancelled() && !context.is_complete_requested() {
-            context.sleep(Duration::from_millis(1)).await;
-        }
-        Ok(())
-    }))
-}
-
-/// Becomes ready, and then idles until it is told to end.
-fn ready() -> Arc<Scripted> {
-    Arc::new(Scripted::new(|context| async move {
-        context.progress().set_remaining(4096);
-        context.progress().add_done(4096);
-        context.ready();
-        while !context.is_force_cancelled()
-            && !context.is_soft_cancelled()
-            && !context.is_complete_requested()
-        {
-            context.idle().await;
-        }
-        Ok(())
-    }))
-}
 
 #[test]
 fn a_job_runs_on_an_iothread_of_its_own_and_tells_its_whole_story_in_order() {
@@ -684,71 +581,6 @@ fn a_prepare_that_fails_makes_the_job_fail() {
                 .told()
                 .ends_with("pending aborting COMPLETED(Operation not permitted) concluded null")
         );
-    });
-}
-
-// The leaf lock.
-
-/// Jobs without a main task, and a job that was only created.
-fn alone(test: impl FnOnce(&Jobs, JobKey)) {
-    on_main(|stage| async move {
-        let dynamic: Arc<dyn JobDriver> = steady();
-        let (key, created) = stage.jobs.lock().create(spec("j0"), &dynamic).unwrap();
-        stage.jobs.run(created);
-        test(&stage.jobs, key);
-    });
-}
-
-#[test]
-#[cfg(debug_assertions)]
-#[should_panic(expected = "effects were run while this thread holds the job mutex")]
-fn effects_cannot_be_run_under_the_job_mutex() {
-    alone(|jobs, key| {
-        let mut guard = jobs.lock();
-        let effects = guard.start(key);
-        jobs.run(effects);
-    });
-}
-
-#[test]
-#[cfg(debug_assertions)]
-#[should_panic(expected = "were dropped instead of run")]
-fn effects_cannot_be_dropped() {
-    alone(|jobs, key| {
-        let effects = jobs.lock().start(key);
-        drop(effects);
-    });
-}
-
-#[test]
-#[cfg(debug_assertions)]
-#[should_panic(expected = "the job mutex was taken while this thread holds the job mutex")]
-fn the_job_mutex_cannot_be_taken_twice() {
-    alone(|jobs, _| {
-        let _guard = jobs.lock();
-        jobs.query();
-    });
-}
-
-#[test]
-#[cfg(debug_assertions)]
-#[should_panic(expected = "a hook was called while this thread holds the job mutex")]
-fn a_change_cannot_be_applied_under_the_job_mutex() {
-    alone(|jobs, key| {
-        let mut guard = jobs.lock();
-        let request = guard.change(key, JobChange::CopyMode(CopyMode::Background));
-        request.unwrap().apply().ok();
-    });
-}
-
-#[test]
-#[cfg(debug_assertions)]
-#[should_panic(expected = "events were delivered while this thread holds the job mutex")]
-fn events_cannot_be_delivered_under_the_job_mutex() {
-    on_main(|stage| async move {
-        let guard = stage.jobs.lock();
-        stage.jobs.flush_events();
-        drop(guard);
     });
 }
 
