@@ -23,6 +23,7 @@ mod error;
 mod gate;
 mod graph;
 pub mod leaf;
+pub mod nbd;
 mod node;
 mod options;
 mod permissions;
