@@ -19,6 +19,7 @@
 //! once, so a later success would claim what is not true. So each sync of the
 //! file goes through one place, that of a durable write (FUA) included.
 
+mod data_region;
 mod lock;
 mod open;
 mod resize;
@@ -33,6 +34,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
+use self::data_region::DataRegion;
 use self::lock::ImageLock;
 use self::open::{Kind, Opened};
 use self::sys::DirectAlignment;
@@ -86,6 +88,8 @@ pub struct FileDriver {
     /// `None` if image locking is off.
     lock: Option<ImageLock>,
     support: Support,
+    /// Where data was found last.
+    data_region: DataRegion,
     flushes: Arc<Flushes>,
 }
 
@@ -194,6 +198,7 @@ impl FileDriver {
             writing: RangeLock::new(),
             lock,
             support: Support::all(),
+            data_region: DataRegion::default(),
             flushes: Arc::default(),
         })
     }

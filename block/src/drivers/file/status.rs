@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::FileDriver;
 use super::open::Kind;
 use super::sys;
-use crate::driver::{Extent, ExtentFlags};
+use crate::driver::{BlockDriver, Extent, ExtentFlags};
 use crate::runtime;
 
 /// Unit of requests that nodes know.
@@ -30,16 +30,31 @@ impl FileDriver {
         if !matches!(self.kind, Kind::Regular) {
             return Ok(Extent { len, flags: DATA });
         }
+        let known = self.data_region.data_at(offset);
+        if known > 0 {
+            return Ok(Extent {
+                len: known.min(len),
+                flags: DATA,
+            });
+        }
+        let asked = self.data_region.ask();
         // The file system may have to read its maps from the disk for this, so
         // it is done where blocking is allowed.
         let file = Arc::clone(&self.file);
-        runtime::unblock(move || extent_at(&file, offset, len)).await
+        let end = self.size().max(offset + len);
+        let mut extent = runtime::unblock(move || extent_at(&file, offset, end)).await?;
+        if extent.flags == DATA {
+            self.data_region
+                .remember(asked, offset..offset + extent.len);
+        }
+        extent.len = extent.len.min(len);
+        Ok(extent)
     }
 }
 
-/// The extent at `offset`, at most `len` bytes. Blocks.
-fn extent_at(file: &File, offset: u64, len: u64) -> io::Result<Extent> {
-    let end = offset + len;
+/// The extent at `offset`, which ends at `end` at the latest. Blocks.
+fn extent_at(file: &File, offset: u64, end: u64) -> io::Result<Extent> {
+    let len = end - offset;
     let data = match sys::seek(file, offset, libc::SEEK_DATA) {
         Ok(Some(data)) => data,
         // A hole up to the end of the file, or past it.

@@ -81,7 +81,9 @@ impl FileDriver {
         // Reads past the end give zeroes, so the file need not grow.
         let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
         let ring = current_ring();
-        match uring::fallocate(&ring, &self.file, mode, offset, len, hold).await {
+        let result = uring::fallocate(&ring, &self.file, mode, offset, len, hold).await;
+        self.data_region.forget(offset..offset + len);
+        match result {
             Err(error) if is_unsupported(&error) => {
                 flag.store(false, Ordering::Relaxed);
                 Err(unsupported())

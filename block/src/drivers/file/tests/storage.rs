@@ -128,6 +128,10 @@ fn status_shows_data_and_holes() {
             assert_eq!((rest.len, rest.flags.zero), (5 * MIB, true));
             let part = driver.block_status(MIB, 4096).await.unwrap();
             assert_eq!(part.len, 4096);
+            // What is remembered as data is not after it became a hole.
+            driver.discard(2 * MIB, MIB / 2).await.unwrap();
+            let hole = status(2 * MIB).await.unwrap();
+            assert_eq!((hole.len, hole.flags.zero), (MIB / 2, true));
         });
     }
 }
