@@ -16,6 +16,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::{CopyMode, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, SLICE};
 
+use super::converge::HOLD_RETRY;
 use super::copy::{Copied, Copier, CopyError, Entered, Look, Side};
 use super::driver::{MirrorDriver, Places};
 use super::pace::Pace;
@@ -78,14 +79,18 @@ pub(super) struct Body<'a> {
     /// Bytes started since the last rest.
     since_rest: u64,
     /// Nothing is started before this instant (rest, failure).
-    not_before: Option<Instant>,
+    pub(super) not_before: Option<Instant>,
     backoff: Duration,
+    /// Something has failed since the last scan of the bitmap ended.
+    failed_in_pass: bool,
     pub(super) failure: Option<JobFailure>,
     /// The job has said that it is ready.
     pub(super) ready: bool,
     /// Drained sections so far, and the pass in which the last one was.
     pub(super) sections: u32,
     pub(super) section_pass: u32,
+    /// Wait before the next section, if the guest cannot be held.
+    pub(super) hold_pause: Duration,
     /// The end was asked for when the passes were last counted.
     ending: bool,
     /// The log has it that the mirror does not converge.
@@ -124,10 +129,12 @@ impl<'a> Body<'a> {
             since_rest: 0,
             not_before: None,
             backoff: BACKOFF.0,
+            failed_in_pass: false,
             failure: None,
             ready: false,
             sections: 0,
             section_pass: 0,
+            hold_pause: HOLD_RETRY.0,
             ending: false,
             told: false,
             hung: false,
@@ -157,8 +164,12 @@ impl<'a> Body<'a> {
                 self.quiesce().await;
                 self.report_progress();
                 self.ctx.pause_point().await;
-                self.not_before = None;
                 continue;
+            }
+            if self.driver.take_user_resumed() {
+                // Who resumed the job has done something about what failed.
+                self.not_before = None;
+                self.backoff = BACKOFF.0;
             }
             if self.should_end() && !self.ending {
                 self.ending = true;
@@ -226,7 +237,8 @@ impl<'a> Body<'a> {
         }
         if !self.ready {
             let flushed = self.flush().await;
-            if flushed && self.state.dirty.is_clean() {
+            // Much may have come while the target was flushed.
+            if flushed && self.state.dirty.is_clean() && !self.ctx.is_force_cancelled() {
                 self.become_ready();
             }
             return;
@@ -261,6 +273,7 @@ impl<'a> Body<'a> {
         self.ready = true;
         self.state.set_catching_up(false);
         self.count_anew();
+        self.pace.relax(Instant::now());
         if self.state.copy_mode() == CopyMode::WriteBlocking {
             self.state.set_actively_synced(self.state.dirty.is_clean());
         }
@@ -337,6 +350,7 @@ impl<'a> Body<'a> {
                 return SLICE;
             };
             let cost = (range.end - range.start).min(request);
+            let window = window.min(window_of_speed(self.ctx.speed(), request));
             if self.window_used > 0 && self.window_used + cost > window {
                 return SLICE;
             }
@@ -421,6 +435,9 @@ impl<'a> Body<'a> {
         if self.pass_began_with > 0 {
             let dirty = self.state.dirty.count_bytes();
             self.passes = self.passes.saturating_add(1);
+            if !std::mem::take(&mut self.failed_in_pass) {
+                self.backoff = BACKOFF.0;
+            }
             if !self.ready || self.should_end() {
                 self.pace.pass_ended(self.pass_began_with, dirty);
                 self.tell_of_pass(dirty);
@@ -481,7 +498,6 @@ impl<'a> Body<'a> {
                 if copied.data.end > self.data.end {
                     self.data = copied.data;
                 }
-                self.backoff = BACKOFF.0;
             }
             Err(CopyError { side, error }) => self.failed(side, &error),
         }
@@ -491,6 +507,7 @@ impl<'a> Body<'a> {
     /// again.
     pub(super) fn failed(&mut self, side: Side, error: &block::IoError) {
         self.state.set_actively_synced(false);
+        self.failed_in_pass = true;
         let (policy, io_side) = match side {
             Side::Source => (self.driver.settings().on_source_error, IoSide::Read),
             Side::Target => (self.driver.settings().on_target_error, IoSide::Write),
@@ -537,6 +554,16 @@ pub(super) fn account(ctx: &JobContext, notifier: &JobNotifier, copied: &Copied)
     ctx.progress()
         .add_done(copied.range.end - copied.range.start);
     notifier.charge(copied.charged);
+}
+
+/// Most bytes in flight under this speed limit, in bytes/s: what it lets through in a
+/// tenth of a second, or one request. It is charged when requests end, so a whole window
+/// would be on its way before the limit is felt.
+fn window_of_speed(speed: u64, request: u64) -> u64 {
+    match speed {
+        0 => u64::MAX,
+        speed => (speed / 10).max(request),
+    }
 }
 
 /// Size of the buffers for this `buf-size`.

@@ -11,7 +11,9 @@ use futures_util::future::{Either, select};
 use crate::JobFailure;
 
 use super::body::{PATIENCE, with_patience};
-use super::converge::{ENDING_DOUBLINGS, SECTION_BYTES, describe, drain_failure};
+use super::converge::{
+    ENDING_DOUBLINGS, HOLD_LIMIT, HOLD_RETRY, SECTION_BYTES, describe, drain_failure,
+};
 use super::copy::CopyError;
 use super::driver::{Ending, Held, MirrorDriver, Places};
 use super::sweep::{OPERATIONS, Sweep, Swept};
@@ -107,9 +109,20 @@ struct Late<'a> {
 
 impl Late<'_> {
     async fn run(&mut self) -> Result<Held, JobFailure> {
+        let mut pause = HOLD_RETRY.0;
         for attempt in 0..LATE_SECTIONS {
             self.copy_beside_the_guest().await?;
-            let drained = self.drain().await?;
+            let drained = match self.drain().await? {
+                Ok(drained) => drained,
+                // Requests of the guest hang: those that do not are to go on.
+                Err(error @ GraphError::DrainTimeout { .. }) if attempt + 1 < LATE_SECTIONS => {
+                    tracing::warn!(%error, "mirror: the guest could not be held");
+                    self.stop(pause).await;
+                    pause = (pause * 2).min(HOLD_RETRY.1);
+                    continue;
+                }
+                Err(error) => return Err(drain_failure(&error)),
+            };
             let doublings = attempt.min(ENDING_DOUBLINGS);
             let limit = self.driver.settings().section_limit * (1 << doublings);
             if self.copy_the_rest(limit).await? {
@@ -176,13 +189,17 @@ impl Late<'_> {
         }
     }
 
-    async fn drain(&self) -> Result<Drained, JobFailure> {
+    /// Errors: the job was cancelled.
+    async fn drain(&self) -> Result<Result<Drained, GraphError>, JobFailure> {
         let except = [&self.places.source_backend];
-        let drained = pin!(self.graph.drain(&self.places.source, &except));
+        let drained = self
+            .graph
+            .drain_within(&self.places.source, &except, HOLD_LIMIT);
+        let drained = pin!(drained);
         let state = self.driver.state();
         let drained = select(drained, state.disengaged());
         match with_patience(state, drained).await.0 {
-            Either::Left((drained, _)) => drained.map_err(|error| drain_failure(&error)),
+            Either::Left((drained, _)) => Ok(drained),
             Either::Right(_) => Err(JobFailure::cancelled()),
         }
     }

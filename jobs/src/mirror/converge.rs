@@ -33,6 +33,11 @@ pub(super) const SECTION_LIMIT: Duration = Duration::from_millis(10);
 /// a section too; and to end, where a target that flushes slowly has to have its time.
 const DOUBLINGS: u32 = 4;
 pub(super) const ENDING_DOUBLINGS: u32 = 8;
+/// Longest that the guest is held because some of its requests do not end.
+pub(super) const HOLD_LIMIT: Duration = Duration::from_secs(2);
+/// First and longest wait before it is held again after that; doubles.
+pub(super) const HOLD_RETRY: (Duration, Duration) =
+    (Duration::from_secs(1), Duration::from_secs(30));
 /// Passes beside the guest after which a mirror that is not ready yet catches up.
 const PASSES_BEFORE_CATCHING_UP: u32 = 2;
 
@@ -61,6 +66,13 @@ impl Body<'_> {
     /// writes of its own than for large copies in a section.
     pub(super) fn ensure_progress(&self) {
         let state = &self.state;
+        if !self.ready && self.ctx.speed() > 0 {
+            // It is the user who wants this to take long, not the guest.
+            if state.is_catching_up() {
+                state.set_catching_up(false);
+            }
+            return;
+        }
         if self.hung || state.mirrors_actively() || (self.ready && !self.should_end()) {
             return;
         }
@@ -88,12 +100,17 @@ impl Body<'_> {
         let own = self.ctx.own_drain();
         let drained = match with_patience(&self.state, self.drain_source()).await.0 {
             Some(Ok(drained)) => drained,
+            Some(Err(error @ GraphError::DrainTimeout { .. })) => {
+                self.hold_later(&error);
+                return false;
+            }
             Some(Err(error)) => {
                 self.failure = Some(drain_failure(&error));
                 return false;
             }
             None => return false,
         };
+        self.hold_pause = HOLD_RETRY.0;
         let held = Held {
             drained,
             _own: Some(own),
@@ -127,6 +144,20 @@ impl Body<'_> {
         false
     }
 
+    /// Requests of the guest hang: those that do not are to go on, and the next
+    /// section comes later.
+    fn hold_later(&mut self, error: &GraphError) {
+        let pause = self.hold_pause;
+        self.hold_pause = (pause * 2).min(HOLD_RETRY.1);
+        tracing::warn!(
+            job = self.ctx.id(),
+            %error,
+            again_in_ms = pause.as_millis() as u64,
+            "mirror: the guest could not be held"
+        );
+        self.not_before = self.not_before.max(Some(Instant::now() + pause));
+    }
+
     /// Leaves the rest to main's hooks.
     fn finish(&mut self, ending: Ending, held: Held) {
         if ending == Ending::Copy {
@@ -148,7 +179,7 @@ impl Body<'_> {
         let source = Arc::clone(&self.places.source);
         let backend = Arc::clone(&self.places.source_backend);
         let drained = self.ctx.graph().run(move |graph: Rc<Graph>| {
-            Box::pin(async move { graph.drain(&source, &[&backend]).await })
+            Box::pin(async move { graph.drain_within(&source, &[&backend], HOLD_LIMIT).await })
         });
         let mut drained = pin!(drained);
         loop {

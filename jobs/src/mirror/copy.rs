@@ -271,6 +271,8 @@ impl Copier {
             .await
             .map_err(source_error)?;
         if iov.is_zero() {
+            // Or the pool would not take the buffer back.
+            drop(iov);
             self.zero_all(range, &nodes.target).await?;
         } else {
             self.write_target(range.start, iov, &nodes.target).await?;

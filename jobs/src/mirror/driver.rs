@@ -1,6 +1,7 @@
 //! The mirror as the job core sees it: body and hooks.
 
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
@@ -80,6 +81,8 @@ pub(super) struct MirrorDriver {
     places: OnceLock<Places>,
     /// Set when the body begins.
     watch: OnceLock<JobWatch>,
+    /// The user has resumed the job since the body last looked. Atomic; set on main.
+    user_resumed: AtomicBool,
     /// How the body ended. A leaf lock, taken for a move only: by the body at
     /// its end, by main's hooks after that.
     finish: Mutex<Finish>,
@@ -92,6 +95,7 @@ impl MirrorDriver {
             state,
             places: OnceLock::new(),
             watch: OnceLock::new(),
+            user_resumed: AtomicBool::new(false),
             finish: Mutex::default(),
         }
     }
@@ -116,6 +120,12 @@ impl MirrorDriver {
     /// Whether the job was forced to end, whether or not its hook has run yet.
     pub(super) fn is_cancelled(&self) -> bool {
         !self.state.is_engaged() || self.watch.get().is_some_and(JobWatch::is_force_cancelled)
+    }
+
+    /// Whether the user has resumed the job since the last call.
+    pub(super) fn take_user_resumed(&self) -> bool {
+        self.user_resumed.load(Ordering::Relaxed)
+            && self.user_resumed.swap(false, Ordering::Relaxed)
     }
 
     /// Operations that copy from the source, with up to `buffers` buffers kept.
@@ -183,6 +193,10 @@ impl JobDriver for MirrorDriver {
             }
             Body::new(&context, &self, places).run().await
         })
+    }
+
+    fn user_resume(&self) {
+        self.user_resumed.store(true, Ordering::Relaxed);
     }
 
     fn cancel(&self, force: bool) {

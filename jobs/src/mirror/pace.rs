@@ -21,6 +21,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::converge::SECTION_BYTES;
+
 /// Time between two decisions.
 pub(crate) const INTERVAL: Duration = Duration::from_millis(10);
 /// Mean latency over baseline that is put up with, without pressure.
@@ -76,6 +78,7 @@ pub(crate) struct Pace {
     rest: Duration,
     baseline_ns: Option<u64>,
     pressure: u32,
+    hurries: bool,
     calm_left: u8,
     window_before_calm: u64,
     next_calm: Instant,
@@ -93,6 +96,7 @@ impl Pace {
             rest: Duration::ZERO,
             baseline_ns: None,
             pressure: 0,
+            hurries: false,
             calm_left: CALM_INTERVALS,
             window_before_calm: ceiling.min(floor.saturating_mul(4)),
             next_calm: now + CALM_EVERY,
@@ -130,6 +134,12 @@ impl Pace {
             self.window = self.window.saturating_mul(2).min(self.ceiling);
             return;
         };
+        if self.hurries {
+            if mean <= self.limit_ns() {
+                self.grow();
+            }
+            return;
+        }
         if self.calm_left > 0 {
             self.calm_left -= 1;
             if self.calm_left == 0 {
@@ -157,20 +167,42 @@ impl Pace {
                 rest => rest,
             };
         } else {
-            let step = (self.window / 8).max(self.floor / 4);
-            self.window = self.window.saturating_add(step).min(self.ceiling);
+            self.grow();
         }
     }
 
-    /// The mirror is to end: somebody waits for the copier now.
+    fn grow(&mut self) {
+        let step = (self.window / 8).max(self.floor / 4);
+        self.window = self.window.saturating_add(step).min(self.ceiling);
+    }
+
+    /// The mirror is ready: what the way there took is over, and what the guest feels
+    /// is measured anew.
+    pub(crate) fn relax(&mut self, now: Instant) {
+        self.pressure = 0;
+        self.next_calm = now;
+    }
+
+    /// The mirror is to end: somebody waits for the copier now, and what is left is
+    /// little. So it does not give way any more, nor measure.
     pub(crate) fn hurry(&mut self) {
         self.pressure = self.pressure.max(HURRY_PRESSURE);
         self.rest = Duration::ZERO;
+        self.hurries = true;
+        if std::mem::take(&mut self.calm_left) > 0 {
+            self.window = self.window_before_calm;
+        }
     }
 
     /// Notes the end of a pass over the disk: it began with `before` dirty
     /// bytes and left `after`.
+    ///
+    /// Where little is dirty the scan is soon round again, and a drained section does
+    /// the rest: that says nothing about guest and copier.
     pub(crate) fn pass_ended(&mut self, before: u64, after: u64) {
+        if before <= SECTION_BYTES {
+            return;
+        }
         if after > before / 4 * 3 {
             self.pressure = (self.pressure + 1).min(MAX_PRESSURE);
         } else if after < before / 2 {
@@ -262,15 +294,55 @@ mod tests {
     fn passes_without_progress_raise_the_pressure_until_the_guest_is_not_waited_for() {
         let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
         for _ in 0..20 {
-            pace.pass_ended(1000, 1000);
+            pace.pass_ended(1024 * KIB, 1024 * KIB);
         }
         assert!(pace.is_at_full_pressure());
         run(&mut pace, 400, |window| Some(100_000 + window / 10));
         assert_eq!(pace.window().max(pace.window_before_calm), 16384 * KIB);
         for _ in 0..20 {
-            pace.pass_ended(1000, 100);
+            pace.pass_ended(1024 * KIB, 100 * KIB);
         }
         assert_eq!(pace.pressure(), 0);
+    }
+
+    #[test]
+    fn passes_over_little_raise_no_pressure() {
+        let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
+        for _ in 0..20 {
+            pace.pass_ended(SECTION_BYTES, SECTION_BYTES);
+        }
+        assert_eq!(pace.pressure(), 0);
+    }
+
+    #[test]
+    fn a_mirror_that_became_ready_gives_way_to_the_guest_again() {
+        let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
+        for _ in 0..20 {
+            pace.pass_ended(1024 * KIB, 1024 * KIB);
+        }
+        let latency = |window: u64| Some(100_000 + 100_000 * window / (1024 * KIB));
+        run(&mut pace, 1000, latency);
+        assert_eq!(pace.window().max(pace.window_before_calm), 16384 * KIB);
+        pace.relax(pace.next_decision);
+        run(&mut pace, 100, latency);
+        let window = pace.window();
+        assert!(window <= 4096 * KIB, "{window}");
+    }
+
+    #[test]
+    fn a_mirror_that_ends_gives_way_no_more() {
+        let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
+        run(&mut pace, 50, |_| Some(100_000));
+        let window = pace.window();
+        assert!(window > 256 * KIB);
+        // Somewhere in a calm.
+        pace.next_calm = pace.next_decision;
+        run(&mut pace, 1, |_| Some(100_000));
+        assert_eq!(pace.window(), 256 * KIB);
+        pace.hurry();
+        run(&mut pace, 1000, |_| Some(1_000_000_000));
+        assert_eq!(pace.window(), window);
+        assert_eq!(pace.rest(), Duration::ZERO);
     }
 
     #[test]

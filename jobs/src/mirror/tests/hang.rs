@@ -249,3 +249,78 @@ fn a_pivot_that_hangs_does_not_hold_the_guest_of_another_mirror() {
         rig.assert_equal();
     });
 }
+
+#[test]
+fn a_guest_whose_requests_hang_is_held_for_a_moment_and_the_end_tried_again() {
+    for late in [false, true] {
+        for cancel in [false, true] {
+            with_rig(|rig| async move {
+                let key = if late {
+                    pending(&rig, LIMIT).await
+                } else {
+                    scribble(&rig.source);
+                    rig.ready(rig.spec()).await
+                };
+                rig.source.hold(Match::op(IoOp::Write).range(0..CHUNK));
+                let stuck = rig.begin_write(0, 4096, 7);
+                rig.source.wait_held(1).await;
+                let act = |jobs: &mut crate::JobsGuard<'_>| match late {
+                    false => jobs.complete(key),
+                    true => jobs.finalize(key),
+                };
+                rig.act(act);
+                rig.until(|| rig.disk.is_drained()).await;
+                rig.write(CHUNK, 4096, 8).await;
+                assert_eq!(rig.source.held(), 1, "the other one still hangs");
+                assert_eq!(rig.completed(), None);
+                if cancel {
+                    rig.act(|jobs| jobs.cancel(key, true));
+                }
+                rig.source.release_all();
+                stuck.await.expect("the write");
+                rig.wait_for(JobStatus::Null).await;
+                if cancel {
+                    assert!(rig.was_cancelled());
+                    rig.until(|| rig.disk.root().name() == "src").await;
+                    rig.assert_on_source();
+                } else {
+                    assert_eq!(rig.completed(), Some(None));
+                    rig.assert_on_target();
+                    rig.assert_equal();
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn a_cancel_of_a_mirror_whose_own_requests_hang_does_not_hold_the_guest() {
+    for mode in [CopyMode::Background, CopyMode::WriteBlocking] {
+        for op in [IoOp::Write, IoOp::Flush] {
+            with_rig(|rig| async move {
+                scribble(&rig.source);
+                let mut spec = rig.spec();
+                spec.copy_mode = mode;
+                rig.target.hold(Match::op(op));
+                let key = rig.start(spec).await;
+                rig.target.wait_held(1).await;
+                rig.act(|jobs| jobs.cancel(key, true));
+                rig.write(0, SIZE, 7).await;
+                rig.write_zeroes(CHUNK, CHUNK, true).await;
+                let discard = rig.guest(
+                    0,
+                    |disk| async move { disk.discard(4 * CHUNK, CHUNK).await },
+                );
+                discard.await.expect("the discard");
+                let flush = rig.guest(0, |disk| async move { disk.flush().await });
+                flush.await.expect("the flush");
+                assert!(rig.target.held() > 0, "the target still hangs");
+                rig.target.release_all();
+                rig.wait_for(JobStatus::Null).await;
+                assert!(rig.was_cancelled());
+                assert!(!rig.statuses().contains(&JobStatus::Ready));
+                rig.assert_on_source();
+            });
+        }
+    }
+}

@@ -1,9 +1,10 @@
 //! Starts, ends and refusals.
 
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 use block::runtime;
-use block::test_storage::{Match, TestStorage};
+use block::test_storage::{Ended, Match, TestStorage};
 use block::{IoOp, NodeOptions};
 
 use crate::{CopyMode, JobChange, JobStatus};
@@ -331,6 +332,62 @@ fn a_speed_limit_holds_the_copier_and_lifting_it_lets_it_go() {
         assert!(info.current_progress < SIZE / 2);
         rig.act(|jobs| jobs.set_speed(key, 0));
         rig.wait_for(JobStatus::Ready).await;
+        rig.pivot(key).await;
+        rig.assert_equal();
+    });
+}
+
+#[test]
+fn a_slow_speed_limit_puts_one_request_in_flight_and_not_a_window() {
+    with_rig(|rig| async move {
+        scribble(&rig.source);
+        rig.source.hold(Match::op(IoOp::Read));
+        let mut spec = rig.spec();
+        spec.speed = 64 * KIB as i64;
+        let key = rig.start(spec).await;
+        rig.source.wait_held(1).await;
+        // The body begins nothing more, and parks when what it has begun has ended.
+        rig.act(|jobs| jobs.pause(key));
+        rig.source.release_all();
+        rig.wait_for(JobStatus::Paused).await;
+        let reads = rig.source.ended();
+        let reads = reads.iter().filter(|e| e.op == IoOp::Read).count();
+        assert_eq!(reads, 1);
+    });
+}
+
+#[test]
+fn a_speed_limit_does_not_make_the_guest_write_the_target() {
+    let size = 1 << 20;
+    with_rig_of(size, |rig| async move {
+        scribble(&rig.source);
+        let mut spec = rig.spec();
+        spec.speed = 32 << 20;
+        let key = rig.start(spec).await;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let guest = rig.guest(0, move |disk| async move {
+            while !stopped.load(SeqCst) {
+                for offset in (0..size).step_by(4096) {
+                    let data = filled(512, 7);
+                    disk.write(offset, data, WriteFlags::default()).await?;
+                }
+                runtime::yield_now().await;
+            }
+            Ok(())
+        });
+        // Several passes over a disk that the guest dirties faster than the limit.
+        let copies = |ended: &Ended| ended.op == IoOp::Write && ended.offset == 0;
+        rig.until(|| rig.target.ended().into_iter().filter(copies).count() >= 5)
+            .await;
+        assert!(!rig.statuses().contains(&JobStatus::Ready));
+        let by_guest = |ended: &Ended| ended.op == IoOp::Write && ended.len == 512;
+        assert!(!rig.target.ended().iter().any(by_guest));
+        // Without the limit it converges.
+        rig.act(|jobs| jobs.set_speed(key, 0));
+        rig.wait_for(JobStatus::Ready).await;
+        stop.store(true, SeqCst);
+        guest.await.expect("the guest never fails");
         rig.pivot(key).await;
         rig.assert_equal();
     });
