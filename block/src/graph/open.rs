@@ -42,10 +42,13 @@ impl Graph {
         };
         match opening.open(options, Owner::Monitor).await {
             Ok(node) => {
-                let mut topology = self.topology.borrow().clone();
-                // Parents first, as they are listed.
-                topology.nodes.extend(opening.nodes.iter().rev().cloned());
-                match self.commit(topology) {
+                // Nothing is awaited between this look and the change.
+                match opening.look_again().and_then(|()| {
+                    let mut topology = self.topology.borrow().clone();
+                    // Parents first, as they are listed.
+                    topology.nodes.extend(opening.nodes.iter().rev().cloned());
+                    self.commit(topology)
+                }) {
                     Ok(removed) => {
                         // They are the graph's now.
                         opening.nodes.clear();
@@ -118,6 +121,30 @@ impl Drop for Opening<'_> {
 impl<'a> Opening<'a> {
     fn take(&mut self) -> Removed {
         Removed::new(self.nodes.drain(..).rev().collect())
+    }
+
+    /// While files were opened, jobs' filters may have come above children given by
+    /// name, or nodes may have gone.
+    fn look_again(&mut self) -> Result<(), GraphError> {
+        let topology = self.graph.topology.borrow();
+        let own: Vec<u64> = self.nodes.iter().map(|entry| entry.node.id()).collect();
+        for entry in &mut self.nodes {
+            for edge in &mut entry.children {
+                if own.contains(&edge.target.id()) {
+                    continue;
+                }
+                if topology.node(edge.target.id()).is_none() {
+                    return Err(GraphError::NotFound {
+                        device: String::new(),
+                        node: edge.target.name().to_owned(),
+                    });
+                }
+                if !entry.node.read_only() && edge.child.role() != ChildRole::Backing {
+                    edge.target = above_inserted_filters(&topology, &edge.target);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Closes them, with their names still reserved.
@@ -253,4 +280,51 @@ fn inherit(role: ChildRole, child: &BlockdevOptions, parent: &BlockdevOptions) -
     options.cache.no_flush |= parent.cache.no_flush;
     options.discard = DiscardMode::Unmap;
     options
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::graph::tests::{PassThrough, disk, on_main};
+    use crate::options::{CacheOptions, RawOptions};
+
+    fn raw_over(name: &str) -> BlockdevOptions {
+        BlockdevOptions {
+            node_name: Some("top".to_owned()),
+            read_only: None,
+            auto_read_only: false,
+            cache: CacheOptions::default(),
+            discard: DiscardMode::Ignore,
+            detect_zeroes: DetectZeroes::Off,
+            driver: DriverOptions::Raw(RawOptions {
+                file: BlockdevRef::Name(name.to_owned()),
+                offset: 0,
+                size: None,
+            }),
+        }
+    }
+
+    #[test]
+    fn a_filter_that_comes_or_goes_while_a_node_is_opened_is_not_bypassed() {
+        on_main(|graph| async move {
+            let (_storage, node) = disk(&graph, "a");
+            let mut opening = Opening {
+                graph: &graph,
+                nodes: Vec::new(),
+                names: Vec::new(),
+            };
+            let opened = opening.open(raw_over("a"), Owner::Monitor).await;
+            opened.expect("it opens");
+            let drained = graph.drain(&node, &[]).await.unwrap();
+            let filter = graph
+                .insert_filter(Some("f"), &node, &[], &drained, PassThrough::boxed)
+                .unwrap();
+            opening.look_again().unwrap();
+            assert_eq!(opening.nodes[0].children[0].target.id(), filter.id());
+            graph.remove_filter(&filter, &drained).unwrap();
+            let error = opening.look_again().unwrap_err();
+            assert!(matches!(error, GraphError::NotFound { .. }), "{error}");
+            opening.closed().await;
+        });
+    }
 }

@@ -58,8 +58,9 @@ pub(crate) use socket::{QmpAddress, QmpSocket, SocketError};
 pub(crate) struct Monitor {
     graph: Rc<Graph>,
     jobs: MainJobs,
-    /// Held by commands that change the graph, so that they take effect one after
-    /// another whichever client sent them. Queries and job verbs do not wait.
+    /// Held by commands that open and close nodes, so that they take effect one after
+    /// another whichever client sent them. All others do not wait: they change the graph
+    /// in one step.
     graph_commands: futures_util::lock::Mutex<()>,
     machine: OnceCell<Rc<dyn VmControl>>,
     sessions: RefCell<Slab<Rc<Session>>>,

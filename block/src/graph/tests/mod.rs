@@ -29,7 +29,7 @@ mod stress;
 const SIZE: u64 = 1 << 20;
 
 /// Runs a test on a main loop of its own.
-fn on_main<F: Future<Output = ()>>(test: impl FnOnce(Rc<Graph>) -> F) {
+pub(super) fn on_main<F: Future<Output = ()>>(test: impl FnOnce(Rc<Graph>) -> F) {
     let main = EventLoop::new("test").expect("an event loop");
     let graph = Graph::new();
     main.block_on(test(graph));
@@ -43,7 +43,7 @@ fn options() -> NodeOptions {
 }
 
 /// A storage and a node of it.
-fn disk(graph: &Graph, name: &str) -> (TestStorage, Arc<Node>) {
+pub(super) fn disk(graph: &Graph, name: &str) -> (TestStorage, Arc<Node>) {
     let storage = TestStorage::new(SIZE);
     let node = graph
         .add_node(Some(name), storage.driver(), options())
@@ -78,7 +78,7 @@ async fn write(backend: &Arc<Backend>, offset: u64, byte: u8) -> Result<(), IoEr
 }
 
 /// Shows its child's data, and counts what goes through it.
-struct PassThrough {
+pub(super) struct PassThrough {
     child: Child,
     passed: Arc<AtomicUsize>,
     /// What it lets others do with its child.
@@ -103,7 +103,7 @@ impl Drop for End {
 }
 
 impl PassThrough {
-    fn boxed(child: Child) -> Box<dyn BlockDriver> {
+    pub(super) fn boxed(child: Child) -> Box<dyn BlockDriver> {
         Self::counting(child, Arc::default())
     }
 

@@ -46,7 +46,8 @@ pub(super) async fn blockdev_mirror(monitor: Rc<Monitor>, mut args: Args) -> Out
     let auto_dismiss = args.optional_bool("auto-dismiss")?;
     args.finish()?;
 
-    let _alone = monitor.graph_commands.lock().await;
+    // Not one at a time with other commands: what is found here is looked at again
+    // when the guest's requests have ended, and nothing is awaited after that.
     let graph = &monitor.graph;
     let source = graph.find(&device)?;
     graph.check_root_node(&source)?;
