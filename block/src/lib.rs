@@ -49,8 +49,8 @@ pub use graph::{
 };
 pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
-    BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, DiscardMode, DriverOptions,
-    FileOptions, NullCoOptions, RawOptions,
+    BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions, DetectZeroes, DiscardMode,
+    DriverOptions, FileOptions, NullCoOptions, RawOptions,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
 pub use range_lock::{LockRange, RangeGuard, RangeLock};

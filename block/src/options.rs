@@ -4,23 +4,66 @@
 
 use std::path::PathBuf;
 
+use crate::node::NodeOptions;
+
 /// A node to be opened.
+///
+/// What is `None` was not said: a child that is opened with its parent takes it from
+/// there, any other has the default.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockdevOptions {
     /// Name; `None` lets the graph make one (`#block` and a number).
     pub node_name: Option<String>,
-    /// Open for reading only. `None`: the default, writable.
+    /// Open for reading only. By default writable.
     pub read_only: Option<bool>,
-    /// Fall back to read-only where the file does not allow writing.
-    pub auto_read_only: bool,
+    /// Fall back to read-only where the file does not allow writing. By default not.
+    pub auto_read_only: Option<bool>,
     /// Cache behaviour.
-    pub cache: CacheOptions,
-    /// What a discard does.
-    pub discard: DiscardMode,
-    /// What a write of zeroes as data does.
+    pub cache: CacheChoice,
+    /// What a discard does. By default nothing.
+    pub discard: Option<DiscardMode>,
+    /// What a write of zeroes as data does. Never inherited.
     pub detect_zeroes: DetectZeroes,
     /// The driver and its own options.
     pub driver: DriverOptions,
+}
+
+impl BlockdevOptions {
+    /// Options of a node without a name that say nothing but this.
+    pub fn new(driver: DriverOptions) -> Self {
+        Self {
+            node_name: None,
+            read_only: None,
+            auto_read_only: None,
+            cache: CacheChoice::default(),
+            discard: None,
+            detect_zeroes: DetectZeroes::Off,
+            driver,
+        }
+    }
+
+    /// What holds for the node whatever its driver, with the defaults of what was
+    /// not said.
+    pub fn node_options(&self) -> NodeOptions {
+        NodeOptions {
+            read_only: self.read_only.unwrap_or(false),
+            discard: self.discard.unwrap_or_default(),
+            detect_zeroes: self.detect_zeroes,
+            cache: CacheOptions {
+                direct: self.cache.direct.unwrap_or(false),
+                no_flush: self.cache.no_flush.unwrap_or(false),
+            },
+        }
+    }
+}
+
+/// `cache.direct` and `cache.no-flush`, as far as they were said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheChoice {
+    /// See [`CacheOptions::direct`].
+    pub direct: Option<bool>,
+    /// See [`CacheOptions::no_flush`].
+    pub no_flush: Option<bool>,
 }
 
 /// `cache.direct` and `cache.no-flush`.

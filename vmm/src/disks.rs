@@ -9,9 +9,8 @@ use std::sync::Arc;
 use anyhow::Context;
 use block::runtime::{Iothread, IothreadHandle};
 use block::{
-    Backend, BackendUser, BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, DiscardMode,
-    DriverOptions, FileOptions, Graph, GraphError, OpenError, Perm, PermissionError, Permissions,
-    RawOptions,
+    Backend, BackendUser, BlockdevOptions, BlockdevRef, CacheChoice, DiscardMode, DriverOptions,
+    FileOptions, Graph, GraphError, OpenError, Perm, PermissionError, Permissions, RawOptions,
 };
 use devices::{VirtioBlk, VirtioBlkConfig};
 
@@ -137,18 +136,12 @@ fn node_options(id: &str, spec: &DiskSpec) -> BlockdevOptions {
     let options = |name: &str, driver| BlockdevOptions {
         node_name: Some(format!("{id}-{name}")),
         read_only: Some(spec.readonly),
-        auto_read_only: false,
-        cache: CacheOptions {
-            direct: spec.direct,
-            no_flush: false,
+        cache: CacheChoice {
+            direct: Some(spec.direct),
+            no_flush: None,
         },
-        discard: if spec.discard {
-            DiscardMode::Unmap
-        } else {
-            DiscardMode::Ignore
-        },
-        detect_zeroes: DetectZeroes::Off,
-        driver,
+        discard: spec.discard.then_some(DiscardMode::Unmap),
+        ..BlockdevOptions::new(driver)
     };
     let file = options(
         "file",

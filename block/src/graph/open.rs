@@ -164,19 +164,15 @@ impl<'a> Opening<'a> {
             let name = self.graph.reserve_node_name(options.node_name.as_deref())?;
             let node_name = name.as_str().to_owned();
             self.names.push(name);
-            if options.detect_zeroes == DetectZeroes::Unmap && options.discard != DiscardMode::Unmap
-            {
-                return Err(GraphError::DetectZeroesUnmap);
-            }
+            let common = options.node_options();
+            check_detect_zeroes(common)?;
             let opened = self.open_driver(&node_name, &options).await?;
             let node = Node::new(
                 &node_name,
                 opened.driver,
                 NodeOptions {
                     read_only: opened.read_only,
-                    discard: options.discard,
-                    detect_zeroes: options.detect_zeroes,
-                    cache: options.cache,
+                    ..common
                 },
             );
             self.nodes.push(NodeEntry {
@@ -194,13 +190,15 @@ impl<'a> Opening<'a> {
         node: &str,
         options: &BlockdevOptions,
     ) -> Result<Opened, GraphError> {
-        let read_only = options.read_only.unwrap_or(false);
+        let NodeOptions {
+            read_only, cache, ..
+        } = options.node_options();
         match &options.driver {
             DriverOptions::File(file_options) => {
                 let flags = OpenFlags {
                     read_only,
-                    auto_read_only: options.auto_read_only,
-                    cache: options.cache,
+                    auto_read_only: options.auto_read_only.unwrap_or(false),
+                    cache,
                 };
                 let (node, file_options) = (node.to_owned(), file_options.clone());
                 let driver: Result<_, OpenError> =
@@ -267,18 +265,31 @@ struct Opened {
     children: Vec<ChildEntry>,
 }
 
+/// Refuses to unmap zeroes that were written as data where discards do nothing.
+pub(super) fn check_detect_zeroes(options: NodeOptions) -> Result<(), GraphError> {
+    if options.detect_zeroes == DetectZeroes::Unmap && options.discard != DiscardMode::Unmap {
+        return Err(GraphError::DetectZeroesUnmap);
+    }
+    Ok(())
+}
+
 /// A child's options, completed by its parent's. A backing image is only read
 /// unless it says otherwise.
-fn inherit(role: ChildRole, child: &BlockdevOptions, parent: &BlockdevOptions) -> BlockdevOptions {
+pub(super) fn inherit(
+    role: ChildRole,
+    child: &BlockdevOptions,
+    parent: &BlockdevOptions,
+) -> BlockdevOptions {
     let mut options = child.clone();
-    options.read_only = child.read_only.or(match role {
-        ChildRole::Backing => Some(true),
-        ChildRole::File | ChildRole::Target => parent.read_only,
-    });
-    options.auto_read_only |= parent.auto_read_only;
-    options.cache.direct |= parent.cache.direct;
-    options.cache.no_flush |= parent.cache.no_flush;
-    options.discard = DiscardMode::Unmap;
+    let (read_only, auto_read_only) = match role {
+        ChildRole::Backing => (Some(true), Some(false)),
+        ChildRole::File | ChildRole::Target => (parent.read_only, parent.auto_read_only),
+    };
+    options.read_only = child.read_only.or(read_only);
+    options.auto_read_only = child.auto_read_only.or(auto_read_only);
+    options.cache.direct = child.cache.direct.or(parent.cache.direct);
+    options.cache.no_flush = child.cache.no_flush.or(parent.cache.no_flush);
+    options.discard = child.discard.or(Some(DiscardMode::Unmap));
     options
 }
 
@@ -286,21 +297,16 @@ fn inherit(role: ChildRole, child: &BlockdevOptions, parent: &BlockdevOptions) -
 mod tests {
     use super::*;
     use crate::graph::tests::{PassThrough, disk, on_main};
-    use crate::options::{CacheOptions, RawOptions};
+    use crate::options::RawOptions;
 
     fn raw_over(name: &str) -> BlockdevOptions {
         BlockdevOptions {
             node_name: Some("top".to_owned()),
-            read_only: None,
-            auto_read_only: false,
-            cache: CacheOptions::default(),
-            discard: DiscardMode::Ignore,
-            detect_zeroes: DetectZeroes::Off,
-            driver: DriverOptions::Raw(RawOptions {
+            ..BlockdevOptions::new(DriverOptions::Raw(RawOptions {
                 file: BlockdevRef::Name(name.to_owned()),
                 offset: 0,
                 size: None,
-            }),
+            }))
         }
     }
 

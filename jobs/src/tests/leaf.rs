@@ -183,16 +183,11 @@ fn no_io_can_begin_under_the_job_mutex() {
         file.as_file().set_len(4096).unwrap();
         let options = BlockdevOptions {
             node_name: Some("disk".to_owned()),
-            read_only: None,
-            auto_read_only: false,
-            cache: Default::default(),
-            discard: Default::default(),
-            detect_zeroes: Default::default(),
-            driver: DriverOptions::File(FileOptions {
+            ..BlockdevOptions::new(DriverOptions::File(FileOptions {
                 filename: file.path().to_owned(),
                 locking: None,
                 host_device: false,
-            }),
+            }))
         };
         let node = stage.graph.blockdev_add(options).await.unwrap();
         let buffer = AlignedBuffer::new(512);

@@ -4,19 +4,14 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::options::{
-    BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, DriverOptions, FileOptions,
-    NullCoOptions, RawOptions,
+    BlockdevOptions, BlockdevRef, DetectZeroes, DriverOptions, FileOptions, NullCoOptions,
+    RawOptions,
 };
 
 fn blockdev(name: Option<&str>, driver: DriverOptions) -> BlockdevOptions {
     BlockdevOptions {
         node_name: name.map(str::to_owned),
-        read_only: None,
-        auto_read_only: false,
-        cache: CacheOptions::default(),
-        discard: DiscardMode::Ignore,
-        detect_zeroes: DetectZeroes::Off,
-        driver,
+        ..BlockdevOptions::new(driver)
     }
 }
 
@@ -181,7 +176,7 @@ fn inline_children_take_rights_and_cache_options_from_their_parent() {
         let path = image(&dir, "a.img");
         let mut options = blockdev(Some("r"), raw(inline(blockdev(Some("f"), file(path)))));
         options.read_only = Some(true);
-        options.cache.no_flush = true;
+        options.cache.no_flush = Some(true);
         graph.blockdev_add(options).await.unwrap();
         let file = graph.find("f").unwrap();
         assert!(file.read_only());

@@ -130,28 +130,21 @@ fn a_file_grows_with_zeroes_and_shrinks() {
     std::fs::write(image.path(), [1; 4096]).unwrap();
     let path = image.path().to_owned();
     on_main(|graph| async move {
-        use crate::options::{BlockdevRef, DriverOptions, FileOptions, RawOptions};
-        let common = crate::options::BlockdevOptions {
-            node_name: None,
-            read_only: None,
-            auto_read_only: false,
-            cache: Default::default(),
-            discard: DiscardMode::Ignore,
-            detect_zeroes: Default::default(),
-            driver: DriverOptions::File(FileOptions {
-                filename: path.clone(),
-                locking: None,
-                host_device: false,
-            }),
+        use crate::options::{
+            BlockdevOptions, BlockdevRef, DriverOptions, FileOptions, RawOptions,
         };
-        let raw = |size| crate::options::BlockdevOptions {
+        let file = BlockdevOptions::new(DriverOptions::File(FileOptions {
+            filename: path.clone(),
+            locking: None,
+            host_device: false,
+        }));
+        let raw = |size| BlockdevOptions {
             node_name: Some("r".to_owned()),
-            driver: DriverOptions::Raw(RawOptions {
-                file: BlockdevRef::Inline(Box::new(common.clone())),
+            ..BlockdevOptions::new(DriverOptions::Raw(RawOptions {
+                file: BlockdevRef::Inline(Box::new(file.clone())),
                 offset: 1024,
                 size,
-            }),
-            ..common.clone()
+            }))
         };
         let node = graph.blockdev_add(raw(None)).await.unwrap();
         graph.resize(&node, 512).await.unwrap();

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use block::{BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, DiscardMode, DriverOptions};
+use block::{BlockdevOptions, BlockdevRef, CacheChoice, DetectZeroes, DiscardMode, DriverOptions};
 use serde_json::Value;
 
 use super::{Outcome, bounded, done};
@@ -77,13 +77,12 @@ fn blockdev_options(args: Args) -> Result<BlockdevOptions, QmpError> {
     Ok(options)
 }
 
-/// Options of any node that its driver and its children look at: a child opened
-/// with its parent takes them from it where it says nothing.
+/// Options of any node that the options of its driver depend on: a child opened with
+/// its parent takes them from it where it says nothing.
 #[derive(Clone, Copy, Default)]
 struct Common {
-    read_only: Option<bool>,
-    auto_read_only: bool,
-    cache: CacheOptions,
+    /// `cache.direct`
+    direct: bool,
     discard: DiscardMode,
 }
 
@@ -102,25 +101,21 @@ impl Common {
 fn node_options(mut args: Args, parent: &Common) -> Result<BlockdevOptions, QmpError> {
     let read_driver = args.required_enum("driver", DRIVERS)?;
     let node_name = args.optional_str("node-name")?;
-    let discard = args
-        .optional_enum(
-            "discard",
-            &[
-                ("ignore", DiscardMode::Ignore),
-                ("off", DiscardMode::Ignore),
-                ("unmap", DiscardMode::Unmap),
-                ("on", DiscardMode::Unmap),
-            ],
-        )?
-        .unwrap_or(parent.discard);
+    let discard = args.optional_enum(
+        "discard",
+        &[
+            ("ignore", DiscardMode::Ignore),
+            ("off", DiscardMode::Ignore),
+            ("unmap", DiscardMode::Unmap),
+            ("on", DiscardMode::Unmap),
+        ],
+    )?;
     let cache = match args.optional_object("cache")? {
-        Some(args) => cache_options(args, parent.cache)?,
-        None => parent.cache,
+        Some(args) => cache_choice(args)?,
+        None => CacheChoice::default(),
     };
-    let read_only = args.optional_bool("read-only")?.or(parent.read_only);
-    let auto_read_only = args
-        .optional_bool("auto-read-only")?
-        .unwrap_or(parent.auto_read_only);
+    let read_only = args.optional_bool("read-only")?;
+    let auto_read_only = args.optional_bool("auto-read-only")?;
     if args.optional_bool("force-share")? == Some(true) {
         return Err(QmpError::generic(
             "Parameter 'force-share' is not supported here; leave it out",
@@ -137,14 +132,12 @@ fn node_options(mut args: Args, parent: &Common) -> Result<BlockdevOptions, QmpE
         )?
         .unwrap_or_default();
     let common = Common {
-        read_only,
-        auto_read_only,
-        cache,
-        discard,
+        direct: cache.direct.unwrap_or(parent.direct),
+        discard: discard.unwrap_or(parent.discard),
     };
     let driver = read_driver(&mut args, &common)?;
     args.finish()?;
-    if detect_zeroes == DetectZeroes::Unmap && discard != DiscardMode::Unmap {
+    if detect_zeroes == DetectZeroes::Unmap && common.discard != DiscardMode::Unmap {
         return Err(QmpError::generic(
             "setting detect-zeroes to unmap is not allowed without setting discard operation \
              to unmap",
@@ -171,9 +164,9 @@ fn child(args: &mut Args, role: &str, inherited: &Common) -> Result<BlockdevRef,
     })
 }
 
-fn cache_options(mut args: Args, parent: CacheOptions) -> Result<CacheOptions, QmpError> {
-    let direct = args.optional_bool("direct")?.unwrap_or(parent.direct);
-    let no_flush = args.optional_bool("no-flush")?.unwrap_or(parent.no_flush);
+fn cache_choice(mut args: Args) -> Result<CacheChoice, QmpError> {
+    let direct = args.optional_bool("direct")?;
+    let no_flush = args.optional_bool("no-flush")?;
     args.finish()?;
-    Ok(CacheOptions { direct, no_flush })
+    Ok(CacheChoice { direct, no_flush })
 }

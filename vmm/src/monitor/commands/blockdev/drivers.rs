@@ -44,7 +44,7 @@ fn file_or_device(
             ("io_uring", Aio::IoUring),
         ],
     )?;
-    if aio == Some(Aio::Native) && !common.cache.direct {
+    if aio == Some(Aio::Native) && !common.direct {
         return Err(QmpError::generic(
             "aio=native was specified, but it requires cache.direct=on, which was not specified.",
         ));

@@ -126,36 +126,29 @@ fn json_and_key_value_say_the_same() {
          detect-zeroes=unmap,file.driver=file,file.filename=a,,b,file.locking=off,\
          file.auto-read-only=on",
     );
+    let file = BlockdevOptions {
+        auto_read_only: Some(true),
+        ..BlockdevOptions::new(DriverOptions::File(FileOptions {
+            filename: PathBuf::from("a,b"),
+            locking: Some(false),
+            host_device: false,
+        }))
+    };
+    let raw = DriverOptions::Raw(RawOptions {
+        file: BlockdevRef::Inline(Box::new(file)),
+        offset: 512,
+        size: None,
+    });
     let expected = BlockdevOptions {
         node_name: Some("r".to_owned()),
         read_only: Some(true),
-        auto_read_only: false,
-        cache: CacheOptions {
-            direct: true,
-            no_flush: false,
+        cache: CacheChoice {
+            direct: Some(true),
+            no_flush: None,
         },
-        discard: DiscardMode::Unmap,
+        discard: Some(DiscardMode::Unmap),
         detect_zeroes: DetectZeroes::Unmap,
-        driver: DriverOptions::Raw(RawOptions {
-            file: BlockdevRef::Inline(Box::new(BlockdevOptions {
-                node_name: None,
-                read_only: Some(true),
-                auto_read_only: true,
-                cache: CacheOptions {
-                    direct: true,
-                    no_flush: false,
-                },
-                discard: DiscardMode::Unmap,
-                detect_zeroes: DetectZeroes::Off,
-                driver: DriverOptions::File(FileOptions {
-                    filename: PathBuf::from("a,b"),
-                    locking: Some(false),
-                    host_device: false,
-                }),
-            })),
-            offset: 512,
-            size: None,
-        }),
+        ..BlockdevOptions::new(raw)
     };
     assert_eq!(from_json.unwrap(), expected);
     assert_eq!(from_text.unwrap(), expected);
