@@ -50,7 +50,7 @@ pub use graph::{
 pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
     BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions, DetectZeroes, DiscardMode,
-    DriverOptions, FileOptions, NullCoOptions, RawOptions,
+    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, RawOptions, SocketAddress,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
 pub use range_lock::{LockRange, RangeGuard, RangeLock};

@@ -2,7 +2,9 @@
 //!
 //! The wire form (JSON, `key=value`) and its error texts are `vmm`'s.
 
+use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::node::NodeOptions;
 
@@ -115,6 +117,8 @@ pub enum DriverOptions {
     Raw(RawOptions),
     /// Reads as zeroes or garbage, forgets writes.
     NullCo(NullCoOptions),
+    /// An export of an NBD server.
+    Nbd(NbdOptions),
 }
 
 /// Options of `file` and `host_device`.
@@ -148,4 +152,60 @@ pub struct NullCoOptions {
     pub latency_ns: u64,
     /// Reads give zeroes; else buffers are left as they are.
     pub read_zeroes: bool,
+}
+
+/// Options of `nbd`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdOptions {
+    /// Where the server is.
+    pub server: SocketAddress,
+    /// Name of the export; empty for the server's default one.
+    pub export: String,
+    /// How long requests wait for a server that is lost to return before they fail.
+    /// Zero: not at all.
+    pub reconnect_delay: Duration,
+    /// How long to try to reach the server when the node is opened. Zero: one
+    /// attempt.
+    pub open_timeout: Duration,
+}
+
+/// Where a server is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SocketAddress {
+    /// A socket of this host.
+    Unix {
+        /// Its path, or its name.
+        path: PathBuf,
+        /// A name in the abstract name space, no path.
+        is_abstract: bool,
+        /// An abstract name ends with its last byte; else it is padded with NULs.
+        tight: bool,
+    },
+    /// A TCP port.
+    Inet(InetAddress),
+}
+
+/// A TCP port of a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InetAddress {
+    /// Name or address.
+    pub host: String,
+    /// Port, as a number or the name of a service.
+    pub port: String,
+    /// Whether IPv4 may be used; `None`: if IPv6 is not asked for.
+    pub ipv4: Option<bool>,
+    /// Whether IPv6 may be used; `None`: if IPv4 is not asked for.
+    pub ipv6: Option<bool>,
+    /// Probe an idle connection, so that a dead peer is noticed.
+    pub keep_alive: bool,
+}
+
+impl fmt::Display for SocketAddress {
+    /// The path, or `host:port`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix { path, .. } => path.display().fmt(f),
+            Self::Inet(inet) => write!(f, "{}:{}", inet.host, inet.port),
+        }
+    }
 }

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::nbd::client::NbdError;
+
 /// Why a driver cannot be opened.
 ///
 /// [`OpenError::Open`] carries the kernel's answer in its text, since this is
@@ -78,6 +80,9 @@ pub enum OpenError {
         /// What was given.
         value: u64,
     },
+    /// An NBD server's export cannot be used.
+    #[error(transparent)]
+    Nbd(#[from] NbdError),
 }
 
 /// The kernel's text without the number that the standard library adds.

@@ -11,6 +11,7 @@ use super::{Graph, GraphError, LocalFuture, above_inserted_filters};
 use crate::backend::AttachmentKind;
 use crate::driver::{BlockDriver, ChildRole};
 use crate::drivers::file::OpenFlags;
+use crate::drivers::nbd::NbdDriver;
 use crate::drivers::null::NullDriver;
 use crate::drivers::raw::RawDriver;
 use crate::drivers::{OpenError, file};
@@ -216,6 +217,20 @@ impl<'a> Opening<'a> {
                     driver: Box::new(RawDriver::new(node, raw, file)?),
                     read_only,
                     children: vec![entry],
+                })
+            }
+            DriverOptions::Nbd(nbd) => {
+                let driver = NbdDriver::open(
+                    node,
+                    nbd,
+                    read_only,
+                    options.auto_read_only.unwrap_or(false),
+                )
+                .await?;
+                Ok(Opened {
+                    read_only: driver.read_only(),
+                    driver: Box::new(driver),
+                    children: Vec::new(),
                 })
             }
             DriverOptions::NullCo(null) => Ok(Opened {

@@ -1,7 +1,7 @@
 //! The Network Block Device protocol.
 //!
 //! - [`protocol`]: what is on the wire, for both sides; no I/O.
-//!
-//! What does not live here: the client, which is a driver (`crate::drivers`).
+//! - `client`: one export of a server, for the driver (`crate::drivers::nbd`).
 
+pub(crate) mod client;
 pub mod protocol;

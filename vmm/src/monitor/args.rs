@@ -166,6 +166,13 @@ impl Args {
 
     /// An unsigned integer of 32 bits, if given.
     pub(crate) fn optional_u32(&mut self, name: &str) -> Result<Option<u32>, QmpError> {
+        if self.form == Form::Json
+            && let Some(value) = self.members.get(name)
+            && !value.is_i64()
+        {
+            let expected = if value.is_u64() { "uint32_t" } else { "uint64" };
+            return Err(QmpError::expects(&self.path(name), expected));
+        }
         match self.optional_i64(name)?.map(u32::try_from) {
             None => Ok(None),
             Some(Ok(value)) => Ok(Some(value)),

@@ -41,6 +41,7 @@ type ReadDriver = fn(&mut Args, &Common) -> Result<DriverOptions, QmpError>;
 const DRIVERS: &[(&str, ReadDriver)] = &[
     ("file", drivers::file),
     ("host_device", drivers::host_device),
+    ("nbd", drivers::nbd),
     ("null-co", drivers::null_co),
     ("raw", drivers::raw),
 ];

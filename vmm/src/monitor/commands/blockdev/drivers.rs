@@ -1,8 +1,11 @@
 //! The options of each driver on the wire, read in the order of QEMU's schema.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use block::{DriverOptions, FileOptions, NullCoOptions, RawOptions};
+use block::{
+    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, RawOptions, SocketAddress,
+};
 
 use super::{Common, child};
 use crate::monitor::args::Args;
@@ -60,6 +63,103 @@ fn file_or_device(
         locking,
         host_device,
     }))
+}
+
+pub(super) fn nbd(args: &mut Args, _: &Common) -> Result<DriverOptions, QmpError> {
+    let Some(server) = args.optional_object("server")? else {
+        return Err(QmpError::missing("server"));
+    };
+    let server = nbd_server(server)?;
+    let export = args.optional_str("export")?.unwrap_or_default();
+    let tls_creds = args.optional_str("tls-creds")?;
+    // Without credentials there is no TLS, and no name to be checked.
+    let _ = args.optional_str("tls-hostname")?;
+    let dirty_bitmap = args.optional_str("x-dirty-bitmap")?;
+    let seconds = |value: Option<u32>| Duration::from_secs(value.unwrap_or(0).into());
+    let reconnect_delay = seconds(args.optional_u32("reconnect-delay")?);
+    let open_timeout = seconds(args.optional_u32("open-timeout")?);
+    if let Some(id) = tls_creds {
+        return Err(QmpError::generic(format!(
+            "No TLS credentials with id '{id}'"
+        )));
+    }
+    if dirty_bitmap.is_some() {
+        return Err(QmpError::generic(
+            "Parameter 'x-dirty-bitmap' is not supported before there are dirty bitmaps here; \
+             leave it out",
+        ));
+    }
+    Ok(DriverOptions::Nbd(NbdOptions {
+        server,
+        export,
+        reconnect_delay,
+        open_timeout,
+    }))
+}
+
+fn nbd_server(mut args: Args) -> Result<SocketAddress, QmpError> {
+    #[derive(Clone, Copy)]
+    enum Type {
+        Inet,
+        Unix,
+        Vsock,
+        Fd,
+    }
+    let kind = args.required_enum(
+        "type",
+        &[
+            ("inet", Type::Inet),
+            ("unix", Type::Unix),
+            ("vsock", Type::Vsock),
+            ("fd", Type::Fd),
+        ],
+    )?;
+    let address = match kind {
+        Type::Inet => SocketAddress::Inet(inet_address(&mut args)?),
+        Type::Unix => SocketAddress::Unix {
+            path: PathBuf::from(args.required_str("path")?),
+            is_abstract: args.optional_bool("abstract")?.unwrap_or(false),
+            tight: args.optional_bool("tight")?.unwrap_or(true),
+        },
+        Type::Vsock => {
+            return Err(QmpError::generic(
+                "Socket address type 'vsock' is not supported here; use 'inet' or 'unix'",
+            ));
+        }
+        Type::Fd => {
+            args.required_str("str")?;
+            args.finish()?;
+            // What QEMU's storage daemon says, too.
+            return Err(QmpError::generic(
+                "only QEMU supports file descriptor passing",
+            ));
+        }
+    };
+    args.finish()?;
+    Ok(address)
+}
+
+fn inet_address(args: &mut Args) -> Result<InetAddress, QmpError> {
+    let host = args.required_str("host")?;
+    let port = args.required_str("port")?;
+    // A number is tried as such anyway, and a range is for servers.
+    args.optional_bool("numeric")?;
+    args.optional_u32("to")?;
+    let ipv4 = args.optional_bool("ipv4")?;
+    let ipv6 = args.optional_bool("ipv6")?;
+    let keep_alive = args.optional_bool("keep-alive")?.unwrap_or(false);
+    if ipv4 == Some(false) && ipv6 == Some(false) {
+        return Err(QmpError::generic(
+            "Cannot disable IPv4 and IPv6 at same time",
+        ));
+    }
+    Ok(InetAddress {
+        host,
+        port,
+        ipv4,
+        ipv6,
+        keep_alive,
+    })
 }
 
 pub(super) fn null_co(args: &mut Args, _: &Common) -> Result<DriverOptions, QmpError> {
