@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::id::JobKey;
 use crate::shared::{Shared, Slot};
+use crate::state::JobStatus;
 use crate::sync;
 
 /// What a request to the monitor side has caused: bodies to start or wake, and
@@ -27,6 +29,8 @@ pub struct Effects {
     pub(crate) start: Vec<Arc<Slot>>,
     pub(crate) wake: Vec<Arc<Slot>>,
     pub(crate) main: bool,
+    /// Illegal changes of status that the machine refused, to be logged.
+    pub(crate) refused: Vec<(JobKey, JobStatus, JobStatus)>,
 }
 
 impl std::fmt::Debug for Effects {
@@ -46,6 +50,7 @@ impl Effects {
             start: Vec::new(),
             wake: Vec::new(),
             main: false,
+            refused: Vec::new(),
         }
     }
 
@@ -53,12 +58,13 @@ impl Effects {
     pub fn and(mut self, mut other: Effects) -> Effects {
         self.start.append(&mut other.start);
         self.wake.append(&mut other.wake);
+        self.refused.append(&mut other.refused);
         self.main |= std::mem::take(&mut other.main);
         self
     }
 
     fn is_empty(&self) -> bool {
-        self.start.is_empty() && self.wake.is_empty() && !self.main
+        self.start.is_empty() && self.wake.is_empty() && !self.main && self.refused.is_empty()
     }
 
     /// Runs them.
@@ -72,6 +78,9 @@ impl Effects {
 
     fn run_all(&mut self) {
         sync::assert_unlocked("effects were run");
+        for (key, from, to) in std::mem::take(&mut self.refused) {
+            tracing::error!(?key, %from, %to, "Refused an illegal transition of a job");
+        }
         for slot in std::mem::take(&mut self.wake) {
             slot.waker.wake();
         }

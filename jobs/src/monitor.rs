@@ -129,8 +129,8 @@ impl Jobs {
         Arc::new(DrainUser::new(self.clone(), key, kind))
     }
 
-    /// What `query-jobs` and `query-block-jobs` show, oldest job first. Internal
-    /// jobs are left out. Any thread.
+    /// What `query-jobs` and `query-block-jobs` show, newest job first, as with
+    /// QEMU. Internal jobs are left out. Any thread.
     pub fn query(&self) -> Vec<JobInfo> {
         let listed: Vec<(JobInfo, Arc<Slot>)> = self.lock().query_locked();
         listed
@@ -354,13 +354,19 @@ impl JobsGuard<'_> {
     }
 
     /// Changes a parameter of a running job: the job's driver is asked with
-    /// [`ChangeRequest::apply`], after the guard is dropped.
+    /// [`ChangeRequest::apply`], after the guard is dropped. `None` is a change that
+    /// no type of job knows.
     ///
     /// # Errors
     ///
-    /// The verb is refused.
-    pub fn change(&mut self, key: JobKey, change: JobChange) -> Result<ChangeRequest, JobError> {
+    /// The verb is refused, or [`JobError::CannotChange`].
+    pub fn change(
+        &mut self,
+        key: JobKey,
+        change: Option<JobChange>,
+    ) -> Result<ChangeRequest, JobError> {
         self.locked.core.machine.check_verb(key, JobVerb::Change)?;
+        let change = change.ok_or(JobError::CannotChange)?;
         let slot = self.locked.core.slots.get(&key).ok_or(JobError::NotFound)?;
         Ok(ChangeRequest {
             driver: Arc::clone(&slot.driver),
@@ -454,6 +460,7 @@ impl JobsGuard<'_> {
         let core = &self.locked.core;
         core.machine
             .jobs()
+            .rev()
             .filter_map(|(key, job)| {
                 let slot = core.slots.get(&key)?;
                 let info = JobInfo::new(job, slot.job_type, slot.progress.snapshot())?;

@@ -214,6 +214,10 @@ impl Locked<'_> {
                         core.quick.push_back(MainWork::Free(slot, home));
                     }
                 }
+                Effect::Refused { key, from, to } => {
+                    effects.refused.push((key, from, to));
+                    continue;
+                }
             }
             effects.main = true;
         }

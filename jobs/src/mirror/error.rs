@@ -18,9 +18,6 @@ pub enum MirrorError {
     /// `buf-size` is negative.
     #[error("Invalid parameter 'buf-size'")]
     BufSize,
-    /// `speed` is negative.
-    #[error("Invalid parameter 'speed'")]
-    Speed,
     /// A sync mode that needs a bitmap of the user's.
     #[error("Sync mode '{0}' not supported")]
     SyncMode(&'static str),

@@ -82,9 +82,6 @@ fn check(graph: &Graph, spec: &MirrorSpec) -> Result<Sizes, MirrorError> {
         SyncMode::Incremental => return Err(MirrorError::SyncMode("incremental")),
         SyncMode::Bitmap => return Err(MirrorError::SyncMode("bitmap")),
     }
-    if spec.speed < 0 {
-        return Err(MirrorError::Speed);
-    }
     graph.check_not_blocked(&spec.source)?;
     graph.check_not_blocked(&spec.target)?;
     if let Some(name) = &spec.replaces {
@@ -180,7 +177,6 @@ fn set_up(
         id: Some(spec.job_id.clone()),
         auto_finalize: spec.auto_finalize,
         auto_dismiss: spec.auto_dismiss,
-        speed: spec.speed.unsigned_abs(),
         home: spec.home.clone(),
         ..JobSpec::new(KIND)
     };
@@ -188,6 +184,11 @@ fn set_up(
     let (key, effects) = jobs.lock().create(job, &as_driver)?;
     jobs.run(effects);
     undo.job = Some(key);
+    if spec.speed != 0 {
+        // A bad one is found out this late by QEMU too, and seen: created, null.
+        let effects = jobs.lock().set_speed(key, spec.speed)?;
+        jobs.run(effects);
+    }
 
     let mut attach = |node: &Arc<Node>, permissions, user: Arc<dyn BackendUser>| {
         let backend = graph.attach("", node, permissions, Some(user))?;

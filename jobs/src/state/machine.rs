@@ -79,6 +79,12 @@ pub(crate) enum Effect {
     Hook(JobKey, Hook),
     /// The job is gone from the machine: let go of its driver, on main.
     Free(JobKey),
+    /// A bug: a change of status that the table forbids was refused. To be logged.
+    Refused {
+        key: JobKey,
+        from: JobStatus,
+        to: JobStatus,
+    },
 }
 
 /// News for clients; the shell adds the id and the progress.
@@ -122,7 +128,7 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// The listed jobs, oldest first.
-    pub(crate) fn jobs(&self) -> impl Iterator<Item = (JobKey, &JobState)> {
+    pub(crate) fn jobs(&self) -> impl DoubleEndedIterator<Item = (JobKey, &JobState)> {
         self.jobs.iter().map(|(&key, job)| (key, job))
     }
 
@@ -263,7 +269,7 @@ impl Machine {
         };
         let from = job.status;
         if !from.may_become(to) {
-            tracing::error!(?key, %from, %to, "Refused an illegal transition of a job");
+            self.effects.push(Effect::Refused { key, from, to });
             debug_assert!(false, "illegal transition {from} -> {to} of {key:?}");
             return;
         }
@@ -575,15 +581,16 @@ impl Machine {
         if action != ErrorAction::Stop || job.deferred {
             return;
         }
-        if !std::mem::replace(&mut job.user_paused, true) {
-            job.pause_count += 1;
-        }
         if job.io_status == IoStatus::Ok {
             job.io_status = if errno == libc::ENOSPC {
                 IoStatus::NoSpace
             } else {
                 IoStatus::Failed
             };
+        }
+        // As if the user had paused it: only he can resume it.
+        if !std::mem::replace(&mut job.user_paused, true) {
+            self.pause(key);
         }
     }
 }

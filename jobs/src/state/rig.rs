@@ -52,6 +52,7 @@ impl Rig {
                 Effect::WakeBody(key) => self.woken.push(key),
                 Effect::Hook(key, hook) => self.hooks.push_back((key, hook)),
                 Effect::Free(key) => self.freed.push(key),
+                Effect::Refused { key, from, to } => panic!("{from} -> {to} of {key:?}"),
             }
         }
     }

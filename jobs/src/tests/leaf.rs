@@ -60,7 +60,7 @@ fn the_job_mutex_cannot_be_taken_twice() {
 fn a_change_cannot_be_applied_under_the_job_mutex() {
     alone(|jobs, key| {
         let mut guard = jobs.lock();
-        let request = guard.change(key, JobChange::CopyMode(CopyMode::Background));
+        let request = guard.change(key, Some(JobChange::CopyMode(CopyMode::Background)));
         request.unwrap().apply().ok();
     });
 }

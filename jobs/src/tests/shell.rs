@@ -517,8 +517,8 @@ fn lookups_of_the_two_families_see_what_they_should() {
             .iter()
             .map(|job| job.id.to_string())
             .collect();
-        assert_eq!(ids, ["c", "m"]);
-        assert_eq!(stage.jobs.query()[1].actively_synced, Some(true));
+        assert_eq!(ids, ["m", "c"], "newest first");
+        assert_eq!(stage.jobs.query()[0].actively_synced, Some(true));
         stage.jobs.cancel_all(LIMIT).await;
         assert!(!stage.told().is_empty());
     });
@@ -560,7 +560,7 @@ fn speed_and_changes_are_checked_in_order() {
         let request = stage
             .jobs
             .lock()
-            .change(key, JobChange::CopyMode(CopyMode::WriteBlocking))
+            .change(key, Some(JobChange::CopyMode(CopyMode::WriteBlocking)))
             .unwrap();
         assert_eq!(request.apply().unwrap_err().to_string(), "Not now");
         stage.jobs.cancel_all(LIMIT).await;

@@ -458,7 +458,7 @@ fn copy_mode_can_be_made_blocking_and_not_be_undone() {
         scribble(&rig.source);
         let key = rig.ready(rig.spec()).await;
         let change = |mode| {
-            let request = rig.jobs.lock().change(key, JobChange::CopyMode(mode));
+            let request = rig.jobs.lock().change(key, Some(JobChange::CopyMode(mode)));
             request.expect("the verb is accepted").apply()
         };
         assert!(change(CopyMode::Background).is_ok(), "no change");

@@ -228,7 +228,7 @@ async fn round(rig: Rc<Rig>, seed: u64, end: End) {
         let request = rig
             .jobs
             .lock()
-            .change(key, JobChange::CopyMode(CopyMode::WriteBlocking));
+            .change(key, Some(JobChange::CopyMode(CopyMode::WriteBlocking)));
         request.expect("accepted").apply().expect("possible");
     }
     if end != End::ForceCancel || random.below(2) == 0 {

@@ -143,7 +143,7 @@ pub(super) async fn block_job_change(monitor: Rc<Monitor>, mut args: Args) -> Ou
     let request = {
         let mut guard = monitor.jobs.lock();
         let key = guard.find_block_job(&id)?;
-        guard.change(key, change.ok_or(JobError::CannotChange)?)?
+        guard.change(key, change)?
     };
     request.apply()?;
     done()
