@@ -22,7 +22,7 @@ use super::driver::{MirrorDriver, Places};
 use super::pace::Pace;
 use super::pool::BufferPool;
 use super::state::MirrorState;
-use super::sweep::{Sweep, Swept};
+use super::sweep::{Flushes, Sweep, Swept};
 
 /// Most operations in flight.
 const MAX_OPERATIONS: u64 = 16;
@@ -182,7 +182,7 @@ impl<'a> Body<'a> {
             if self.wants_section() {
                 self.quiesce().await;
                 // Flushed beside the guest first: the section's own flush is short.
-                let flushed = self.flush().await;
+                let flushed = self.flush_beside_the_guest().await;
                 // What ended just now may have failed, or have paused the job.
                 let fine = flushed && self.failure.is_none() && !self.ctx.is_pause_requested();
                 if fine && self.converge().await {
@@ -278,6 +278,24 @@ impl<'a> Body<'a> {
             self.state.set_actively_synced(self.state.dirty.is_clean());
         }
         self.ctx.ready();
+    }
+
+    /// Flushes the target, again if the guest's requests have written much meanwhile.
+    /// `false`: as for a single flush, or something came up that is more urgent.
+    async fn flush_beside_the_guest(&mut self) -> bool {
+        let mut flushes = Flushes::new();
+        loop {
+            let began = Instant::now();
+            if !self.flush().await {
+                return false;
+            }
+            if !self.state.mirrors_actively() || !flushes.again(began.elapsed()) {
+                return true;
+            }
+            if self.ctx.is_force_cancelled() || self.ctx.is_pause_requested() {
+                return false;
+            }
+        }
     }
 
     /// Flushes the target if it was written. `false`: it failed, and may be tried

@@ -16,7 +16,7 @@ use super::converge::{
 };
 use super::copy::CopyError;
 use super::driver::{Ending, Held, MirrorDriver, Places};
-use super::sweep::{OPERATIONS, Sweep, Swept};
+use super::sweep::{Flushes, OPERATIONS, Sweep, Swept};
 
 /// First and longest wait before the filter's removal is tried again; doubles.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
@@ -145,7 +145,7 @@ impl Late<'_> {
             let stop = self.stop(PATIENCE);
             let swept = self.sweep.copy(SECTION_BYTES, |_| progress = true, stop);
             let swept = match swept.await {
-                Swept::Done => self.sweep.flush(self.stop(PATIENCE)).await,
+                Swept::Done => self.flush_beside_the_guest().await,
                 other => other,
             };
             if progress {
@@ -170,6 +170,19 @@ impl Late<'_> {
                     stalled += PATIENCE;
                 }
                 Swept::Stopped => return Err(slow_target()),
+            }
+        }
+    }
+
+    /// Flushes the target, again if the guest's requests have written much meanwhile.
+    async fn flush_beside_the_guest(&mut self) -> Swept {
+        let mut flushes = Flushes::new();
+        loop {
+            let began = Instant::now();
+            let swept = self.sweep.flush(self.stop(PATIENCE)).await;
+            let active = self.driver.state().mirrors_actively();
+            if !matches!(swept, Swept::Done) || !active || !flushes.again(began.elapsed()) {
+                return swept;
             }
         }
     }

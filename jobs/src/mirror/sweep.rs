@@ -9,6 +9,7 @@ use std::future::Future;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::IoError;
 use futures_util::future::{Either, LocalBoxFuture, select};
@@ -19,6 +20,10 @@ use super::state::MirrorState;
 
 /// Operations side by side.
 pub(super) const OPERATIONS: usize = 8;
+/// Flushes before a section at most.
+const MOST_FLUSHES: u32 = 6;
+/// A flush that need not get shorter.
+const SHORT_FLUSH: Duration = Duration::from_millis(2);
 
 /// How a copying or a flush ended.
 #[derive(Debug)]
@@ -29,6 +34,33 @@ pub(super) enum Swept {
     Stopped,
     /// A request failed. Its range is dirty again.
     Failed(CopyError),
+}
+
+/// How often the target is flushed beside the guest before a section.
+///
+/// Where the guest's requests write the target, a flush finds what they wrote during the
+/// one before: after a long one much, and the guest would wait for it in the section. So
+/// it is flushed again as long as that gets shorter.
+pub(super) struct Flushes {
+    left: u32,
+    before: Duration,
+}
+
+impl Flushes {
+    pub(super) fn new() -> Self {
+        Self {
+            left: MOST_FLUSHES,
+            before: Duration::MAX,
+        }
+    }
+
+    /// Whether another flush pays, after one that took `took`.
+    pub(super) fn again(&mut self, took: Duration) -> bool {
+        self.left = self.left.saturating_sub(1);
+        let pays = self.left > 0 && took > SHORT_FLUSH && took < self.before / 4 * 3;
+        self.before = took;
+        pays
+    }
 }
 
 /// Operations, and at most one flush, that may outlive a drained section.
@@ -142,5 +174,30 @@ impl Sweep {
         }
         let result = self.flush.as_mut()?.await;
         Some(self.flush_ended(result).map(|()| None))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn count(took_ms: impl Fn(u32) -> u64) -> u32 {
+        let mut flushes = Flushes::new();
+        let mut done = 0;
+        loop {
+            let took = Duration::from_millis(took_ms(done));
+            done += 1;
+            if !flushes.again(took) {
+                return done;
+            }
+        }
+    }
+
+    #[test]
+    fn flushes_go_on_while_they_get_shorter_and_are_not_short() {
+        assert_eq!(count(|_| 1), 1);
+        assert_eq!(count(|_| 20), 2, "no shorter");
+        assert_eq!(count(|n| [400, 100, 25, 1][n as usize]), 4);
+        assert_eq!(count(|n| 1000 >> n), MOST_FLUSHES);
     }
 }
