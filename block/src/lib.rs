@@ -32,6 +32,7 @@ pub mod runtime;
 mod sync;
 #[cfg(any(test, feature = "test-util"))]
 pub mod test_storage;
+mod throttle;
 mod uring;
 
 pub use backend::{AttachmentKind, Backend, BackendUser, InFlight};
@@ -51,6 +52,10 @@ pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
     BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions, DetectZeroes, DiscardMode,
     DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, RawOptions, SocketAddress,
+    ThrottleOptions,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
 pub use range_lock::{LockRange, RangeGuard, RangeLock};
+pub use throttle::{
+    GroupError, LimitsError, RateLimit, ThrottleGroup, ThrottleGroups, ThrottleLimits,
+};

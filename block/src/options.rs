@@ -119,6 +119,8 @@ pub enum DriverOptions {
     NullCo(NullCoOptions),
     /// An export of an NBD server.
     Nbd(NbdOptions),
+    /// Limits the rate of requests to another node.
+    Throttle(ThrottleOptions),
 }
 
 /// Options of `file` and `host_device`.
@@ -208,4 +210,13 @@ impl fmt::Display for SocketAddress {
             Self::Inet(inet) => write!(f, "{}:{}", inet.host, inet.port),
         }
     }
+}
+
+/// Options of `throttle`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ThrottleOptions {
+    /// Name of the group whose limits it shares.
+    pub group: String,
+    /// The node whose data it shows.
+    pub file: BlockdevRef,
 }

@@ -12,7 +12,9 @@ use futures_util::pin_mut;
 use jobs::Jobs;
 
 use crate::end_watchdog;
-use crate::monitor::{Monitor, QmpAddress, QmpError, QmpSocket, parse_blockdev};
+use crate::monitor::{
+    Monitor, ObjectOptions, QmpAddress, QmpError, QmpSocket, parse_blockdev, parse_object,
+};
 use crate::signals::EndSignals;
 
 /// How long jobs may take to end when the program does.
@@ -24,6 +26,11 @@ pub struct StorageDaemonArgs {
     /// Listen for QMP clients on a unix socket (may be given several times)
     #[arg(long, value_name = "unix:PATH", required = true)]
     qmp: Vec<QmpAddress>,
+
+    /// Make an object, as object-add does: JSON, or TYPE,id=NAME,key=value,...
+    /// (throttle-group, iothread; may be given several times)
+    #[arg(long, value_name = "OPTIONS", value_parser = object_parser)]
+    object: Vec<ObjectOptions>,
 
     /// Open a node, as blockdev-add does: JSON, or key=value,... with dots for
     /// what is nested and doubled commas in values (may be given several times)
@@ -39,6 +46,10 @@ enum End {
 
 fn blockdev_parser(text: &str) -> Result<BlockdevOptions, QmpError> {
     parse_blockdev(text)
+}
+
+fn object_parser(text: &str) -> Result<ObjectOptions, QmpError> {
+    parse_object(text)
 }
 
 /// Serves until a client says `quit` or a signal asks for the end.
@@ -58,6 +69,13 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
     let graph = Graph::new();
     let jobs = Jobs::new(graph.handle());
     let monitor = Monitor::new(&graph, &jobs);
+    for options in args.object {
+        let id = options.id().to_owned();
+        monitor
+            .objects()
+            .add(options)
+            .with_context(|| format!("Cannot make object '{id}'"))?;
+    }
     for options in args.blockdev {
         let name = options.node_name.clone().unwrap_or_default();
         graph

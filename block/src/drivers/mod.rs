@@ -6,6 +6,7 @@ pub mod file;
 pub mod nbd;
 pub mod null;
 pub mod raw;
+pub mod throttle;
 
 mod error;
 

@@ -108,6 +108,9 @@ pub enum GraphError {
     /// A driver could not be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// A throttle filter's group is not there.
+    #[error("Throttle group '{0}' does not exist")]
+    NoSuchThrottleGroup(String),
     /// The change would make a node its own child.
     #[error("Making '{child}' a {role} child of '{parent}' would create a cycle")]
     Loop {

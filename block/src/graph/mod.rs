@@ -24,6 +24,7 @@ use crate::driver::{BlockDriver, ChildRole};
 use crate::leaf::NoLeafCell;
 use crate::node::{Node, NodeOptions};
 use crate::permissions::{Perm, Permissions};
+use crate::throttle::ThrottleGroups;
 
 mod change;
 mod commit;
@@ -63,6 +64,7 @@ pub struct Graph {
     sections: RefCell<Vec<Arc<Section>>>,
     drain_timeout: Cell<Duration>,
     handle: RefCell<Option<GraphHandle>>,
+    throttle_groups: ThrottleGroups,
 }
 
 impl Graph {
@@ -77,6 +79,7 @@ impl Graph {
             sections: RefCell::default(),
             drain_timeout: Cell::new(DEFAULT_DRAIN_TIMEOUT),
             handle: RefCell::default(),
+            throttle_groups: ThrottleGroups::default(),
         })
     }
 
@@ -300,6 +303,11 @@ impl Graph {
             .borrow()
             .child(node.id(), role)
             .map(Arc::clone)
+    }
+
+    /// The throttle groups that `throttle` filters may refer to.
+    pub fn throttle_groups(&self) -> &ThrottleGroups {
+        &self.throttle_groups
     }
 
     /// How long a drained section waits for requests.

@@ -14,6 +14,7 @@ use crate::drivers::file::OpenFlags;
 use crate::drivers::nbd::NbdDriver;
 use crate::drivers::null::NullDriver;
 use crate::drivers::raw::RawDriver;
+use crate::drivers::throttle::ThrottleDriver;
 use crate::drivers::{OpenError, file};
 use crate::node::{Child, Node, NodeOptions};
 use crate::options::{BlockdevOptions, BlockdevRef, DetectZeroes, DiscardMode, DriverOptions};
@@ -231,6 +232,19 @@ impl<'a> Opening<'a> {
                     read_only: driver.read_only(),
                     driver: Box::new(driver),
                     children: Vec::new(),
+                })
+            }
+            DriverOptions::Throttle(throttle) => {
+                let (file, entry) = self.child(ChildRole::File, &throttle.file, options).await?;
+                let group = self
+                    .graph
+                    .throttle_groups
+                    .find(&throttle.group)
+                    .ok_or_else(|| GraphError::NoSuchThrottleGroup(throttle.group.clone()))?;
+                Ok(Opened {
+                    driver: Box::new(ThrottleDriver::new(group, file)),
+                    read_only,
+                    children: vec![entry],
                 })
             }
             DriverOptions::NullCo(null) => Ok(Opened {

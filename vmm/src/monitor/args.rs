@@ -73,6 +73,21 @@ impl Args {
         })
     }
 
+    /// As [`from_keyval`](Self::from_keyval), where the first part may be the value
+    /// of `implied` alone.
+    pub(crate) fn from_keyval_implied(text: &str, implied: &str) -> Result<Self, QmpError> {
+        let first = text.split(',').next().unwrap_or_default();
+        if first.is_empty() || first.contains('=') {
+            return Self::from_keyval(text);
+        }
+        Self::from_keyval(&format!("{implied}={text}"))
+    }
+
+    /// A value on its own, to be taken under `name`.
+    pub(crate) fn of_property(name: &str, value: Value) -> Self {
+        Self::new(Map::from_iter([(name.to_owned(), value)]))
+    }
+
     fn path(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
     }
@@ -83,6 +98,11 @@ impl Args {
 
     fn wrong_type(&self, name: &str, expected: &str) -> QmpError {
         QmpError::wrong_type(&self.path(name), expected)
+    }
+
+    /// A value of any type.
+    pub(crate) fn required_any(&mut self, name: &str) -> Result<Value, QmpError> {
+        self.members.remove(name).ok_or_else(|| self.missing(name))
     }
 
     /// A string, if given.

@@ -11,6 +11,8 @@ pub(crate) enum ErrorClass {
     CommandNotFound,
     /// `block-job-*` on a job that does not exist.
     DeviceNotActive,
+    /// No object at a path.
+    DeviceNotFound,
 }
 
 impl ErrorClass {
@@ -19,6 +21,7 @@ impl ErrorClass {
             Self::Generic => "GenericError",
             Self::CommandNotFound => "CommandNotFound",
             Self::DeviceNotActive => "DeviceNotActive",
+            Self::DeviceNotFound => "DeviceNotFound",
         }
     }
 }
@@ -65,6 +68,14 @@ impl QmpError {
         Self {
             class: ErrorClass::CommandNotFound,
             desc: format!("The command {command} has not been found"),
+        }
+    }
+
+    /// No object or type; `what` names it.
+    pub(super) fn device_not_found(what: &str) -> Self {
+        Self {
+            class: ErrorClass::DeviceNotFound,
+            desc: format!("{what} not found"),
         }
     }
 

@@ -23,6 +23,7 @@ mod commands;
 mod error;
 mod events;
 mod json;
+mod objects;
 mod output;
 mod request;
 mod session;
@@ -50,8 +51,10 @@ use output::Changed;
 use session::Session;
 
 pub(crate) use commands::parse_blockdev;
+use error::ErrorClass;
 pub(crate) use error::QmpError;
 pub(crate) use events::Event;
+pub(crate) use objects::{ObjectOptions, Objects, parse_object};
 pub(crate) use socket::{QmpAddress, QmpSocket, SocketError};
 
 /// What all monitor sockets of the process share. Main thread only.
@@ -62,6 +65,7 @@ pub(crate) struct Monitor {
     /// another whichever client sent them. All others do not wait: they change the graph
     /// in one step.
     graph_commands: futures_util::lock::Mutex<()>,
+    objects: Objects,
     machine: OnceCell<Rc<dyn VmControl>>,
     sessions: RefCell<Slab<Rc<Session>>>,
     quitting: Cell<bool>,
@@ -91,6 +95,7 @@ impl Monitor {
                 }
             }),
             graph_commands: futures_util::lock::Mutex::new(()),
+            objects: Objects::new(graph),
             machine: OnceCell::new(),
             sessions: RefCell::default(),
             quitting: Cell::new(false),
@@ -112,6 +117,11 @@ impl Monitor {
     /// Main's part of the jobs.
     pub(crate) fn jobs(&self) -> &MainJobs {
         &self.jobs
+    }
+
+    /// The objects that users made.
+    pub(crate) fn objects(&self) -> &Objects {
+        &self.objects
     }
 
     fn machine(&self) -> Option<Rc<dyn VmControl>> {

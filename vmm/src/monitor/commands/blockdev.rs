@@ -44,6 +44,7 @@ const DRIVERS: &[(&str, ReadDriver)] = &[
     ("nbd", drivers::nbd),
     ("null-co", drivers::null_co),
     ("raw", drivers::raw),
+    ("throttle", drivers::throttle),
 ];
 
 /// Reads `--blockdev`: JSON if it begins with a brace, else `key=value,…`.

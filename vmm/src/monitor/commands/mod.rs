@@ -8,6 +8,7 @@ mod blockdev;
 mod control;
 mod jobs;
 mod mirror;
+mod objects;
 mod query;
 mod vm;
 
@@ -78,6 +79,13 @@ static COMMANDS: &[Command] = commands! {
     "job-finalize" => jobs::job_finalize,
     "job-pause" => jobs::job_pause,
     "job-resume" => jobs::job_resume,
+    "object-add" => objects::object_add,
+    "object-del" => objects::object_del,
+    "qom-get" => objects::qom_get,
+    "qom-list" => objects::qom_list,
+    "qom-list-properties" => objects::qom_list_properties,
+    "qom-list-types" => objects::qom_list_types,
+    "qom-set" => objects::qom_set,
     "query-block" => query::query_block,
     "query-block-jobs" => jobs::query_block_jobs,
     "query-commands" => control::query_commands,

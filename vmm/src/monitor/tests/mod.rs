@@ -7,6 +7,7 @@ mod client;
 mod conversation;
 mod jobs;
 mod machine;
+mod objects;
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;

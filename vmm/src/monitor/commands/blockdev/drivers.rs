@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use block::{
     DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, RawOptions, SocketAddress,
+    ThrottleOptions,
 };
 
 use super::{Common, child};
@@ -182,4 +183,10 @@ pub(super) fn raw(args: &mut Args, common: &Common) -> Result<DriverOptions, Qmp
     let offset = args.optional_non_negative("offset")?.unwrap_or(0);
     let size = args.optional_non_negative("size")?;
     Ok(DriverOptions::Raw(RawOptions { file, offset, size }))
+}
+
+pub(super) fn throttle(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
+    let group = args.required_str("throttle-group")?;
+    let file = child(args, "file", &common.for_file())?;
+    Ok(DriverOptions::Throttle(ThrottleOptions { group, file }))
 }

@@ -1,0 +1,60 @@
+//! `object-add`, `object-del`, and properties of objects by path.
+
+use std::rc::Rc;
+
+use super::{Outcome, done};
+use crate::monitor::Monitor;
+use crate::monitor::args::Args;
+use crate::monitor::objects::{object_options, type_names, type_properties};
+
+pub(super) async fn object_add(monitor: Rc<Monitor>, args: Args) -> Outcome {
+    let options = object_options(args)?;
+    let _alone = monitor.graph_commands.lock().await;
+    monitor.objects.add(options)?;
+    done()
+}
+
+pub(super) async fn object_del(monitor: Rc<Monitor>, mut args: Args) -> Outcome {
+    let id = args.required_str("id")?;
+    args.finish()?;
+    let _alone = monitor.graph_commands.lock().await;
+    monitor.objects.del(&id).await?;
+    done()
+}
+
+pub(super) async fn qom_get(monitor: Rc<Monitor>, mut args: Args) -> Outcome {
+    let path = args.required_str("path")?;
+    let property = args.required_str("property")?;
+    args.finish()?;
+    monitor.objects.property(&path, &property)
+}
+
+/// Does not wait for commands that change the graph: a limit may be what they
+/// wait for.
+pub(super) async fn qom_set(monitor: Rc<Monitor>, mut args: Args) -> Outcome {
+    let path = args.required_str("path")?;
+    let property = args.required_str("property")?;
+    let value = args.required_any("value")?;
+    args.finish()?;
+    monitor.objects.set_property(&path, &property, value)?;
+    done()
+}
+
+pub(super) async fn qom_list(monitor: Rc<Monitor>, mut args: Args) -> Outcome {
+    let path = args.required_str("path")?;
+    args.finish()?;
+    monitor.objects.list(&path)
+}
+
+pub(super) async fn qom_list_types(_monitor: Rc<Monitor>, mut args: Args) -> Outcome {
+    let implements = args.optional_str("implements")?;
+    let with_abstract = args.optional_bool("abstract")?.unwrap_or(false);
+    args.finish()?;
+    Ok(type_names(implements.as_deref(), with_abstract))
+}
+
+pub(super) async fn qom_list_properties(_monitor: Rc<Monitor>, mut args: Args) -> Outcome {
+    let name = args.required_str("typename")?;
+    args.finish()?;
+    type_properties(&name)
+}
