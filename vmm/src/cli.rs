@@ -9,7 +9,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::{demo, guest, run, storage_daemon};
+use crate::{demo, guest, job_client, run, storage_daemon};
 
 /// Status of the process when it was told something that it cannot do.
 pub const EXIT_USAGE: u8 = 2;
@@ -45,6 +45,8 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Serve images, block jobs and QMP without a guest
     StorageDaemon(storage_daemon::StorageDaemonArgs),
+    /// Start, watch and steer block jobs of a running diptych or QEMU
+    Job(job_client::JobArgs),
     /// Mirror the disk of a small guest while it writes, pivot, and prove that
     /// nothing was lost
     Demo(demo::DemoArgs),
@@ -66,6 +68,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Run(args) => run::main(*args),
         Command::StorageDaemon(args) => storage_daemon::main(args),
+        Command::Job(args) => Ok(job_client::main(args)),
         Command::Demo(args) => demo::main(args),
         Command::Guest(args) => guest::main(args),
     }

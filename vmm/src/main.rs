@@ -11,6 +11,7 @@ mod demo;
 mod disks;
 mod end_watchdog;
 mod guest;
+mod job_client;
 mod machine;
 mod monitor;
 mod run;

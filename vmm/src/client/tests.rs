@@ -83,7 +83,7 @@ fn the_watch_ends_a_wait() {
         }
     }
     let dir = tempfile::tempdir().unwrap();
-    let error = Client::connect(&dir.path().join("none"), PATIENCE, Never).unwrap_err();
+    let error = Client::connect_when_there(&dir.path().join("none"), PATIENCE, Never).unwrap_err();
     assert_eq!(error.to_string(), "The child has ended");
 }
 
@@ -100,4 +100,97 @@ fn a_missing_socket_is_named() {
     let path = dir.path().join("none");
     let error = Client::connect(&path, Duration::ZERO, ()).unwrap_err();
     assert!(error.to_string().contains("none'"), "{error}");
+}
+
+/// A peer that greets and then does what it likes.
+fn wild_peer(
+    act: impl FnOnce(UnixStream) + Send + 'static,
+) -> (tempfile::TempDir, PathBuf, JoinHandle<()>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    let thread = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream
+            .write_all(b"{\"QMP\": {}}\r\n{\"return\": {}, \"id\": 1}\r\n")
+            .unwrap();
+        act(stream);
+    });
+    (dir, path, thread)
+}
+
+/// For waits that a test sees through to their end.
+const IMPATIENCE: Duration = Duration::from_millis(200);
+
+#[test]
+fn a_peer_that_does_not_greet_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    let error = Client::connect(&path, IMPATIENCE, ()).unwrap_err();
+    assert!(matches!(error, ClientError::NoGreeting { .. }), "{error}");
+    // Also where nobody accepts any more, and a plain connect would sleep.
+    let mut waiting = Vec::new();
+    while let Ok(stream) = connect_at_once(&path) {
+        waiting.push(stream);
+    }
+    let error = Client::connect(&path, IMPATIENCE, ()).unwrap_err();
+    assert!(matches!(error, ClientError::NoGreeting { .. }), "{error}");
+    drop(listener);
+}
+
+#[test]
+fn a_peer_that_does_not_answer_is_not_waited_for() {
+    let (_dir, path, thread) = wild_peer(|stream| {
+        // Until the client has gone.
+        let _ = (&stream).read_to_end(&mut Vec::new());
+    });
+    let mut client = Client::connect(&path, IMPATIENCE, ()).unwrap();
+    let error = client.execute("get", json!({})).unwrap_err();
+    assert!(matches!(error, ClientError::Timeout { .. }), "{error}");
+    drop(client);
+    thread.join().unwrap();
+}
+
+#[test]
+fn floods_of_every_kind_end() {
+    let event = &b"{\"event\": \"E\", \"data\": {}}\r\n"[..];
+    for flood in [event, b"\r\n", b"x", b"[[[[\n"] {
+        let flood = flood.repeat(1000);
+        let (_dir, path, thread) =
+            wild_peer(move |mut stream| while stream.write_all(&flood).is_ok() {});
+        let error = Client::connect(&path, IMPATIENCE, ())
+            .and_then(|mut client| client.execute("get", json!({})))
+            .unwrap_err();
+        assert!(
+            matches!(
+                error,
+                ClientError::Timeout { .. } | ClientError::Protocol(_)
+            ),
+            "{error}"
+        );
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn a_reply_that_came_too_late_is_not_taken_for_another() {
+    let (_dir, path, _thread) = peer(&[
+        "{\"return\": {}, \"id\": 1}\r\n",
+        "",
+        "{\"return\": \"late\", \"id\": 2}\r\n{\"return\": \"new\", \"id\": 3}\r\n",
+    ]);
+    let mut client = Client::connect(&path, PATIENCE, ()).unwrap();
+    client.patience = IMPATIENCE;
+    let error = client.execute("slow", json!({})).unwrap_err();
+    assert!(matches!(error, ClientError::Timeout { .. }), "{error}");
+    client.patience = PATIENCE;
+    assert_eq!(client.execute("get", json!({})).unwrap(), json!("new"));
+}
+
+#[test]
+fn what_a_peer_says_cannot_steer_the_terminal() {
+    assert_eq!(printable("a\u{1b}[2Jb\n", 100), "a\\u{1b}[2Jb\\n");
+    assert_eq!(printable("a\u{202e}b", 100), "a\\u{202e}b");
+    assert_eq!(printable("Käse", 3), "Käs…");
 }

@@ -75,7 +75,7 @@ pub fn run(
         args.rate
     );
     let vm = Vm::start(images, args.size, &workload)?;
-    let client = Client::connect(vm.qmp(), PATIENCE, vm.watch(interrupted))?;
+    let client = Client::connect_when_there(vm.qmp(), PATIENCE, vm.watch(interrupted))?;
     let mut demo = Demo {
         client,
         mailbox,

@@ -31,6 +31,11 @@ impl QmpAddress {
             path: path.to_owned(),
         }
     }
+
+    /// The socket's file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
 }
 
 impl FromStr for QmpAddress {

@@ -1,0 +1,144 @@
+//! The other side: diptych or QEMU, whichever version.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::error::JobError;
+use super::interrupt::{Interrupts, LastSignal};
+use super::jobs::{self, Job};
+use crate::client::{Client, ClientError, Event};
+
+/// A connection, and the commands that are there.
+#[derive(Debug)]
+pub struct Server {
+    client: Client<Interrupts>,
+    commands: HashSet<String>,
+    last_signal: LastSignal,
+    /// As the user named it, for hints.
+    address: String,
+}
+
+/// A node that the server has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
+impl Server {
+    /// Connects; each answer may take up to `patience`.
+    pub fn connect(path: &Path, patience: Duration) -> Result<Self, JobError> {
+        let interrupts = Interrupts::new()?;
+        let last_signal = interrupts.last();
+        let begin = || {
+            let mut client = Client::connect(path, patience, interrupts)?;
+            let list = client.execute("query-commands", json!({}))?;
+            Ok((client, list))
+        };
+        let (client, list) = begin().map_err(|error| interrupted_or(&last_signal, error))?;
+        let rows = list.as_array().ok_or(JobError::Answer {
+            command: "query-commands",
+        })?;
+        let names = rows.iter().filter_map(|row| row["name"].as_str());
+        Ok(Self {
+            commands: names.map(str::to_owned).collect(),
+            client,
+            last_signal,
+            address: format!("unix:{}", path.display()),
+        })
+    }
+
+    /// The address of the socket.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Whether it has a command.
+    pub fn has(&self, command: &str) -> bool {
+        self.commands.contains(command)
+    }
+
+    /// Runs a command.
+    ///
+    /// Errors: it is not there, it is refused, the connection fails, a signal
+    /// came.
+    pub fn run(&mut self, command: &'static str, arguments: Value) -> Result<Value, JobError> {
+        if !self.has(command) {
+            return Err(JobError::NoCommand(vec![command]));
+        }
+        let result = self.client.execute(command, arguments);
+        result.map_err(|error| interrupted_or(&self.last_signal, error))
+    }
+
+    /// The next event within `patience`.
+    pub fn next_event(&mut self, patience: Duration) -> Result<Option<Event>, JobError> {
+        let result = self.client.next_event(patience);
+        result.map_err(|error| interrupted_or(&self.last_signal, error))
+    }
+
+    /// What becomes of signals.
+    pub fn interrupts(&mut self) -> &mut Interrupts {
+        self.client.watch()
+    }
+
+    /// All jobs; as much about each as the server tells.
+    pub fn jobs(&mut self) -> Result<Vec<Job>, JobError> {
+        let mut all = if self.has("query-jobs") {
+            let answer = self.run("query-jobs", json!({}))?;
+            jobs::read_jobs(&answer).ok_or(JobError::Answer {
+                command: "query-jobs",
+            })?
+        } else {
+            Vec::new()
+        };
+        if self.has("query-block-jobs") {
+            let answer = self.run("query-block-jobs", json!({}))?;
+            jobs::add_block_jobs(&mut all, &answer).ok_or(JobError::Answer {
+                command: "query-block-jobs",
+            })?;
+        }
+        Ok(all)
+    }
+
+    /// All nodes.
+    pub fn nodes(&mut self) -> Result<Vec<Node>, JobError> {
+        let command = "query-named-block-nodes";
+        let answer = self.run(command, json!({"flat": true}))?;
+        let rows = answer.as_array().ok_or(JobError::Answer { command })?;
+        Ok(rows.iter().filter_map(node).collect())
+    }
+
+    /// What is in the drive of a guest's disk, which is named by its device.
+    pub fn disk(&mut self, name: &str) -> Result<Option<Node>, JobError> {
+        if !self.has("query-block") {
+            return Ok(None);
+        }
+        let answer = self.run("query-block", json!({}))?;
+        let rows = answer.as_array().map(Vec::as_slice).unwrap_or_default();
+        let disk = rows
+            .iter()
+            .find(|row| row["device"] == name || row["qdev"] == name);
+        Ok(disk.and_then(|row| node(&row["inserted"])))
+    }
+}
+
+fn interrupted_or(last_signal: &LastSignal, error: ClientError) -> JobError {
+    match error {
+        ClientError::Stopped(_) => JobError::Interrupted {
+            signal: last_signal.number(),
+        },
+        error => JobError::Client(error),
+    }
+}
+
+fn node(row: &Value) -> Option<Node> {
+    Some(Node {
+        name: row["node-name"].as_str()?.to_owned(),
+        size: row["image"]["virtual-size"].as_u64()?,
+    })
+}
