@@ -14,6 +14,9 @@ use crate::nbd::protocol::{allocation_flag, command, command_flag, transmission_
 use crate::options::{NbdOptions, SocketAddress};
 use crate::range_lock::{RangeGuard, RangeLock};
 
+#[cfg(all(test, not(shuttle)))]
+mod tests;
+
 /// Unit of requests that nodes know, in bytes.
 const SECTOR: u32 = 512;
 /// Zeroes that fill up blocks come from a buffer of this size: the largest block.

@@ -15,6 +15,10 @@ mod handshake;
 mod link;
 mod queue;
 mod socket;
+#[cfg(all(test, not(shuttle)))]
+pub(crate) mod test_server;
+#[cfg(all(test, not(shuttle)))]
+mod tests;
 mod transmission;
 
 pub use error::NbdError;
