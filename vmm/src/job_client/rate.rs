@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// What is older does not count.
+/// What is older does not count, if there is enough that is newer.
 const WINDOW: Duration = Duration::from_secs(5);
 /// More values do not make it better.
 const VALUES_MAX: usize = 64;
@@ -11,33 +11,41 @@ const VALUES_MAX: usize = 64;
 /// A progress over time.
 #[derive(Clone, Debug, Default)]
 pub struct Rate {
-    values: VecDeque<(Instant, u64)>,
+    /// When it changed, and to what: jobs with a limit go in steps, which may be
+    /// seconds apart.
+    changes: VecDeque<(Instant, u64)>,
+    /// When it was last looked at.
+    looked: Option<Instant>,
 }
 
 impl Rate {
     /// Notes how far it is.
     pub fn note(&mut self, now: Instant, current: u64) {
-        // A job that begins anew.
-        if self.values.back().is_some_and(|(_, last)| *last > current) {
-            self.values.clear();
+        self.looked = Some(now);
+        match self.changes.back() {
+            Some((_, last)) if *last == current => return,
+            // A job that begins anew.
+            Some((_, last)) if *last > current => self.changes.clear(),
+            _ => {}
         }
-        self.values.push_back((now, current));
-        while self.values.len() > VALUES_MAX
-            || self
-                .values
-                .front()
-                .is_some_and(|(then, _)| now.duration_since(*then) > WINDOW)
+        self.changes.push_back((now, current));
+        let is_old = |(then, _): &(Instant, u64)| now.duration_since(*then) > WINDOW;
+        while self.changes.len() > VALUES_MAX
+            || (self.changes.len() > 2 && self.changes.front().is_some_and(is_old))
         {
-            self.values.pop_front();
+            self.changes.pop_front();
         }
     }
 
     /// Bytes per second; `None` as long as nobody knows.
     pub fn per_second(&self) -> Option<u64> {
-        let (begin, from) = self.values.front()?;
-        let (end, to) = self.values.back()?;
-        let seconds = end.duration_since(*begin).as_secs_f64();
-        (seconds > 0.0).then(|| (to.saturating_sub(*from) as f64 / seconds) as u64)
+        let (begin, from) = self.changes.front()?;
+        let (_, to) = self.changes.back()?;
+        let time = self.looked?.duration_since(*begin);
+        if to == from && time < WINDOW || time.is_zero() {
+            return None;
+        }
+        Some((to.saturating_sub(*from) as f64 / time.as_secs_f64()) as u64)
     }
 
     /// How long so many bytes will take; `None` if nobody knows.
@@ -74,11 +82,32 @@ mod tests {
     fn a_job_that_stands_still_has_no_time_left() {
         let start = Instant::now();
         let mut rate = Rate::default();
-        for second in 0..1000 {
-            rate.note(start + Duration::from_secs(second), 7);
-        }
+        rate.note(start, 7);
+        assert_eq!(rate.per_second(), None);
+        rate.note(start + Duration::from_secs(60), 7);
         assert_eq!(rate.per_second(), Some(0));
         assert_eq!(rate.time_for(u64::MAX), None);
-        assert!(rate.values.len() <= VALUES_MAX);
+    }
+
+    #[test]
+    fn steps_that_are_far_apart_make_a_rate_too() {
+        let start = Instant::now();
+        let mut rate = Rate::default();
+        for second in 0..100 {
+            rate.note(start + Duration::from_secs(second), second / 10 * 1000);
+        }
+        let rate = rate.per_second().unwrap();
+        assert!((50..=100).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn many_small_steps_do_not_pile_up() {
+        let start = Instant::now();
+        let mut rate = Rate::default();
+        for step in 0..10_000 {
+            rate.note(start + Duration::from_millis(step), step);
+        }
+        assert!(rate.changes.len() <= VALUES_MAX);
+        assert_eq!(rate.per_second(), Some(1000));
     }
 }
