@@ -26,7 +26,12 @@ pub(crate) struct Scripted {
     body: Box<Body>,
     prepare: Option<Box<Main>>,
     called: Mutex<Vec<String>>,
+    /// What several drivers and the sink of events write to, with this job's name.
+    journal: Option<(&'static str, Journal)>,
 }
+
+/// What happened, in order, to several jobs.
+pub(crate) type Journal = Arc<Mutex<Vec<String>>>;
 
 impl Scripted {
     pub(crate) fn new<F, Fut>(body: F) -> Self
@@ -38,7 +43,14 @@ impl Scripted {
             body: Box::new(move |context| Box::pin(body(context))),
             prepare: None,
             called: Mutex::default(),
+            journal: None,
         }
+    }
+
+    /// Writes `name.hook` to `journal` for each hook.
+    pub(crate) fn with_journal(mut self, name: &'static str, journal: &Journal) -> Self {
+        self.journal = Some((name, Arc::clone(journal)));
+        self
     }
 
     pub(crate) fn with_prepare<F, Fut>(mut self, prepare: F) -> Self
@@ -53,7 +65,11 @@ impl Scripted {
     fn note(&self, what: impl Into<String>) {
         // Also checks the rule of the leaf lock at each hook.
         crate::sync::assert_unlocked("a hook was called");
-        self.called.lock().unwrap().push(what.into());
+        let what = what.into();
+        if let Some((name, journal)) = &self.journal {
+            journal.lock().unwrap().push(format!("{name}.{what}"));
+        }
+        self.called.lock().unwrap().push(what);
     }
 
     /// The hooks called so far.

@@ -11,12 +11,17 @@ use block::Graph;
 use block::runtime::{self, EventLoop};
 use futures_util::future::{Either, select};
 
-use crate::test_support::{Scripted, word};
+use crate::test_support::{Journal, Scripted, word};
 use crate::{Effects, JobError, JobEvent, JobKey, JobStatus, Jobs, JobsGuard, MainJobs};
 
+mod cancel;
+mod drain;
+mod ids;
 mod leaf;
+mod policies;
 mod shell;
 mod throttle;
+mod transactions;
 
 /// Longer than anything here takes; a bound, not a wait.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -26,6 +31,8 @@ pub(super) struct Stage {
     pub(super) graph: Rc<Graph>,
     /// What the sink was given.
     pub(super) events: Rc<RefCell<Vec<JobEvent>>>,
+    /// Hooks (`a.commit`) of drivers that write to it, and events (`a:concluded`).
+    pub(super) journal: Journal,
 }
 
 /// Runs `test` on a main loop with jobs.
@@ -35,13 +42,18 @@ pub(super) fn on_main<Fut: Future<Output = ()>>(test: impl FnOnce(Stage) -> Fut)
         let graph = Graph::new();
         let events = Rc::new(RefCell::new(Vec::new()));
         let sink = Rc::clone(&events);
+        let journal = Journal::default();
+        let written = Arc::clone(&journal);
         let jobs = Jobs::new(graph.handle()).attach_main(Rc::clone(&graph), move |event| {
+            let line = format!("{}:{}", event.id, word(&event));
+            written.lock().unwrap().push(line);
             sink.borrow_mut().push(event);
         });
         test(Stage {
             jobs,
             graph,
             events,
+            journal,
         })
         .await;
     });
@@ -52,6 +64,24 @@ impl Stage {
         let events = self.events.borrow();
         let words: Vec<String> = events.iter().map(word).collect();
         words.join(" ")
+    }
+
+    /// What was told of one job.
+    pub(super) fn told_of(&self, id: &str) -> String {
+        let events = self.events.borrow();
+        let of = events.iter().filter(|event| event.id.as_str() == id);
+        let words: Vec<String> = of.map(word).collect();
+        words.join(" ")
+    }
+
+    /// Reasons for the job to be parked.
+    pub(super) fn pause_count(&self, key: JobKey) -> u32 {
+        let locked = self.jobs.shared.lock();
+        locked
+            .core
+            .machine
+            .job(key)
+            .map_or(0, |job| job.pause_count)
     }
 
     pub(super) fn status(&self, id: &str) -> JobStatus {

@@ -525,29 +525,6 @@ fn lookups_of_the_two_families_see_what_they_should() {
 }
 
 #[test]
-fn bad_specs_are_refused_and_leave_nothing() {
-    on_main(|stage| async move {
-        let dynamic: Arc<dyn JobDriver> = steady();
-        let refused = |spec: JobSpec| {
-            let result = stage.jobs.lock().create(spec, &dynamic);
-            result.map(drop).unwrap_err().to_string()
-        };
-        assert_eq!(refused(JobSpec::new(MIRROR)), "Invalid job ID ''");
-        assert_eq!(refused(spec("0bad")), "Invalid job ID '0bad'");
-        let internal = JobSpec {
-            internal: true,
-            ..spec("j0")
-        };
-        assert_eq!(
-            refused(internal),
-            "Cannot specify job ID 'j0' for an internal job"
-        );
-        assert_eq!(Arc::strong_count(&dynamic), 1);
-        assert_eq!(stage.jobs.query(), []);
-    });
-}
-
-#[test]
 fn speed_and_changes_are_checked_in_order() {
     on_main(|stage| async move {
         let driver = ready();
