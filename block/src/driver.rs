@@ -90,6 +90,8 @@ impl Default for Limits {
 pub enum ChildRole {
     /// `file`: where a format or filter keeps its data.
     File,
+    /// `data-file`: where a format keeps the data, if not in `file`.
+    DataFile,
     /// `backing`: what shows through unallocated ranges.
     Backing,
     /// `target`: a second image that a filter writes.
@@ -101,6 +103,7 @@ impl ChildRole {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::File => "file",
+            Self::DataFile => "data-file",
             Self::Backing => "backing",
             Self::Target => "target",
         }

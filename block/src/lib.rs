@@ -50,9 +50,9 @@ pub use graph::{
 };
 pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
-    BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions, DetectZeroes, DiscardMode,
-    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, RawOptions, SocketAddress,
-    ThrottleOptions,
+    BackingRef, BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions, DetectZeroes, DiscardMode,
+    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, Qcow2Options, RawOptions,
+    SocketAddress, ThrottleOptions,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
 pub use range_lock::{LockRange, RangeGuard, RangeLock};

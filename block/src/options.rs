@@ -115,6 +115,8 @@ pub enum DriverOptions {
     File(FileOptions),
     /// The raw format: another node's bytes, or a part of them.
     Raw(RawOptions),
+    /// An image of QEMU's format.
+    Qcow2(Qcow2Options),
     /// Reads as zeroes or garbage, forgets writes.
     NullCo(NullCoOptions),
     /// An export of an NBD server.
@@ -143,6 +145,43 @@ pub struct RawOptions {
     pub offset: u64,
     /// Length of that part in bytes; `None`: up to the end.
     pub size: Option<u64>,
+}
+
+/// Options of `qcow2`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Qcow2Options {
+    /// Where the image is.
+    pub file: BlockdevRef,
+    /// Where its data is, if not in the image.
+    pub data_file: Option<BlockdevRef>,
+    /// What shows through.
+    pub backing: BackingRef,
+    /// Whether what is discarded in the image is discarded in its file; `None`: if
+    /// `discard` says unmap.
+    pub pass_discard_request: Option<bool>,
+}
+
+impl Qcow2Options {
+    /// The image in `file`, with what its header says.
+    pub fn new(file: BlockdevRef) -> Self {
+        Self {
+            file,
+            data_file: None,
+            backing: BackingRef::Header,
+            pass_discard_request: None,
+        }
+    }
+}
+
+/// A backing image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BackingRef {
+    /// What the image's header names, if anything.
+    Header,
+    /// None, whatever the header says.
+    None,
+    /// This one, whatever the header says.
+    Node(BlockdevRef),
 }
 
 /// Options of `null-co`.

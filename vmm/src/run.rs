@@ -292,6 +292,12 @@ async fn take_down(
             None => tracing::error!("Flush of disk '{}' did not end in time", backend.name()),
         }
     }
+    // Targets of jobs, say.
+    let left = flush_deadline.saturating_duration_since(Instant::now());
+    if in_time(left, graph.flush_all()).await.is_none() {
+        tracing::error!("Flushing what no disk uses did not end in time");
+        clean = false;
+    }
     monitor.close().await;
     clean
 }

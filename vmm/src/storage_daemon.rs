@@ -93,6 +93,7 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
     let asked = wait_for_end(&monitor, &signals).await;
     end_watchdog::start(matches!(asked, Ok(End::Signal)));
     end(&monitor).await;
+    graph.flush_all().await;
     asked.map(drop)
 }
 

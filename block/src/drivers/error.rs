@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::qcow2::{BackingFileError, HeaderError};
+use crate::error::IoError;
 use crate::nbd::client::NbdError;
 
 /// Why a driver cannot be opened.
@@ -70,6 +72,35 @@ pub enum OpenError {
         /// Size of the node it stands on.
         available: u64,
     },
+    /// The file is no qcow2 image, or one that cannot be served.
+    #[error(transparent)]
+    Qcow2(HeaderError),
+    /// The header of an image cannot be read.
+    #[error("Could not read the header of the image in node '{file}'")]
+    ReadImage {
+        /// Name of the node it is in.
+        file: String,
+        /// What the storage said.
+        #[source]
+        error: IoError,
+    },
+    /// The tables of an image cannot be read, or make no sense.
+    #[error("Could not open the image in node '{file}': {error}")]
+    Image {
+        /// Name of the node it is in.
+        file: String,
+        /// What is wrong.
+        error: io::Error,
+    },
+    /// The backing file that a header names is not opened.
+    #[error(transparent)]
+    BackingFile(#[from] BackingFileError),
+    /// The image's data is in a file of its own, and that is not given.
+    #[error("'data-file' is required for this image: give it explicitly")]
+    DataFileRequired,
+    /// A data file is given, and the image has its data in itself.
+    #[error("'data-file' can only be set for images with an external data file")]
+    DataFileUnexpected,
     /// A size or offset is not a multiple of the sector size.
     #[error("{what} {value} of node '{node}' is not a multiple of 512")]
     Unaligned {
@@ -86,7 +117,7 @@ pub enum OpenError {
 }
 
 /// The kernel's text without the number that the standard library adds.
-fn os_text(error: &io::Error) -> String {
+pub(super) fn os_text(error: &io::Error) -> String {
     let text = error.to_string();
     match text.find(" (os error ") {
         Some(end) => text[..end].to_owned(),

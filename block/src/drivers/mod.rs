@@ -5,6 +5,7 @@
 pub mod file;
 pub mod nbd;
 pub mod null;
+pub mod qcow2;
 pub mod raw;
 pub mod throttle;
 

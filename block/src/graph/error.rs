@@ -111,6 +111,9 @@ pub enum GraphError {
     /// A throttle filter's group is not there.
     #[error("Throttle group '{0}' does not exist")]
     NoSuchThrottleGroup(String),
+    /// The backing image could not be opened.
+    #[error("Could not open backing file: {0}")]
+    Backing(Box<GraphError>),
     /// The change would make a node its own child.
     #[error("Making '{child}' a {role} child of '{parent}' would create a cycle")]
     Loop {

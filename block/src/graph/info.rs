@@ -72,6 +72,23 @@ pub struct BackendInfo {
 }
 
 impl Graph {
+    /// Flushes all nodes that are written, so that the program may end: formats keep
+    /// tables in memory. Errors are logged. Cancel: some are flushed.
+    pub async fn flush_all(&self) {
+        let nodes: Vec<_> = self
+            .topology
+            .borrow()
+            .nodes
+            .iter()
+            .map(|entry| Arc::clone(&entry.node))
+            .collect();
+        for node in nodes.iter().filter(|node| !node.read_only()) {
+            if let Err(error) = node.flush().await {
+                tracing::error!(%error, "a node could not be flushed at the end");
+            }
+        }
+    }
+
     /// All nodes, in the order in which they came.
     pub fn nodes(&self) -> Vec<NodeInfo> {
         let nodes: Vec<_> = self

@@ -13,6 +13,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,6 +66,8 @@ pub struct Graph {
     drain_timeout: Cell<Duration>,
     handle: RefCell<Option<GraphHandle>>,
     throttle_groups: ThrottleGroups,
+    /// See [`Graph::set_backing_directories`].
+    backing_directories: RefCell<Vec<PathBuf>>,
 }
 
 impl Graph {
@@ -80,7 +83,14 @@ impl Graph {
             drain_timeout: Cell::new(DEFAULT_DRAIN_TIMEOUT),
             handle: RefCell::default(),
             throttle_groups: ThrottleGroups::default(),
+            backing_directories: RefCell::default(),
         })
+    }
+
+    /// Directories where backing files may be that the headers of images name,
+    /// besides the directory of the image itself (and below).
+    pub fn set_backing_directories(&self, directories: Vec<PathBuf>) {
+        self.backing_directories.replace(directories);
     }
 
     /// The node of that name, or the node that the device of that name is

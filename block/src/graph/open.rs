@@ -2,6 +2,7 @@
 //!
 //! What the options mean to one driver is the driver's business.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::commit::Removed;
@@ -20,6 +21,8 @@ use crate::node::{Child, Node, NodeOptions};
 use crate::options::{BlockdevOptions, BlockdevRef, DetectZeroes, DiscardMode, DriverOptions};
 use crate::permissions::Permissions;
 use crate::runtime::unblock;
+
+mod qcow2;
 
 impl Graph {
     /// Opens a node, and the children given inline, which belong to it and go
@@ -41,6 +44,7 @@ impl Graph {
             graph: self,
             nodes: Vec::new(),
             names: Vec::new(),
+            named: Vec::new(),
         };
         match opening.open(options, Owner::Monitor).await {
             Ok(node) => {
@@ -112,6 +116,9 @@ struct Opening<'a> {
     graph: &'a Graph,
     nodes: Vec<NodeEntry>,
     names: Vec<ReservedName<'a>>,
+    /// Files that are being opened because the header of an image names them,
+    /// symbolic links resolved.
+    named: Vec<PathBuf>,
 }
 
 impl Drop for Opening<'_> {
@@ -220,6 +227,7 @@ impl<'a> Opening<'a> {
                     children: vec![entry],
                 })
             }
+            DriverOptions::Qcow2(image) => self.open_qcow2(node, image, options).await,
             DriverOptions::Nbd(nbd) => {
                 let driver = NbdDriver::open(
                     node,
@@ -312,7 +320,9 @@ pub(super) fn inherit(
     let mut options = child.clone();
     let (read_only, auto_read_only) = match role {
         ChildRole::Backing => (Some(true), Some(false)),
-        ChildRole::File | ChildRole::Target => (parent.read_only, parent.auto_read_only),
+        ChildRole::File | ChildRole::DataFile | ChildRole::Target => {
+            (parent.read_only, parent.auto_read_only)
+        }
     };
     options.read_only = child.read_only.or(read_only);
     options.auto_read_only = child.auto_read_only.or(auto_read_only);
@@ -347,6 +357,7 @@ mod tests {
                 graph: &graph,
                 nodes: Vec::new(),
                 names: Vec::new(),
+                named: Vec::new(),
             };
             let opened = opening.open(raw_over("a"), Owner::Monitor).await;
             opened.expect("it opens");

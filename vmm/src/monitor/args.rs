@@ -273,6 +273,29 @@ impl Args {
         }
     }
 
+    /// A string, an object, or null (`Some(None)`), if given.
+    pub(crate) fn optional_string_object_or_null(
+        &mut self,
+        name: &str,
+        type_name: &str,
+    ) -> Result<Option<Option<StringOrObject>>, QmpError> {
+        match self.members.get(name) {
+            None => Ok(None),
+            Some(Value::Null) => {
+                self.members.remove(name);
+                Ok(Some(None))
+            }
+            Some(_) => self
+                .required_string_or_object(name, type_name)
+                .map(|value| Some(Some(value))),
+        }
+    }
+
+    /// Whether there is such an argument, not taken yet.
+    pub(crate) fn is_given(&self, name: &str) -> bool {
+        self.members.contains_key(name)
+    }
+
     fn nested(&self, name: &str, members: Map<String, Value>) -> Self {
         Self {
             prefix: format!("{}{name}.", self.prefix),

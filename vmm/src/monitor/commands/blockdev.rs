@@ -2,7 +2,9 @@
 
 use std::rc::Rc;
 
-use block::{BlockdevOptions, BlockdevRef, CacheChoice, DetectZeroes, DiscardMode, DriverOptions};
+use block::{
+    BackingRef, BlockdevOptions, BlockdevRef, CacheChoice, DetectZeroes, DiscardMode, DriverOptions,
+};
 use serde_json::Value;
 
 use super::{Outcome, bounded, done};
@@ -43,6 +45,7 @@ const DRIVERS: &[(&str, ReadDriver)] = &[
     ("host_device", drivers::host_device),
     ("nbd", drivers::nbd),
     ("null-co", drivers::null_co),
+    ("qcow2", drivers::qcow2),
     ("raw", drivers::raw),
     ("throttle", drivers::throttle),
 ];
@@ -94,6 +97,14 @@ impl Common {
     fn for_file(&self) -> Self {
         Self {
             discard: DiscardMode::Unmap,
+            ..*self
+        }
+    }
+
+    /// What a backing image takes.
+    fn for_backing(&self) -> Self {
+        Self {
+            discard: DiscardMode::Ignore,
             ..*self
         }
     }
@@ -164,6 +175,34 @@ fn child(args: &mut Args, role: &str, inherited: &Common) -> Result<BlockdevRef,
             BlockdevRef::Inline(Box::new(node_options(args, inherited)?))
         }
     })
+}
+
+/// Reads a child that need not be there.
+fn optional_child(
+    args: &mut Args,
+    role: &str,
+    inherited: &Common,
+) -> Result<Option<BlockdevRef>, QmpError> {
+    match args.is_given(role) {
+        true => child(args, role, inherited).map(Some),
+        false => Ok(None),
+    }
+}
+
+/// Reads the backing image of a format: a child, or null for none.
+fn backing(args: &mut Args, inherited: &Common) -> Result<BackingRef, QmpError> {
+    Ok(
+        match args.optional_string_object_or_null("backing", "BlockdevRefOrNull")? {
+            None => BackingRef::Header,
+            Some(None) => BackingRef::None,
+            // Deprecated by QEMU, and still used.
+            Some(Some(StringOrObject::String(name))) if name.is_empty() => BackingRef::None,
+            Some(Some(StringOrObject::String(name))) => BackingRef::Node(BlockdevRef::Name(name)),
+            Some(Some(StringOrObject::Object(args))) => BackingRef::Node(BlockdevRef::Inline(
+                Box::new(node_options(args, inherited)?),
+            )),
+        },
+    )
 }
 
 fn cache_choice(mut args: Args) -> Result<CacheChoice, QmpError> {

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use block::{
-    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, RawOptions, SocketAddress,
-    ThrottleOptions,
+    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, Qcow2Options, RawOptions,
+    SocketAddress, ThrottleOptions,
 };
 
-use super::{Common, child};
-use crate::monitor::args::Args;
+use super::{Common, backing, child, optional_child};
+use crate::monitor::args::{Args, StringOrObject};
 use crate::monitor::error::QmpError;
 
 /// What QEMU may do I/O with. All I/O here goes through io_uring.
@@ -189,4 +189,100 @@ pub(super) fn throttle(args: &mut Args, common: &Common) -> Result<DriverOptions
     let group = args.required_str("throttle-group")?;
     let file = child(args, "file", &common.for_file())?;
     Ok(DriverOptions::Throttle(ThrottleOptions { group, file }))
+}
+
+/// `lazy-refcounts`, the sizes of caches and checks for overlaps change how QEMU
+/// works, not what an image holds: they are read and have no effect.
+pub(super) fn qcow2(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
+    let file = child(args, "file", &common.for_file())?;
+    let backing = backing(args, &common.for_backing())?;
+    args.optional_bool("lazy-refcounts")?;
+    let pass_discard_request = args.optional_bool("pass-discard-request")?;
+    args.optional_bool("pass-discard-snapshot")?;
+    args.optional_bool("pass-discard-other")?;
+    overlap_check(args)?;
+    qcow2_caches(args)?;
+    if let Some(mut encrypt) = args.optional_object("encrypt")? {
+        let format = encrypt.required_enum("format", &[("aes", "aes"), ("luks", "luks")])?;
+        return Err(QmpError::generic(format!(
+            "Encryption format '{format}' is not supported: decrypt the image into a new one \
+             with 'qemu-img convert'"
+        )));
+    }
+    let data_file = optional_child(args, "data-file", &common.for_file())?;
+    Ok(DriverOptions::Qcow2(Qcow2Options {
+        file,
+        data_file,
+        backing,
+        pass_discard_request,
+    }))
+}
+
+/// What QEMU checks writes of tables against: a word, or an object.
+fn overlap_check(args: &mut Args) -> Result<(), QmpError> {
+    const TEMPLATES: &[(&str, ())] = &[("none", ()), ("constant", ()), ("cached", ()), ("all", ())];
+    const TABLES: [&str; 9] = [
+        "main-header",
+        "active-l1",
+        "active-l2",
+        "refcount-table",
+        "refcount-block",
+        "snapshot-table",
+        "inactive-l1",
+        "inactive-l2",
+        "bitmap-directory",
+    ];
+    if !args.is_given("overlap-check") {
+        return Ok(());
+    }
+    match args.required_string_or_object("overlap-check", "Qcow2OverlapChecks")? {
+        StringOrObject::String(word) => {
+            if !TEMPLATES.iter().any(|(template, ())| *template == word) {
+                return Err(QmpError::bad_value("overlap-check", &word));
+            }
+            Ok(())
+        }
+        StringOrObject::Object(mut flags) => {
+            flags.optional_enum("template", TEMPLATES)?;
+            for table in TABLES {
+                flags.optional_bool(table)?;
+            }
+            flags.finish()
+        }
+    }
+}
+
+fn qcow2_caches(args: &mut Args) -> Result<(), QmpError> {
+    let cache = args.optional_non_negative("cache-size")?;
+    let l2 = args.optional_non_negative("l2-cache-size")?;
+    let entry = args.optional_non_negative("l2-cache-entry-size")?;
+    let refcount = args.optional_non_negative("refcount-cache-size")?;
+    let interval = args.optional_non_negative("cache-clean-interval")?;
+    if let Some(cache) = cache {
+        if l2.is_some() && refcount.is_some() {
+            return Err(QmpError::generic(
+                "cache-size, l2-cache-size and refcount-cache-size may not be set at the same \
+                 time",
+            ));
+        }
+        if l2.is_some_and(|l2| l2 > cache) {
+            return Err(QmpError::generic("l2-cache-size may not exceed cache-size"));
+        }
+        if refcount.is_some_and(|refcount| refcount > cache) {
+            return Err(QmpError::generic(
+                "refcount-cache-size may not exceed cache-size",
+            ));
+        }
+    }
+    if let Some(entry) = entry
+        && !(entry.is_power_of_two() && (512..=2 << 20).contains(&entry))
+    {
+        return Err(QmpError::generic(
+            "L2 cache entry size must be a power of two between 512 and the cluster size",
+        ));
+    }
+    if interval.is_some_and(|interval| interval > u32::MAX.into()) {
+        return Err(QmpError::generic("Cache clean interval too big"));
+    }
+    Ok(())
 }
