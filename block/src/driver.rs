@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use crate::buffer::IoVec;
+use crate::debug_event::DebugEvent;
 use crate::error::{IoError, IoOp};
 use crate::node::Node;
 use crate::permissions::{PermissionError, Permissions};
@@ -96,6 +97,8 @@ pub enum ChildRole {
     Backing,
     /// `target`: a second image that a filter writes.
     Target,
+    /// `image`: what `blkdebug` shows.
+    Image,
 }
 
 impl ChildRole {
@@ -106,6 +109,7 @@ impl ChildRole {
             Self::DataFile => "data-file",
             Self::Backing => "backing",
             Self::Target => "target",
+            Self::Image => "image",
         }
     }
 }
@@ -221,6 +225,12 @@ pub trait BlockDriver: Send + Sync + 'static {
 
     /// The section has ended. Any thread, no lock held.
     fn drained_end(&self) {}
+
+    /// A step of the node above, or of this node itself, that a test may have
+    /// waited for. Any thread; must not block.
+    fn debug_event(&self, event: DebugEvent) {
+        let _ = event;
+    }
 
     /// What this node needs of the child in `role`, and lets others do with it,
     /// when its own users together need and share `users`.

@@ -16,6 +16,7 @@
 mod backend;
 mod buffer;
 mod chain;
+mod debug_event;
 mod dirty_bitmap;
 mod driver;
 pub mod drivers;
@@ -38,6 +39,7 @@ mod uring;
 pub use backend::{AttachmentKind, Backend, BackendUser, InFlight};
 pub use buffer::{AlignedBuffer, IoVec, MemoryOwner};
 pub use chain::ChainExtent;
+pub use debug_event::DebugEvent;
 pub use dirty_bitmap::{BitmapError, DirtyBitmap};
 pub use driver::{
     BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags,
@@ -50,9 +52,9 @@ pub use graph::{
 };
 pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
-    BackingRef, BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions, DetectZeroes, DiscardMode,
-    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, Qcow2Options, RawOptions,
-    SocketAddress, ThrottleOptions,
+    BackingRef, BlkdebugOptions, BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions,
+    DetectZeroes, DiscardMode, DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions,
+    Qcow2Options, RawOptions, SocketAddress, ThrottleOptions,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
 pub use range_lock::{LockRange, RangeGuard, RangeLock};

@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 use arc_swap::ArcSwap;
 
 use crate::buffer::{AlignedBuffer, IoVec};
+use crate::debug_event::DebugEvent;
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::driver::{BlockDriver, ChildRole, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags};
 use crate::error::{IoError, IoOp};
@@ -185,12 +186,19 @@ impl Node {
                     && self.options.discard == DiscardMode::Unmap,
                 no_fallback: true,
             };
+            self.debug_event(DebugEvent::PWRITEV_ZERO);
             match self.driver.write_zeroes(offset, len, zero).await {
                 Err(error) if error.errno == libc::EOPNOTSUPP => {}
-                result => return result,
+                result => {
+                    self.debug_event(DebugEvent::PWRITEV_DONE);
+                    return result;
+                }
             }
         }
-        self.write_pieces(offset, &iov, flags).await
+        self.debug_event(DebugEvent::PWRITEV);
+        let result = self.write_pieces(offset, &iov, flags).await;
+        self.debug_event(DebugEvent::PWRITEV_DONE);
+        result
     }
 
     async fn write_pieces(
@@ -243,6 +251,13 @@ impl Node {
             may_unmap: flags.may_unmap && self.options.discard == DiscardMode::Unmap,
             ..flags
         };
+        self.debug_event(DebugEvent::PWRITEV_ZERO);
+        let result = self.zeroes_or_data(offset, len, flags).await;
+        self.debug_event(DebugEvent::PWRITEV_DONE);
+        result
+    }
+
+    async fn zeroes_or_data(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<(), IoError> {
         match self.driver.write_zeroes(offset, len, flags).await {
             Err(error) if error.errno == libc::EOPNOTSUPP && !flags.no_fallback => {}
             result => return result,
@@ -347,6 +362,18 @@ impl Node {
     /// that may never come. Any thread.
     pub fn cancel_in_flight(&self) {
         self.driver.cancel_in_flight();
+    }
+
+    /// Tells the driver of a step of whoever calls. Any thread.
+    pub fn debug_event(&self, event: DebugEvent) {
+        self.driver.debug_event(event);
+    }
+
+    /// Tells the driver that the node above is being flushed, and is about to flush
+    /// this one.
+    pub(crate) fn flush_events(&self) {
+        self.debug_event(DebugEvent::FLUSH_TO_OS);
+        self.debug_event(DebugEvent::FLUSH_TO_DISK);
     }
 
     /// An error of a request to this node.

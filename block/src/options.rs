@@ -6,7 +6,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::drivers::blkdebug::{InjectError, SetState};
 use crate::node::NodeOptions;
+use crate::permissions::Perm;
 
 /// A node to be opened.
 ///
@@ -121,6 +123,8 @@ pub enum DriverOptions {
     NullCo(NullCoOptions),
     /// An export of an NBD server.
     Nbd(NbdOptions),
+    /// Lets chosen requests to another node fail.
+    Blkdebug(BlkdebugOptions),
     /// Limits the rate of requests to another node.
     Throttle(ThrottleOptions),
 }
@@ -249,6 +253,35 @@ impl fmt::Display for SocketAddress {
             Self::Inet(inet) => write!(f, "{}:{}", inet.host, inet.port),
         }
     }
+}
+
+/// Options of `blkdebug`. Limits are in bytes; 0: those of the node below.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlkdebugOptions {
+    /// The node whose data it shows.
+    pub image: BlockdevRef,
+    /// A file of rules, which come before those given here.
+    pub config: Option<PathBuf>,
+    /// Alignment of requests.
+    pub align: u64,
+    /// Largest request.
+    pub max_transfer: u32,
+    /// Best unit of zero writes.
+    pub opt_write_zero: u32,
+    /// Largest zero write.
+    pub max_write_zero: u32,
+    /// Best unit of discards.
+    pub opt_discard: u32,
+    /// Largest discard.
+    pub max_discard: u32,
+    /// Requests that fail.
+    pub inject_error: Vec<InjectError>,
+    /// What changes the state that they depend on.
+    pub set_state: Vec<SetState>,
+    /// Rights that it needs of the image beside those of its users.
+    pub take_child_perms: Perm,
+    /// Rights that it denies others whatever its users do.
+    pub unshare_child_perms: Perm,
 }
 
 /// Options of `throttle`.

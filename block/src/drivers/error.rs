@@ -21,6 +21,9 @@ pub enum OpenError {
         /// What the kernel said.
         error: io::Error,
     },
+    /// A `blkdebug` filter cannot be opened.
+    #[error(transparent)]
+    Blkdebug(#[from] super::blkdebug::BlkdebugError),
     /// The file is not of a kind that can be a disk.
     #[error("'{}' is a {found}; an image must be a regular file or a block device", path.display())]
     WrongKind {

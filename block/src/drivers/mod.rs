@@ -2,6 +2,7 @@
 //!
 //! What does not live here: nodes, edges and permissions between them (`graph`).
 
+pub mod blkdebug;
 pub mod file;
 pub mod nbd;
 pub mod null;

@@ -1,6 +1,7 @@
 //! `raw`: the bytes of another node, or a part of them.
 
 use crate::buffer::IoVec;
+use crate::debug_event::DebugEvent;
 use crate::driver::{BlockDriver, BoxFuture, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags};
 use crate::drivers::OpenError;
 use crate::error::{IoError, IoOp};
@@ -92,7 +93,9 @@ impl BlockDriver for RawDriver {
     fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
             let at = self.below(IoOp::Read, offset, iov.len() as u64)?;
-            self.file.node().read(at, iov).await
+            let file = self.file.node();
+            file.debug_event(DebugEvent::READ_AIO);
+            file.read(at, iov).await
         })
     }
 
@@ -104,7 +107,9 @@ impl BlockDriver for RawDriver {
     ) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
             let at = self.below(IoOp::Write, offset, iov.len() as u64)?;
-            self.file.node().write(at, iov, flags).await
+            let file = self.file.node();
+            file.debug_event(DebugEvent::WRITE_AIO);
+            file.write(at, iov, flags).await
         })
     }
 
@@ -128,7 +133,11 @@ impl BlockDriver for RawDriver {
     }
 
     fn flush<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async move { self.file.node().flush().await })
+        Box::pin(async move {
+            let file = self.file.node();
+            file.flush_events();
+            file.flush().await
+        })
     }
 
     fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {

@@ -83,7 +83,11 @@ impl BlockDriver for ThrottleDriver {
     }
 
     fn flush<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async move { self.file.node().flush().await })
+        Box::pin(async move {
+            let file = self.file.node();
+            file.flush_events();
+            file.flush().await
+        })
     }
 
     fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {

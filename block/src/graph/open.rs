@@ -11,6 +11,7 @@ use super::topology::{ChildEntry, NodeEntry, Owner};
 use super::{Graph, GraphError, LocalFuture, above_inserted_filters};
 use crate::backend::AttachmentKind;
 use crate::driver::{BlockDriver, ChildRole};
+use crate::drivers::blkdebug::BlkdebugDriver;
 use crate::drivers::file::OpenFlags;
 use crate::drivers::nbd::NbdDriver;
 use crate::drivers::null::NullDriver;
@@ -242,6 +243,17 @@ impl<'a> Opening<'a> {
                     children: Vec::new(),
                 })
             }
+            DriverOptions::Blkdebug(debug) => {
+                let (image, entry) = self.child(ChildRole::Image, &debug.image, options).await?;
+                let driver = BlkdebugDriver::open(debug, image)
+                    .await
+                    .map_err(OpenError::from)?;
+                Ok(Opened {
+                    driver: Box::new(driver),
+                    read_only,
+                    children: vec![entry],
+                })
+            }
             DriverOptions::Throttle(throttle) => {
                 let (file, entry) = self.child(ChildRole::File, &throttle.file, options).await?;
                 let group = self
@@ -320,7 +332,7 @@ pub(super) fn inherit(
     let mut options = child.clone();
     let (read_only, auto_read_only) = match role {
         ChildRole::Backing => (Some(true), Some(false)),
-        ChildRole::File | ChildRole::DataFile | ChildRole::Target => {
+        ChildRole::File | ChildRole::DataFile | ChildRole::Target | ChildRole::Image => {
             (parent.read_only, parent.auto_read_only)
         }
     };

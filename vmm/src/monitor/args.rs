@@ -200,6 +200,26 @@ impl Args {
         }
     }
 
+    /// An integer of 0 to 2^31-1, if given: QEMU's `int32` where a negative number
+    /// has no meaning.
+    pub(crate) fn optional_non_negative_i32(
+        &mut self,
+        name: &str,
+    ) -> Result<Option<u32>, QmpError> {
+        let Some(value) = self.optional_i64(name)? else {
+            return Ok(None);
+        };
+        let value =
+            i32::try_from(value).map_err(|_| QmpError::expects(&self.path(name), "int32_t"))?;
+        match u32::try_from(value) {
+            Ok(value) => Ok(Some(value)),
+            Err(_) => Err(QmpError::expects(
+                &self.path(name),
+                "a non-negative number below 2^64",
+            )),
+        }
+    }
+
     /// One of a few words, if given.
     pub(crate) fn optional_enum<T: Copy>(
         &mut self,
@@ -248,6 +268,25 @@ impl Args {
             }
         }
         Ok(Some(values))
+    }
+
+    /// A list of objects, if given. On the command line their places are keys
+    /// (`rules.0.event=…`).
+    pub(crate) fn optional_list(&mut self, name: &str) -> Result<Option<Vec<Self>>, QmpError> {
+        let elements = match (self.form, self.members.remove(name)) {
+            (_, None) => return Ok(None),
+            (Form::Json, Some(Value::Array(elements))) => elements,
+            (Form::KeyValue, Some(Value::Object(mut members))) => (0..members.len())
+                .map_while(|place| members.remove(&place.to_string()))
+                .collect(),
+            _ => return Err(self.wrong_type(name, "array")),
+        };
+        let place = |(index, element)| match element {
+            Value::Object(members) => Ok(self.nested(&format!("{name}[{index}]"), members)),
+            _ => Err(self.wrong_type(&format!("{name}[{index}]"), "object")),
+        };
+        let list: Result<_, _> = elements.into_iter().enumerate().map(place).collect();
+        list.map(Some)
     }
 
     /// An object, if given.

@@ -13,6 +13,7 @@ use crate::monitor::args::{Args, StringOrObject};
 use crate::monitor::error::QmpError;
 use crate::monitor::json::{Limits, Reader};
 
+mod blkdebug;
 mod drivers;
 #[cfg(test)]
 mod tests;
@@ -41,6 +42,7 @@ type ReadDriver = fn(&mut Args, &Common) -> Result<DriverOptions, QmpError>;
 
 /// Drivers by QMP's names, with who reads their options.
 const DRIVERS: &[(&str, ReadDriver)] = &[
+    ("blkdebug", blkdebug::options),
     ("file", drivers::file),
     ("host_device", drivers::host_device),
     ("nbd", drivers::nbd),

@@ -173,3 +173,72 @@ fn the_command_line_takes_one_json_object() {
         assert!(parse_blockdev(bad).is_err(), "{bad}");
     }
 }
+
+#[test]
+fn rules_of_blkdebug_are_read_and_their_mistakes_named() {
+    let with = |name: &str, value: Value| {
+        let mut options = json!({"driver": "blkdebug", "node-name": "b", "image": "n"});
+        options[name] = value;
+        options
+    };
+    let rule = |rule: Value| with("inject-error", json!([{"event": "none"}, rule]));
+    let cases = [
+        (
+            with("align", json!(-1)),
+            "Parameter 'align' expects a non-negative number below 2^64",
+        ),
+        (
+            with("max-transfer", json!(1_u64 << 31)),
+            "Parameter 'max-transfer' expects int32_t",
+        ),
+        (
+            with("inject-error", json!({})),
+            "Invalid parameter type for 'inject-error', expected: array",
+        ),
+        (
+            with("inject-error", json!([])),
+            "Block protocol 'blkdebug' doesn't support the option 'inject-error'",
+        ),
+        (
+            rule(json!(5)),
+            "Invalid parameter type for 'inject-error[1]', expected: object",
+        ),
+        (
+            rule(json!({})),
+            "Parameter 'inject-error[1].event' is missing",
+        ),
+        (
+            rule(json!({"event": "zz"})),
+            "Parameter 'event' does not accept value 'zz'",
+        ),
+        (
+            rule(json!({"event": "none", "iotype": "zz"})),
+            "Parameter 'iotype' does not accept value 'zz'",
+        ),
+        (
+            rule(json!({"event": "none", "x": 1})),
+            "Parameter 'inject-error[1].x' is unexpected",
+        ),
+        (
+            with("set-state", json!([{"event": "none"}])),
+            "Parameter 'set-state[0].new_state' is missing",
+        ),
+        (
+            with("take-child-perms", json!(["all"])),
+            "Parameter 'null' does not accept value 'all'",
+        ),
+    ];
+    for (options, text) in cases {
+        let shown = options.to_string();
+        assert_eq!(read(options).unwrap_err().desc, text, "{shown}");
+    }
+    let from_json = read(rule(json!({
+        "event": "write_aio", "errno": 28, "sector": -1, "once": true, "delay-ns": 7
+    })));
+    let from_text = parse_blockdev(
+        "driver=blkdebug,node-name=b,image=n,inject-error.0.event=none,\
+         inject-error.1.event=write_aio,inject-error.1.errno=28,inject-error.1.sector=-1,\
+         inject-error.1.once=on,inject-error.1.delay-ns=7",
+    );
+    assert_eq!(from_json.unwrap(), from_text.unwrap());
+}
