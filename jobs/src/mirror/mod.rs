@@ -43,6 +43,8 @@ mod pace;
 mod plan;
 mod pool;
 mod private_copy;
+#[cfg(all(test, shuttle))]
+mod shuttle_tests;
 mod spec;
 mod start;
 mod state;

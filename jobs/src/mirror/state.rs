@@ -20,14 +20,15 @@
 use std::collections::BTreeMap;
 use std::ops::{Deref, Range};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 
 use block::{Backend, BitmapError, DirtyBitmap, InFlight, IoError, RangeLock};
 
 use super::pace::GuestLatency;
 use crate::CopyMode;
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use crate::sync::{Mutex, MutexGuard};
 
 /// Bytes of private copies that write-blocking requests may hold at a time.
 /// What goes beyond is left to the copier.
