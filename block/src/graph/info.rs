@@ -1,11 +1,16 @@
 //! What queries say of nodes and backends.
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::{Either, join_all, select};
 
 use super::Graph;
 use crate::driver::ChildRole;
 use crate::node::Node;
 use crate::options::{CacheOptions, DetectZeroes, DiscardMode};
+use crate::runtime::sleep;
 
 /// A node, for `query-named-block-nodes` and `query-block`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,7 +78,8 @@ pub struct BackendInfo {
 
 impl Graph {
     /// Flushes all nodes that are written, so that the program may end: formats keep
-    /// tables in memory. Errors are logged. Cancel: some are flushed.
+    /// tables in memory. One that hangs keeps nobody else, and a server that is away
+    /// is not waited for. Errors are logged. Cancel: some are flushed.
     pub async fn flush_all(&self) {
         let nodes: Vec<_> = self
             .topology
@@ -82,11 +88,11 @@ impl Graph {
             .iter()
             .map(|entry| Arc::clone(&entry.node))
             .collect();
-        for node in nodes.iter().filter(|node| !node.read_only()) {
-            if let Err(error) = node.flush().await {
-                tracing::error!(%error, "a node could not be flushed at the end");
-            }
-        }
+        let flushes = nodes
+            .iter()
+            .filter(|node| !node.read_only())
+            .map(last_flush);
+        join_all(flushes).await;
     }
 
     /// All nodes, in the order in which they came.
@@ -160,5 +166,23 @@ impl Graph {
                 in_flight: entry.backend.in_flight(),
             })
             .collect()
+    }
+}
+
+/// How long the last flush of a node may take before what waits for a server in it
+/// is given up, again and again.
+const LAST_FLUSH_PATIENCE: Duration = Duration::from_secs(1);
+
+async fn last_flush(node: &Arc<Node>) {
+    let flush = pin!(node.flush());
+    let impatience = pin!(async {
+        loop {
+            sleep(LAST_FLUSH_PATIENCE).await;
+            node.cancel_in_flight();
+        }
+    });
+    let Either::Left((result, _)) = select(flush, impatience).await;
+    if let Err(error) = result {
+        tracing::error!(%error, "a node could not be flushed at the end");
     }
 }

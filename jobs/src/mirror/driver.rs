@@ -204,6 +204,11 @@ impl JobDriver for MirrorDriver {
             // Nothing will be copied any more, so nothing has to be recorded, and
             // no guest request has to wait for the target.
             self.state.set_engaged(false);
+            // Nor for a server that is away: what becomes of the target does not
+            // matter any more.
+            if let Some(places) = self.places() {
+                places.target.cancel_in_flight();
+            }
         }
     }
 

@@ -11,13 +11,12 @@ use std::sync::{Arc, mpsc};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use futures_channel::oneshot;
 use futures_util::future::{Either, select};
 
 use super::connect::connect;
 use super::error::NbdError;
 use super::handshake::{Export, negotiate};
-use super::queue::{CloseOnDrop, Command, LinkState, Queue, Request, Status};
+use super::queue::{CloseOnDrop, Command, LinkState, Queue, Status};
 use super::socket::Socket;
 use super::transmission::{Connection, End};
 use crate::nbd::protocol::MAX_STRING;
@@ -99,16 +98,14 @@ impl Client {
     ///
     /// Any thread with a loop. Cancel: the command goes on.
     pub(crate) async fn request(&self, command: Command) -> Result<Option<Status>, i32> {
-        let (done, answer) = oneshot::channel();
-        self.queue.submit(Request { command, done });
         // Dropped by the end of the connection's thread.
-        answer.await.unwrap_or(Err(libc::EIO))
+        self.queue.submit(command).await.unwrap_or(Err(libc::EIO))
     }
 
     /// Fails the requests that wait for the server's return, and those to come until
-    /// it has returned. Any thread.
+    /// it has returned. What is in flight fails if the connection is lost. Any thread.
     pub(crate) fn cancel_waiting(&self) {
-        self.queue.give_up();
+        self.queue.cancel();
     }
 
     /// Takes leave of the server and ends the thread. Blocks, 5 s at most.

@@ -50,7 +50,9 @@ pub(crate) struct Command {
 pub(super) struct Request {
     pub(super) command: Command,
     /// Dropped unanswered only with the connection's thread.
-    pub(super) done: oneshot::Sender<Answer>,
+    done: oneshot::Sender<Answer>,
+    /// How many cancels there had been when it was submitted.
+    cancels: u64,
 }
 
 impl Request {
@@ -87,6 +89,9 @@ struct Inner {
     state: LinkState,
     /// A request came while the connection was lost.
     wanted: bool,
+    /// Calls of [`Queue::cancel`]. What was submitted before the last one does not
+    /// wait for another connection.
+    cancels: u64,
 }
 
 impl Queue {
@@ -96,15 +101,22 @@ impl Queue {
                 pending: VecDeque::new(),
                 state: LinkState::Connected,
                 wanted: false,
+                cancels: 0,
             }),
             task: AtomicWaker::new(),
         }
     }
 
-    /// Queues a request, or fails it: there is no connection and none is awaited.
-    pub(super) fn submit(&self, request: Request) {
+    /// Queues a command, or fails it: there is no connection and none is awaited.
+    pub(super) fn submit(&self, command: Command) -> oneshot::Receiver<Answer> {
+        let (done, answer) = oneshot::channel();
         let refused = {
             let mut inner = lock(&self.inner);
+            let request = Request {
+                command,
+                done,
+                cancels: inner.cancels,
+            };
             match inner.state {
                 LinkState::Connected | LinkState::Waiting => {
                     inner.pending.push_back(request);
@@ -120,6 +132,7 @@ impl Queue {
         if let Some(request) = refused {
             request.finish(Err(libc::EIO));
         }
+        answer
     }
 
     /// Takes the next request, if there is one.
@@ -150,9 +163,10 @@ impl Queue {
     }
 
     /// The connection has gone, with `unanswered` requests in it, oldest first. They
-    /// and those to come wait for another if `wait` says so.
+    /// and those to come wait for another if `wait` says so, but for those that were
+    /// cancelled.
     pub(super) fn lost(&self, unanswered: Vec<Request>, wait: bool) {
-        {
+        let cancelled: Vec<Request> = {
             let mut inner = lock(&self.inner);
             for request in unanswered.into_iter().rev() {
                 inner.pending.push_front(request);
@@ -160,10 +174,27 @@ impl Queue {
             if inner.state != LinkState::Closed {
                 inner.state = LinkState::Waiting;
             }
+            let cancels = inner.cancels;
+            let (cancelled, left): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut inner.pending)
+                .into_iter()
+                .partition(|request| request.cancels < cancels);
+            inner.pending = left;
+            cancelled.into()
+        };
+        for request in cancelled {
+            request.finish(Err(libc::EIO));
         }
         if !wait {
             self.give_up();
         }
+    }
+
+    /// Nobody wants to wait for a server's return any more: what waits, or is in
+    /// flight and comes to wait, fails; what comes later fails until it has returned,
+    /// if it is away. Any thread.
+    pub(super) fn cancel(&self) {
+        lock(&self.inner).cancels += 1;
+        self.give_up();
     }
 
     /// Requests wait for a connection no longer: those that do fail. Any thread.

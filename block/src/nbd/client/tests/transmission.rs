@@ -4,12 +4,11 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use futures_channel::oneshot;
 use futures_util::future::{Either, join_all, select};
 use std::pin::pin;
 
 use super::super::handshake::{Export, HeaderStyle};
-use super::super::queue::{Answer, Command, Queue, Request, Status};
+use super::super::queue::{Answer, Command, Queue, Status};
 use super::super::transmission::{Connection, End};
 use super::with_server;
 use crate::buffer::{AlignedBuffer, IoVec};
@@ -90,11 +89,7 @@ fn exchange(
             let queue = Arc::new(Queue::new());
             let waiting: Vec<_> = commands
                 .into_iter()
-                .map(|command| {
-                    let (done, answer) = oneshot::channel();
-                    queue.submit(Request { command, done });
-                    answer
-                })
+                .map(|command| queue.submit(command))
                 .collect();
             let connection = Connection::new(socket, export(style));
             let answers = async {
@@ -105,9 +100,8 @@ fn exchange(
             let mut answers = pin!(answers);
             let run = pin!(connection.run(&queue));
             let (broken, unanswered) = match select(answers.as_mut(), run).await {
-                Either::Left((answers, run)) => {
+                Either::Left((answers, _)) => {
                     queue.close();
-                    drop(run);
                     return Outcome {
                         answers,
                         broken: None,
