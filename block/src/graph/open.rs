@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use self::hold::Holds;
 use super::commit::Removed;
 use super::names::ReservedName;
 use super::topology::{ChildEntry, NodeEntry, Owner};
@@ -23,6 +24,7 @@ use crate::options::{BlockdevOptions, BlockdevRef, DetectZeroes, DiscardMode, Dr
 use crate::permissions::Permissions;
 use crate::runtime::unblock;
 
+mod hold;
 mod qcow2;
 
 impl Graph {
@@ -46,12 +48,17 @@ impl Graph {
             nodes: Vec::new(),
             names: Vec::new(),
             named: Vec::new(),
+            holds: Holds::new(self),
         };
         match opening.open(options, Owner::Monitor).await {
             Ok(node) => {
                 // Nothing is awaited between this look and the change.
                 match opening.look_again().and_then(|()| {
                     let mut topology = self.topology.borrow().clone();
+                    // The nodes take over what is held for them.
+                    topology
+                        .backends
+                        .retain(|entry| !opening.holds.contain(entry.backend.id()));
                     // Parents first, as they are listed.
                     topology.nodes.extend(opening.nodes.iter().rev().cloned());
                     self.commit(topology)
@@ -120,6 +127,7 @@ struct Opening<'a> {
     /// Files that are being opened because the header of an image names them,
     /// symbolic links resolved.
     named: Vec<PathBuf>,
+    holds: Holds<'a>,
 }
 
 impl Drop for Opening<'_> {
@@ -370,6 +378,7 @@ mod tests {
                 nodes: Vec::new(),
                 names: Vec::new(),
                 named: Vec::new(),
+                holds: Holds::new(&graph),
             };
             let opened = opening.open(raw_over("a"), Owner::Monitor).await;
             opened.expect("it opens");

@@ -416,14 +416,13 @@ impl Qcow2Driver {
     /// Brings all changed tables to the storage; they need not be durable. The
     /// caller holds `tables` alone.
     async fn write_out(&self, image: &Image, request: (IoOp, u64, u64)) -> Result<(), IoError> {
-        if !self.changed.swap(false, Ordering::AcqRel) {
+        if !self.changed.load(Ordering::Acquire) {
             return Ok(());
         }
-        let written = self.run(request, image.flush()).await;
-        if written.is_err() {
-            self.changed.store(true, Ordering::Release);
-        }
-        written
+        self.run(request, image.flush()).await?;
+        // Not before: a flush that finds nothing changed does not wait.
+        self.changed.store(false, Ordering::Release);
+        Ok(())
     }
 
     async fn flush_all(&self) -> Result<(), IoError> {
@@ -507,6 +506,19 @@ impl Qcow2Driver {
         self.size.store(size, Ordering::Relaxed);
         self.write_out(&image, request).await?;
         self.file.flush().await
+    }
+}
+
+/// What an image needs of the file that it is in.
+pub(crate) fn file_permissions(read_only: bool, users: Permissions) -> Permissions {
+    let own = match read_only {
+        true => Perm::CONSISTENT_READ,
+        false => Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE,
+    };
+    Permissions {
+        need: users.need | own,
+        // The tables must stay what they are known to be.
+        share: users.share.without(Perm::WRITE | Perm::RESIZE),
     }
 }
 
@@ -621,17 +633,7 @@ impl BlockDriver for Qcow2Driver {
 
     fn child_permissions(&self, role: ChildRole, users: Permissions) -> Permissions {
         match role {
-            // The tables must stay what they are known to be.
-            ChildRole::File | ChildRole::DataFile => {
-                let own = match self.read_only {
-                    true => Perm::CONSISTENT_READ,
-                    false => Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE,
-                };
-                Permissions {
-                    need: users.need | own,
-                    share: users.share.without(Perm::WRITE | Perm::RESIZE),
-                }
-            }
+            ChildRole::File | ChildRole::DataFile => file_permissions(self.read_only, users),
             _ => Permissions {
                 need: users.need & Perm::CONSISTENT_READ,
                 share: Perm::CONSISTENT_READ

@@ -51,6 +51,9 @@ enum Kind {
 pub(super) struct WriteOrder {
     cluster_bits: u32,
     refcount_order: u32,
+    /// Held while the storage is flushed: whatever depends on that waits. A lock for
+    /// tasks, which wait for nothing else but the flush while they hold it.
+    barrier: tokio::sync::Mutex<()>,
     /// Leaf lock, held for a few instructions.
     state: Mutex<State>,
 }
@@ -86,6 +89,7 @@ impl WriteOrder {
         let order = Self {
             cluster_bits: header.cluster_bits,
             refcount_order: header.refcount_order,
+            barrier: tokio::sync::Mutex::new(()),
             state: Mutex::default(),
         };
         let reftable = TableAt {
@@ -145,20 +149,21 @@ impl WriteOrder {
         iov: IoVec,
     ) -> Result<(), IoError> {
         let kind = self.kind(offset, iov.len() as u64);
-        let unflushed = self.state().unflushed;
         match kind {
             Kind::Data => {}
             // Freed clusters: nobody refers to them any more.
-            Kind::Refblock if !unflushed.tables => {}
+            Kind::Refblock => self.barrier(file, |unflushed| unflushed.tables).await?,
             // New clusters: they are counted, and their content is there.
-            Kind::Table if !unflushed.refblocks && !unflushed.data => {}
-            Kind::Refblock | Kind::Table => self.barrier(file).await?,
+            Kind::Table => {
+                let depends = |unflushed: Unflushed| unflushed.refblocks || unflushed.data;
+                self.barrier(file, depends).await?;
+            }
             Kind::Header | Kind::Reftable | Kind::L1 => {
                 let pointed = self.pointed(file, kind, offset, &iov).await?;
                 for cluster in pointed {
                     self.count(file, helper, cluster).await?;
                 }
-                self.barrier(file).await?;
+                self.barrier(file, Unflushed::any).await?;
             }
         }
         file.write(offset, iov.clone()).await?;
@@ -186,12 +191,21 @@ impl WriteOrder {
         Ok(())
     }
 
-    /// All that was written before this is durable before anything after it.
-    async fn barrier(&self, file: &GrowingFile) -> Result<(), IoError> {
-        let unflushed = std::mem::take(&mut self.state().unflushed);
-        if !unflushed.any() {
-            return Ok(());
-        }
+    /// What was written before this is durable before anything after it, if that
+    /// `depends` on what there is.
+    async fn barrier(
+        &self,
+        file: &GrowingFile,
+        depends: impl FnOnce(Unflushed) -> bool,
+    ) -> Result<(), IoError> {
+        let _alone = self.barrier.lock().await;
+        let unflushed = {
+            let mut state = self.state();
+            match depends(state.unflushed) {
+                true => std::mem::take(&mut state.unflushed),
+                false => return Ok(()),
+            }
+        };
         let flushed = file.flush().await;
         if flushed.is_err() {
             let mut state = self.state();

@@ -13,6 +13,7 @@ use crate::options::{
     BackingRef, BlockdevOptions, BlockdevRef, DiscardMode, DriverOptions, FileOptions,
     Qcow2Options, RawOptions,
 };
+use crate::permissions::Permissions;
 use crate::runtime::unblock;
 
 /// Images that headers name one after another. More are a mistake, or an attack.
@@ -30,6 +31,8 @@ impl Opening<'_> {
         let below = file.node();
         let may_fall_back = options.auto_read_only.unwrap_or(false);
         let read_only = options.read_only.unwrap_or(false) || (may_fall_back && below.read_only());
+        let rights = qcow2::file_permissions(read_only, Permissions::IDLE);
+        self.hold(node, ChildRole::File, &below, rights)?;
         let header = qcow2::read_header(&below, read_only).await?;
 
         let data_file = match (&image.data_file, header.needs_data_file()) {

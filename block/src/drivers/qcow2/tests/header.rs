@@ -1,6 +1,6 @@
-//! Headers, and images in memory.
+//! Headers, good and hostile.
 
-use super::header::{Header, HeaderError, cluster_len};
+use crate::drivers::qcow2::header::{Header, HeaderError, cluster_len};
 
 /// A header as QEMU makes it: 64 KiB clusters, 1 MiB.
 fn header_bytes() -> Vec<u8> {

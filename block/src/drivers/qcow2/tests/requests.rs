@@ -1,0 +1,1 @@
+//! What requests do, and what goes wrong with them.

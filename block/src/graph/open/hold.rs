@@ -1,0 +1,122 @@
+//! Rights on a file that are had before its content is looked at.
+//!
+//! A format reads tables when it is opened, and relies on them from then on. Were the
+//! image locked only when the node comes into the graph, somebody else could write it
+//! in between.
+
+use std::sync::Arc;
+
+use super::Opening;
+use crate::backend::{Backend, BackendUser};
+use crate::driver::ChildRole;
+use crate::graph::{Graph, GraphError};
+use crate::node::Node;
+use crate::permissions::Permissions;
+
+/// Stands for a node that is not in the graph yet.
+struct Opener {
+    describe: String,
+}
+
+impl BackendUser for Opener {
+    fn describe(&self) -> String {
+        self.describe.clone()
+    }
+}
+
+/// Attachments that stand for nodes being opened. Dropping takes them off.
+pub(super) struct Holds<'a> {
+    graph: &'a Graph,
+    backends: Vec<Arc<Backend>>,
+}
+
+impl<'a> Holds<'a> {
+    pub(super) fn new(graph: &'a Graph) -> Self {
+        Self {
+            graph,
+            backends: Vec::new(),
+        }
+    }
+
+    /// Whether an attachment is one of these.
+    pub(super) fn contain(&self, id: u64) -> bool {
+        self.backends.iter().any(|backend| backend.id() == id)
+    }
+}
+
+impl Drop for Holds<'_> {
+    fn drop(&mut self) {
+        for backend in &self.backends {
+            self.graph.detach(backend);
+        }
+    }
+}
+
+impl Opening<'_> {
+    /// Lets the node `parent`, which is being opened, have `rights` on `node` from now
+    /// until it is in the graph, as its child in `role`.
+    ///
+    /// Errors: as the change of the graph would give them.
+    pub(super) fn hold(
+        &mut self,
+        parent: &str,
+        role: ChildRole,
+        node: &Arc<Node>,
+        rights: Permissions,
+    ) -> Result<(), GraphError> {
+        let own = self.nodes.iter().find(|e| e.node.id() == node.id());
+        let Some(entry) = own.cloned() else {
+            return self.attach(parent, role, node, rights);
+        };
+        for edge in &entry.children {
+            let role = edge.child.role();
+            let below = node.driver().child_permissions(role, rights);
+            self.hold(node.name(), role, &edge.target, below)?;
+        }
+        node.driver().check_permissions(rights)?;
+        node.driver().set_permissions();
+        Ok(())
+    }
+
+    fn attach(
+        &mut self,
+        parent: &str,
+        role: ChildRole,
+        node: &Arc<Node>,
+        rights: Permissions,
+    ) -> Result<(), GraphError> {
+        let describe = format!("node '{parent}'");
+        let opener = Arc::new(Opener {
+            describe: describe.clone(),
+        });
+        match self.graph.attach("", node, rights, Some(opener)) {
+            Ok(backend) => {
+                self.holds.backends.push(backend);
+                Ok(())
+            }
+            // It is told as what it stands for.
+            Err(GraphError::Conflict {
+                node,
+                perms,
+                required_by,
+                required_as,
+                unshared_by,
+                unshared_as,
+            }) => {
+                let as_child = |by: &str, known| match by == describe {
+                    true => role.as_str(),
+                    false => known,
+                };
+                Err(GraphError::Conflict {
+                    required_as: as_child(&required_by, required_as),
+                    unshared_as: as_child(&unshared_by, unshared_as),
+                    node,
+                    perms,
+                    required_by,
+                    unshared_by,
+                })
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
