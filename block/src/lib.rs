@@ -21,6 +21,7 @@ mod dirty_bitmap;
 mod driver;
 pub mod drivers;
 mod error;
+mod export;
 mod gate;
 mod graph;
 pub mod leaf;
@@ -35,6 +36,7 @@ mod sync;
 pub mod test_storage;
 mod throttle;
 mod uring;
+mod wait;
 
 pub use backend::{AttachmentKind, Backend, BackendUser, InFlight};
 pub use buffer::{AlignedBuffer, IoVec, MemoryOwner};
@@ -46,6 +48,10 @@ pub use driver::{
 };
 pub use drivers::OpenError;
 pub use error::{IoError, IoErrorKind, IoOp};
+pub use export::{
+    BitmapRef, DeleteMode, ExportError, ExportInfo, ExportIothread, ExportKind, ExportOptions,
+    Exports, ListenAddress, ListenError, NbdServerOptions,
+};
 pub use graph::{
     BackendInfo, BitmapInfo, BusyBackend, DEFAULT_DRAIN_TIMEOUT, Drained, Graph, GraphError,
     GraphHandle, NodeChild, NodeInfo,

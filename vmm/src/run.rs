@@ -29,6 +29,8 @@ use crate::vm_control::{IothreadInfo, ShutdownCause, VmControl, VmEvent};
 
 /// How long the devices may take at the process' end, and how long the jobs.
 const STEP_LIMIT: Duration = Duration::from_secs(3);
+/// How long requests of exports may take at the process' end.
+const EXPORTS_LIMIT: Duration = Duration::from_secs(1);
 /// When, after the end's beginning, no flush is waited for any more: early enough
 /// for clients to be told before the watchdog's limit.
 const FLUSH_LIMIT: Duration = Duration::from_secs(9);
@@ -249,8 +251,8 @@ async fn wait_for_end(
     }
 }
 
-/// Ends in an order that loses nothing: the vCPUs and devices first, then jobs,
-/// then what the guest was told is written is flushed, then clients, who are
+/// Ends in an order that loses nothing: the vCPUs and devices first, then exports,
+/// then jobs, then what the guest was told is written is flushed, then clients, who are
 /// told how it all ended. No wait for storage goes beyond [`FLUSH_LIMIT`]. Says
 /// whether all of it was done.
 async fn take_down(
@@ -274,6 +276,11 @@ async fn take_down(
     if !clean {
         tracing::error!("Disk requests did not end in time; the guest's last writes may be lost");
     }
+    let left = monitor.exports().close_all(EXPORTS_LIMIT).await;
+    if !left.is_empty() {
+        tracing::error!(exports = left.join(", "), "Exports did not end in time");
+    }
+    clean &= left.is_empty();
     let left = monitor.jobs().cancel_all(STEP_LIMIT).await;
     if !left.is_empty() {
         tracing::error!(jobs = left.join(", "), "Jobs did not end in time");

@@ -13,12 +13,16 @@ use jobs::Jobs;
 
 use crate::end_watchdog;
 use crate::monitor::{
-    Monitor, ObjectOptions, QmpAddress, QmpError, QmpSocket, parse_blockdev, parse_object,
+    ExportArgs, Monitor, NbdServerArgs, ObjectOptions, QmpAddress, QmpError, QmpSocket,
+    parse_blockdev, parse_export, parse_nbd_server, parse_object,
 };
 use crate::signals::EndSignals;
 
 /// How long jobs may take to end when the program does.
 const JOBS_END_TIME: Duration = Duration::from_secs(3);
+
+/// How long requests of exports may take to end when the program does.
+const EXPORTS_END_TIME: Duration = Duration::from_secs(1);
 
 /// Arguments of `diptych storage-daemon`.
 #[derive(Debug, clap::Args)]
@@ -36,6 +40,16 @@ pub struct StorageDaemonArgs {
     /// what is nested and doubled commas in values (may be given several times)
     #[arg(long, value_name = "OPTIONS", value_parser = blockdev_parser)]
     blockdev: Vec<BlockdevOptions>,
+
+    /// Start the NBD server, as nbd-server-start does: JSON, or
+    /// addr.type=unix,addr.path=PATH or addr.type=inet,addr.host=HOST,addr.port=PORT
+    #[arg(long, value_name = "OPTIONS", value_parser = nbd_server_parser)]
+    nbd_server: Option<NbdServerArgs>,
+
+    /// Export a node, as block-export-add does: JSON, or
+    /// nbd,id=ID,node-name=NODE,name=NAME,writable=on,... (may be given several times)
+    #[arg(long, value_name = "OPTIONS", value_parser = export_parser)]
+    export: Vec<ExportArgs>,
 }
 
 /// Who wants the program to end.
@@ -50,6 +64,14 @@ fn blockdev_parser(text: &str) -> Result<BlockdevOptions, QmpError> {
 
 fn object_parser(text: &str) -> Result<ObjectOptions, QmpError> {
     parse_object(text)
+}
+
+fn nbd_server_parser(text: &str) -> Result<NbdServerArgs, QmpError> {
+    parse_nbd_server(text)
+}
+
+fn export_parser(text: &str) -> Result<ExportArgs, QmpError> {
+    parse_export(text)
 }
 
 /// Serves until a client says `quit` or a signal asks for the end.
@@ -83,6 +105,18 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
             .await
             .with_context(|| format!("Cannot add node '{name}'"))?;
     }
+    if let Some(server) = args.nbd_server {
+        monitor
+            .start_nbd_server(server)
+            .await
+            .context("Cannot start the NBD server")?;
+    }
+    for export in args.export {
+        let id = export.id().to_owned();
+        monitor
+            .add_export(export)
+            .with_context(|| format!("Cannot add export '{id}'"))?;
+    }
     // Not before: opening may hang, and a signal just kills then.
     let signals = EndSignals::new().context("Cannot listen for signals")?;
     for socket in sockets {
@@ -97,11 +131,15 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
     asked.map(drop)
 }
 
-/// Ends in order: jobs, then clients, who are told how the jobs ended. Storage
+/// Ends in order: exports, so that nobody writes any more, jobs, then clients, who are told how the jobs ended. Storage
 /// that hangs, here or when the event loop waits for its last requests, is the
 /// watchdog's.
 async fn end(monitor: &Monitor) {
     monitor.request_quit();
+    let left = monitor.exports().close_all(EXPORTS_END_TIME).await;
+    if !left.is_empty() {
+        tracing::error!(exports = left.join(", "), "Exports did not end in time");
+    }
     let left = monitor.jobs().cancel_all(JOBS_END_TIME).await;
     if !left.is_empty() {
         tracing::error!(jobs = left.join(", "), "Jobs did not end in time");

@@ -33,7 +33,7 @@ mod drain;
 mod error;
 mod handle;
 mod info;
-mod names;
+pub(crate) mod names;
 mod open;
 mod resize;
 #[cfg(all(test, not(shuttle)))]

@@ -7,7 +7,7 @@ const MAX_NODE_NAME: usize = 31;
 
 /// Whether `name` is an identifier: a letter, then letters, digits, `-`, `.`
 /// and `_`.
-fn is_identifier(name: &str) -> bool {
+pub(crate) fn is_identifier(name: &str) -> bool {
     let mut bytes = name.bytes();
     bytes.next().is_some_and(|b| b.is_ascii_alphabetic())
         && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))

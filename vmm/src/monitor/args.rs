@@ -10,6 +10,7 @@
 use serde_json::{Map, Value};
 
 use super::error::QmpError;
+use super::json::{Limits, Reader};
 
 #[cfg(test)]
 mod tests;
@@ -81,6 +82,27 @@ impl Args {
             return Self::from_keyval(text);
         }
         Self::from_keyval(&format!("{implied}={text}"))
+    }
+
+    /// Options of the command line: JSON if they begin with a brace, else as
+    /// [`from_keyval`](Self::from_keyval), where the first part may be the value of
+    /// `implied` alone.
+    pub(crate) fn from_option(text: &str, implied: Option<&str>) -> Result<Self, QmpError> {
+        if !text.trim_start().starts_with('{') {
+            return match implied {
+                Some(implied) => Self::from_keyval_implied(text, implied),
+                None => Self::from_keyval(text),
+            };
+        }
+        let mut reader = Reader::new(Limits::default());
+        let mut rest = text.as_bytes();
+        match reader.next(&mut rest) {
+            Some(Ok(Value::Object(members))) if rest.trim_ascii().is_empty() => {
+                Ok(Self::new(members))
+            }
+            Some(Err(error)) => Err(QmpError::generic(error.to_string())),
+            _ => Err(QmpError::generic("Expecting one JSON object")),
+        }
     }
 
     /// A value on its own, to be taken under `name`.
@@ -287,6 +309,36 @@ impl Args {
         };
         let list: Result<_, _> = elements.into_iter().enumerate().map(place).collect();
         list.map(Some)
+    }
+
+    /// An object.
+    pub(crate) fn required_object(&mut self, name: &str) -> Result<Self, QmpError> {
+        self.optional_object(name)?
+            .ok_or_else(|| self.missing(name))
+    }
+
+    /// A list of strings and objects, if given; `type_name` is what QEMU calls the
+    /// choice.
+    pub(crate) fn optional_list_of_string_or_object(
+        &mut self,
+        name: &str,
+        type_name: &str,
+    ) -> Result<Option<Vec<StringOrObject>>, QmpError> {
+        let elements = match self.members.remove(name) {
+            None => return Ok(None),
+            Some(Value::Array(elements)) => elements,
+            Some(_) => return Err(self.wrong_type(name, "array")),
+        };
+        let values = elements.into_iter().enumerate();
+        let values = values.map(|(index, element)| match element {
+            Value::String(value) => Ok(StringOrObject::String(value)),
+            Value::Object(members) => Ok(StringOrObject::Object(
+                self.nested(&format!("{name}[{index}]"), members),
+            )),
+            // An element has no name of its own, and QEMU prints that so.
+            _ => Err(QmpError::wrong_type("null", type_name)),
+        });
+        values.collect::<Result<_, _>>().map(Some)
     }
 
     /// An object, if given.

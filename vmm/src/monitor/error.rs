@@ -109,6 +109,13 @@ impl From<block::GraphError> for QmpError {
     }
 }
 
+impl From<block::ExportError> for QmpError {
+    /// The texts of exports are QEMU's already; their causes are part of them.
+    fn from(error: block::ExportError) -> Self {
+        Self::generic(error.to_string())
+    }
+}
+
 impl From<jobs::JobError> for QmpError {
     /// The job core's texts are QEMU's already.
     fn from(error: jobs::JobError) -> Self {

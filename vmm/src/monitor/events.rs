@@ -70,6 +70,11 @@ impl Event {
         Self::at(event.time, name, Some(data))
     }
 
+    /// An export has gone.
+    pub(super) fn of_deleted_export(id: &str) -> Self {
+        Self::now("BLOCK_EXPORT_DELETED", Some(json!({"id": id})))
+    }
+
     /// The event as a line of QMP.
     pub(super) fn line(&self) -> Vec<u8> {
         #[derive(Serialize)]

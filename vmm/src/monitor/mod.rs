@@ -40,8 +40,8 @@ use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-use block::Graph;
 use block::runtime::{AsyncFd, Interest, sleep, spawn_local};
+use block::{Exports, Graph};
 use futures_util::FutureExt;
 use jobs::{Jobs, MainJobs};
 use slab::Slab;
@@ -50,7 +50,9 @@ use crate::vm_control::{VmControl, VmEvent};
 use output::Changed;
 use session::Session;
 
-pub(crate) use commands::parse_blockdev;
+pub(crate) use commands::{
+    ExportArgs, NbdServerArgs, parse_blockdev, parse_export, parse_nbd_server,
+};
 use error::ErrorClass;
 pub(crate) use error::QmpError;
 pub(crate) use events::Event;
@@ -66,6 +68,7 @@ pub(crate) struct Monitor {
     /// in one step.
     graph_commands: futures_util::lock::Mutex<()>,
     objects: Objects,
+    exports: Rc<Exports>,
     machine: OnceCell<Rc<dyn VmControl>>,
     sessions: RefCell<Slab<Rc<Session>>>,
     quitting: Cell<bool>,
@@ -96,6 +99,14 @@ impl Monitor {
             }),
             graph_commands: futures_util::lock::Mutex::new(()),
             objects: Objects::new(graph),
+            exports: Exports::new(graph, {
+                let monitor = weak.clone();
+                move |id| {
+                    if let Some(monitor) = monitor.upgrade() {
+                        monitor.emit(&Event::of_deleted_export(id));
+                    }
+                }
+            }),
             machine: OnceCell::new(),
             sessions: RefCell::default(),
             quitting: Cell::new(false),
@@ -122,6 +133,11 @@ impl Monitor {
     /// The objects that users made.
     pub(crate) fn objects(&self) -> &Objects {
         &self.objects
+    }
+
+    /// The exports, and the NBD server.
+    pub(crate) fn exports(&self) -> &Rc<Exports> {
+        &self.exports
     }
 
     fn machine(&self) -> Option<Rc<dyn VmControl>> {

@@ -16,7 +16,6 @@ use serde_json::{Value, json};
 
 use super::args::Args;
 use super::error::QmpError;
-use super::json::{Limits, Reader};
 
 mod iothread;
 mod qom;
@@ -102,18 +101,7 @@ enum KindOptions {
 ///
 /// Errors: as `object-add`, as far as they are about the text.
 pub(crate) fn parse_object(text: &str) -> Result<ObjectOptions, QmpError> {
-    if !text.trim_start().starts_with('{') {
-        return object_options(Args::from_keyval_implied(text, "qom-type")?);
-    }
-    let mut reader = Reader::new(Limits::default());
-    let mut rest = text.as_bytes();
-    match reader.next(&mut rest) {
-        Some(Ok(Value::Object(members))) if rest.trim_ascii().is_empty() => {
-            object_options(Args::new(members))
-        }
-        Some(Err(error)) => Err(QmpError::generic(error.to_string())),
-        _ => Err(QmpError::generic("Expecting one JSON object")),
-    }
+    object_options(Args::from_option(text, Some("qom-type"))?)
 }
 
 /// Reads the arguments of `object-add`.
@@ -288,7 +276,6 @@ impl Objects {
 
     /// The iothread of that name, for an export or a job to be placed on. It cannot
     /// be deleted until what this gives, and all clones of it, are dropped.
-    #[allow(dead_code, reason = "exports are to be placed by it")]
     pub(crate) fn iothread(&self, id: &str) -> Option<IothreadUse> {
         let Some(Object::Iothread(object)) = self.find(id) else {
             return None;

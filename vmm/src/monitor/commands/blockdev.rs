@@ -5,13 +5,11 @@ use std::rc::Rc;
 use block::{
     BackingRef, BlockdevOptions, BlockdevRef, CacheChoice, DetectZeroes, DiscardMode, DriverOptions,
 };
-use serde_json::Value;
 
 use super::{Outcome, bounded, done};
 use crate::monitor::Monitor;
 use crate::monitor::args::{Args, StringOrObject};
 use crate::monitor::error::QmpError;
-use crate::monitor::json::{Limits, Reader};
 
 mod blkdebug;
 mod drivers;
@@ -56,18 +54,7 @@ const DRIVERS: &[(&str, ReadDriver)] = &[
 ///
 /// Errors: as `blockdev-add`.
 pub(crate) fn parse_blockdev(text: &str) -> Result<BlockdevOptions, QmpError> {
-    if !text.trim_start().starts_with('{') {
-        return blockdev_options(Args::from_keyval(text)?);
-    }
-    let mut reader = Reader::new(Limits::default());
-    let mut rest = text.as_bytes();
-    match reader.next(&mut rest) {
-        Some(Ok(Value::Object(members))) if rest.trim_ascii().is_empty() => {
-            blockdev_options(Args::new(members))
-        }
-        Some(Err(error)) => Err(QmpError::generic(error.to_string())),
-        _ => Err(QmpError::generic("Expecting one JSON object")),
-    }
+    blockdev_options(Args::from_option(text, None)?)
 }
 
 /// Reads the options of a node that somebody will refer to, so it has to have a

@@ -6,6 +6,7 @@
 
 mod blockdev;
 mod control;
+mod exports;
 mod jobs;
 mod mirror;
 mod objects;
@@ -26,6 +27,7 @@ use super::args::Args;
 use super::error::QmpError;
 
 pub(crate) use blockdev::parse_blockdev;
+pub(crate) use exports::{ExportArgs, NbdServerArgs, parse_export, parse_nbd_server};
 
 /// The command that a session begins with; sessions carry it out themselves.
 pub(super) const NEGOTIATE: &str = "qmp_capabilities";
@@ -60,6 +62,8 @@ macro_rules! commands {
 
 /// All commands but [`NEGOTIATE`], in alphabetical order.
 static COMMANDS: &[Command] = commands! {
+    "block-export-add" => exports::block_export_add,
+    "block-export-del" => exports::block_export_del,
     "block-job-cancel" => jobs::block_job_cancel,
     "block-job-change" => jobs::block_job_change,
     "block-job-complete" => jobs::block_job_complete,
@@ -79,6 +83,10 @@ static COMMANDS: &[Command] = commands! {
     "job-finalize" => jobs::job_finalize,
     "job-pause" => jobs::job_pause,
     "job-resume" => jobs::job_resume,
+    "nbd-server-add" => exports::nbd_server_add,
+    "nbd-server-remove" => exports::nbd_server_remove,
+    "nbd-server-start" => exports::nbd_server_start,
+    "nbd-server-stop" => exports::nbd_server_stop,
     "object-add" => objects::object_add,
     "object-del" => objects::object_del,
     "qom-get" => objects::qom_get,
@@ -87,6 +95,7 @@ static COMMANDS: &[Command] = commands! {
     "qom-list-types" => objects::qom_list_types,
     "qom-set" => objects::qom_set,
     "query-block" => query::query_block,
+    "query-block-exports" => exports::query_block_exports,
     "query-block-jobs" => jobs::query_block_jobs,
     "query-commands" => control::query_commands,
     "query-iothreads" (machine) => vm::query_iothreads,

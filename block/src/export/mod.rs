@@ -1,0 +1,404 @@
+//! Exports: nodes of the graph that other programs can use. The registry of them,
+//! and the one NBD server of the process. On main only.
+//!
+//! What an NBD client is answered is `crate::nbd::server`'s business, and happens
+//! on iothreads. What QMP says is `vmm`'s.
+//!
+//! # Life of an export
+//!
+//! [`Exports::add`] attaches a backend to the node, with the rights of the export,
+//! and lets clients find it. [`Exports::delete`] lets nobody find it any more and
+//! cuts its clients off; when the last request has ended the backend is detached,
+//! the export is gone, and its id free again.
+
+mod error;
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::{Either, join, select};
+
+use crate::backend::{Backend, BackendUser};
+use crate::graph::Graph;
+use crate::nbd::protocol::MAX_STRING;
+use crate::nbd::server::{NbdExport, NbdExportOptions, NbdServer};
+use crate::permissions::{Perm, Permissions};
+use crate::runtime::{self, IothreadHandle};
+use crate::wait::LocalWaiters;
+
+pub use crate::nbd::server::{ListenAddress, ListenError, NbdServerOptions};
+pub use error::ExportError;
+
+/// An export to be made.
+pub struct ExportOptions {
+    /// Names it; unique among exports of all types.
+    pub id: String,
+    /// The node that is exported.
+    pub node_name: String,
+    /// Whether clients may write. `None`: no.
+    pub writable: bool,
+    /// Every write is on stable storage when it is answered.
+    pub writethrough: bool,
+    /// Who serves it. `None`: threads of the server.
+    pub iothread: Option<ExportIothread>,
+    /// Its type, and what only that has.
+    pub kind: ExportKind,
+}
+
+/// The iothread that serves an export.
+pub struct ExportIothread {
+    /// The thread.
+    pub handle: IothreadHandle,
+    /// Dropped, on main, when the export has gone: what keeps the thread from being
+    /// stopped.
+    pub hold: Box<dyn Any>,
+}
+
+/// A dirty bitmap that an export shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BitmapRef {
+    /// The node that has it; `None`: the exported one, or one below.
+    pub node: Option<String>,
+    /// Its name.
+    pub name: String,
+}
+
+/// The type of an export.
+#[derive(Clone, Debug)]
+pub enum ExportKind {
+    /// A disk of the NBD server.
+    Nbd {
+        /// The name that clients ask for; at most 4096 bytes. `None`: the node's
+        /// name.
+        name: Option<String>,
+        /// Text for people, shown in lists; at most 4096 bytes.
+        description: Option<String>,
+        /// Offer the `qemu:allocation-depth` context.
+        allocation_depth: bool,
+        /// Offer the `qemu:dirty-bitmap:NAME` contexts of these.
+        bitmaps: Vec<BitmapRef>,
+    },
+}
+
+impl ExportKind {
+    /// QMP's name of the type.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Nbd { .. } => "nbd",
+        }
+    }
+}
+
+/// How an export is deleted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeleteMode {
+    /// Only if no client is connected.
+    #[default]
+    Safe,
+    /// Clients are cut off. Their requests in flight end first.
+    Hard,
+}
+
+/// What there is to know of an export.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportInfo {
+    /// Its id.
+    pub id: String,
+    /// QMP's name of its type.
+    pub kind: &'static str,
+    /// The node that requests go to at this moment.
+    pub node_name: String,
+    /// It is being deleted, and waits for requests to end.
+    pub shutting_down: bool,
+}
+
+struct Entry {
+    id: String,
+    kind: &'static str,
+    backend: Arc<Backend>,
+    nbd: Arc<NbdExport>,
+    /// Of the thread that serves it.
+    _hold: Option<Box<dyn Any>>,
+    shutting_down: Cell<bool>,
+}
+
+/// All exports of the process, and its NBD server.
+pub struct Exports {
+    graph: Rc<Graph>,
+    /// In the order they were made.
+    entries: RefCell<Vec<Rc<Entry>>>,
+    server: RefCell<Option<Rc<NbdServer>>>,
+    /// A server is being started.
+    starting: Cell<bool>,
+    on_deleted: Box<dyn Fn(&str)>,
+    /// Those who wait for `entries` to become less.
+    deleted: LocalWaiters,
+}
+
+impl Exports {
+    /// No exports, and no server. `on_deleted` is called on main with the id of
+    /// each export that has gone.
+    pub fn new(graph: &Rc<Graph>, on_deleted: impl Fn(&str) + 'static) -> Rc<Self> {
+        Rc::new(Self {
+            graph: Rc::clone(graph),
+            entries: RefCell::default(),
+            server: RefCell::default(),
+            starting: Cell::new(false),
+            on_deleted: Box::new(on_deleted),
+            deleted: LocalWaiters::default(),
+        })
+    }
+
+    /// Starts the NBD server. Cancel: it is not started.
+    pub async fn start_nbd_server(&self, options: NbdServerOptions) -> Result<(), ExportError> {
+        struct Starting<'a>(&'a Cell<bool>);
+        impl Drop for Starting<'_> {
+            fn drop(&mut self) {
+                self.0.set(false);
+            }
+        }
+        if self.server.borrow().is_some() || self.starting.replace(true) {
+            return Err(ExportError::ServerRunning);
+        }
+        let _starting = Starting(&self.starting);
+        let server = NbdServer::start(options).await?;
+        self.server.replace(Some(Rc::new(server)));
+        Ok(())
+    }
+
+    /// Whether the NBD server runs.
+    pub fn nbd_server_running(&self) -> bool {
+        self.server.borrow().is_some()
+    }
+
+    /// Stops the NBD server: nobody is accepted any more, all clients are cut off,
+    /// also those that have not finished the handshake, and all NBD exports are
+    /// deleted. Waits for these, but no longer than `limit`: gives the ids of those
+    /// whose requests have not ended by then. They go when these do.
+    ///
+    /// Fails with [`ExportError::ServerNotRunning`]. Cancel: all is done but the
+    /// waiting.
+    pub async fn stop_nbd_server(
+        self: &Rc<Self>,
+        limit: Duration,
+    ) -> Result<Vec<String>, ExportError> {
+        let server = self.server.take().ok_or(ExportError::ServerNotRunning)?;
+        server.stop();
+        let going: Vec<Rc<Entry>> = self.entries.borrow().clone();
+        for entry in going.iter().filter(|entry| !entry.shutting_down.get()) {
+            self.finish_delete(entry);
+        }
+        let closed = pin!(server.closed());
+        let gone = pin!(self.wait_deleted(&going, limit));
+        let (left, ()) = join(gone, closed).await;
+        Ok(left)
+    }
+
+    /// Makes an export. Fails without any change.
+    pub fn add(&self, options: ExportOptions) -> Result<(), ExportError> {
+        let ExportOptions {
+            id,
+            node_name,
+            writable,
+            writethrough,
+            iothread,
+            kind,
+        } = options;
+        if !crate::graph::names::is_identifier(&id) {
+            return Err(ExportError::InvalidId);
+        }
+        if self.entries.borrow().iter().any(|entry| entry.id == id) {
+            return Err(ExportError::IdInUse { id });
+        }
+        let node = self.graph.find_node(&node_name)?;
+        if writable && node.read_only() {
+            return Err(ExportError::ReadOnlyNode);
+        }
+        let server = self.server.borrow().clone();
+        let kind_name = kind.name();
+        let ExportKind::Nbd {
+            name,
+            description,
+            allocation_depth,
+            bitmaps,
+        } = kind;
+        let server = server.ok_or(ExportError::ServerNotRunning)?;
+        let name = name.unwrap_or(node_name);
+        if name.len() > MAX_STRING {
+            return Err(ExportError::NameTooLong { name });
+        }
+        if let Some(description) = description.as_ref().filter(|text| text.len() > MAX_STRING) {
+            return Err(ExportError::DescriptionTooLong {
+                description: description.clone(),
+            });
+        }
+        if server.has_export(&name) {
+            return Err(ExportError::NameInUse { name });
+        }
+        if let Some(bitmap) = bitmaps.into_iter().next() {
+            return Err(self.no_bitmap(bitmap));
+        }
+        let user = Arc::new(ExportUser { id: id.clone() });
+        let backend = self
+            .graph
+            .attach("", &node, permissions(writable), Some(user))?;
+        let nbd = server.add_export(NbdExportOptions {
+            name,
+            description,
+            allocation_depth,
+            writable,
+            writethrough,
+            iothread: iothread.as_ref().map(|thread| thread.handle.clone()),
+            backend: Arc::clone(&backend),
+        });
+        self.entries.borrow_mut().push(Rc::new(Entry {
+            id,
+            kind: kind_name,
+            backend,
+            nbd,
+            _hold: iothread.map(|thread| thread.hold),
+            shutting_down: Cell::new(false),
+        }));
+        Ok(())
+    }
+
+    /// Deletes an export. It is gone at once if no client is connected, else when
+    /// the last request has ended.
+    pub fn delete(self: &Rc<Self>, id: &str, mode: DeleteMode) -> Result<(), ExportError> {
+        let entry = self.find(id)?;
+        if entry.shutting_down.get() {
+            return Err(ExportError::ShuttingDown { id: id.to_owned() });
+        }
+        // It is this server's, since it is not shutting down.
+        let server = self.server.borrow().clone();
+        let server = server.ok_or(ExportError::ServerNotRunning)?;
+        if !server.remove_export(&entry.nbd, mode == DeleteMode::Safe) {
+            return Err(ExportError::InUse { id: id.to_owned() });
+        }
+        self.finish_delete(&entry);
+        Ok(())
+    }
+
+    /// All exports, the latest first (as QEMU lists them).
+    pub fn list(&self) -> Vec<ExportInfo> {
+        let entries = self.entries.borrow();
+        entries
+            .iter()
+            .rev()
+            .map(|entry| ExportInfo {
+                id: entry.id.clone(),
+                kind: entry.kind,
+                node_name: entry.backend.root().name().to_owned(),
+                shutting_down: entry.shutting_down.get(),
+            })
+            .collect()
+    }
+
+    /// Ends everything, for the end of the process: as
+    /// [`stop_nbd_server`](Self::stop_nbd_server), if there is one. Waits no longer
+    /// than `limit` for requests; gives the ids of exports that still have some.
+    pub async fn close_all(self: &Rc<Self>, limit: Duration) -> Vec<String> {
+        match self.stop_nbd_server(limit).await {
+            Ok(left) => left,
+            Err(_) => {
+                let going: Vec<Rc<Entry>> = self.entries.borrow().clone();
+                self.wait_deleted(&going, limit).await
+            }
+        }
+    }
+
+    /// Nodes have no bitmaps with names yet.
+    fn no_bitmap(&self, bitmap: BitmapRef) -> ExportError {
+        let BitmapRef { node, name } = bitmap;
+        match node {
+            Some(node) if self.graph.find_node(&node).is_err() => {
+                ExportError::BitmapNodeNotFound { node }
+            }
+            Some(_) => ExportError::BitmapNotFoundAt { name },
+            None => ExportError::BitmapNotFound { name },
+        }
+    }
+
+    fn find(&self, id: &str) -> Result<Rc<Entry>, ExportError> {
+        let entries = self.entries.borrow();
+        let entry = entries.iter().find(|entry| entry.id == id);
+        entry
+            .cloned()
+            .ok_or_else(|| ExportError::NotFound { id: id.to_owned() })
+    }
+
+    /// The export was removed from its server, and its clients were cut off. The rest
+    /// follows when they have gone: at once, if there are none.
+    fn finish_delete(self: &Rc<Self>, entry: &Rc<Entry>) {
+        entry.shutting_down.set(true);
+        if entry.nbd.connections() == 0 {
+            self.end_delete(entry);
+            return;
+        }
+        let (this, entry) = (Rc::clone(self), Rc::clone(entry));
+        runtime::spawn_local(async move {
+            entry.nbd.unused().await;
+            this.end_delete(&entry);
+        })
+        .detach();
+    }
+
+    fn end_delete(&self, entry: &Rc<Entry>) {
+        self.graph.detach(&entry.backend);
+        self.entries
+            .borrow_mut()
+            .retain(|other| !Rc::ptr_eq(other, entry));
+        (self.on_deleted)(&entry.id);
+        self.deleted.wake();
+    }
+
+    /// Waits until all of `going` are gone; gives the ids of those that are not.
+    async fn wait_deleted(&self, going: &[Rc<Entry>], limit: Duration) -> Vec<String> {
+        let left = || {
+            let entries = self.entries.borrow();
+            let left = |entry: &&Rc<Entry>| entries.iter().any(|other| Rc::ptr_eq(other, entry));
+            let left: Vec<String> = going
+                .iter()
+                .filter(left)
+                .map(|entry| entry.id.clone())
+                .collect();
+            left
+        };
+        let gone = pin!(self.deleted.until(|| left().is_empty().then_some(())));
+        let limit = pin!(runtime::sleep(limit));
+        match select(gone, limit).await {
+            Either::Left(_) => Vec::new(),
+            Either::Right(_) => left(),
+        }
+    }
+}
+
+/// What an export does with its node, and lets others do: all but resizing, which
+/// clients would not be told of.
+fn permissions(writable: bool) -> Permissions {
+    Permissions {
+        need: if writable {
+            Perm::CONSISTENT_READ | Perm::WRITE
+        } else {
+            Perm::CONSISTENT_READ
+        },
+        share: Perm::CONSISTENT_READ | Perm::WRITE | Perm::WRITE_UNCHANGED,
+    }
+}
+
+/// The export as the graph knows it. It needs no hooks: connections count each
+/// request in at the backend before they do anything with it, and read no further
+/// while a drained section holds that one.
+struct ExportUser {
+    id: String,
+}
+
+impl BackendUser for ExportUser {
+    fn describe(&self) -> String {
+        format!("export '{}'", self.id)
+    }
+}
