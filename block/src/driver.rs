@@ -9,9 +9,12 @@ use std::sync::Arc;
 
 use crate::buffer::IoVec;
 use crate::debug_event::DebugEvent;
+use crate::drivers::ReopenError;
 use crate::error::{IoError, IoOp};
-use crate::node::Node;
+use crate::node::{Child, Node, NodeOptions};
+use crate::options::DriverOptions;
 use crate::permissions::{PermissionError, Permissions};
+use crate::throttle::ThrottleGroup;
 
 /// A future on the current thread's executor. Not `Send`: an operation ends on
 /// the thread it began on, because its ring is there.
@@ -114,6 +117,42 @@ impl ChildRole {
     }
 }
 
+/// What an open node is to become.
+#[derive(Clone, Copy, Debug)]
+pub struct Reopen<'a> {
+    /// Name of the node, for errors.
+    pub node: &'a str,
+    /// What holds for the node whatever its driver.
+    pub options: NodeOptions,
+    /// Fall back to read-only where the file does not allow writing.
+    pub auto_read_only: bool,
+    /// The driver's own options; the same driver's.
+    pub driver: &'a DriverOptions,
+    /// Those that it was opened or last reopened with.
+    pub old: &'a DriverOptions,
+    /// Its children by then.
+    pub children: &'a [(ChildRole, Arc<Node>)],
+    /// The group that a throttle filter's options name.
+    pub throttle_group: Option<&'a Arc<ThrottleGroup>>,
+}
+
+impl Reopen<'_> {
+    /// The child in `role` by then.
+    pub fn child(&self, role: ChildRole) -> Option<&Arc<Node>> {
+        let found = self.children.iter().find(|(known, _)| *known == role);
+        found.map(|(_, node)| node)
+    }
+}
+
+/// What a node will be once it is reopened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reopened {
+    /// Whether it refuses writes: asked for, or as a fallback.
+    pub read_only: bool,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
 /// A protocol, format or filter driver: the behaviour of one node.
 ///
 /// Threads: all I/O methods may be called on any iothread, by several at once.
@@ -127,7 +166,7 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// Current size in bytes. Never blocks.
     fn size(&self) -> u64;
 
-    /// What the node wants of requests. Constant while it is open.
+    /// What the node wants of requests. Changes in a reopen only.
     fn limits(&self) -> Limits;
 
     /// Name of the file behind this node as QMP shows it; empty if none.
@@ -261,6 +300,48 @@ pub trait BlockDriver: Send + Sync + 'static {
 
     /// Takes the last check back.
     fn abort_permissions(&self) {}
+
+    /// First of three steps of `blockdev-reopen`: checks the new options, and opens
+    /// what they need beside what is open. Requests go on as before.
+    ///
+    /// Called on main. [`reopen_commit`](Self::reopen_commit) or
+    /// [`reopen_abort`](Self::reopen_abort) follows, also after an error, and when
+    /// the future was dropped. If
+    /// [`check_permissions`](Self::check_permissions) comes in between, it is about
+    /// the node as it will be.
+    fn reopen_prepare<'a>(
+        &'a self,
+        to: Reopen<'a>,
+    ) -> BoxFuture<'a, Result<Reopened, ReopenError>> {
+        Box::pin(async move {
+            Err(ReopenError::NotSupported {
+                driver: self.name(),
+                node: to.node.to_owned(),
+            })
+        })
+    }
+
+    /// What was prepared holds from now on. Cannot fail. Called on main with no
+    /// request in flight, after the permissions were checked and the children
+    /// changed, before [`set_permissions`](Self::set_permissions).
+    fn reopen_commit(&self) {}
+
+    /// Forgets what was prepared. Called on main; must not block.
+    fn reopen_abort(&self) {}
+
+    /// Whether the driver has layers: its node can stand on a backing image, and a
+    /// reopen has to say which.
+    fn has_layers(&self) -> bool {
+        false
+    }
+
+    /// From now on the node has this backing image, where it had none, or none any
+    /// more. (Another one in place of the one it has comes by its edge.) Called on
+    /// main with no request in flight, for drivers that
+    /// [have layers](Self::has_layers).
+    fn set_backing(&self, backing: Option<Child>) {
+        drop(backing);
+    }
 
     /// Called after the last user has gone, before the driver is dropped; gives up
     /// what it holds. On a helper thread, where it may block; others may still hold

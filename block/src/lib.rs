@@ -44,9 +44,10 @@ pub use chain::ChainExtent;
 pub use debug_event::DebugEvent;
 pub use dirty_bitmap::{BitmapError, DirtyBitmap};
 pub use driver::{
-    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, Reopen, Reopened, WriteFlags,
+    ZeroFlags,
 };
-pub use drivers::OpenError;
+pub use drivers::{OpenError, ReopenError};
 pub use error::{IoError, IoErrorKind, IoOp};
 pub use export::{
     BitmapRef, DeleteMode, ExportError, ExportInfo, ExportIothread, ExportKind, ExportOptions,
@@ -59,8 +60,8 @@ pub use graph::{
 pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
     BackingRef, BlkdebugOptions, BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions,
-    DetectZeroes, DiscardMode, DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions,
-    Qcow2Options, RawOptions, SocketAddress, ThrottleOptions,
+    ChildChoice, DetectZeroes, DiscardMode, DriverOptions, FileOptions, InetAddress, NbdOptions,
+    NullCoOptions, Qcow2Options, RawOptions, SocketAddress, ThrottleOptions,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
 pub use range_lock::{LockRange, RangeGuard, RangeLock};

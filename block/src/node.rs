@@ -4,7 +4,7 @@
 //! thread.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
@@ -35,6 +35,61 @@ pub struct NodeOptions {
     pub cache: CacheOptions,
 }
 
+impl NodeOptions {
+    const READ_ONLY: u8 = 1;
+    const UNMAP: u8 = 2;
+    const DIRECT: u8 = 4;
+    const NO_FLUSH: u8 = 8;
+    const DETECT_ZEROES: u8 = 16;
+    const DETECT_AND_UNMAP: u8 = 32;
+
+    fn pack(self) -> u8 {
+        let bit = |set: bool, bit: u8| if set { bit } else { 0 };
+        bit(self.read_only, Self::READ_ONLY)
+            | bit(self.discard == DiscardMode::Unmap, Self::UNMAP)
+            | bit(self.cache.direct, Self::DIRECT)
+            | bit(self.cache.no_flush, Self::NO_FLUSH)
+            | match self.detect_zeroes {
+                DetectZeroes::Off => 0,
+                DetectZeroes::On => Self::DETECT_ZEROES,
+                DetectZeroes::Unmap => Self::DETECT_AND_UNMAP,
+            }
+    }
+
+    fn unpack(bits: u8) -> Self {
+        let has = |bit: u8| bits & bit != 0;
+        Self {
+            read_only: has(Self::READ_ONLY),
+            discard: if has(Self::UNMAP) {
+                DiscardMode::Unmap
+            } else {
+                DiscardMode::Ignore
+            },
+            detect_zeroes: if has(Self::DETECT_AND_UNMAP) {
+                DetectZeroes::Unmap
+            } else if has(Self::DETECT_ZEROES) {
+                DetectZeroes::On
+            } else {
+                DetectZeroes::Off
+            },
+            cache: CacheOptions {
+                direct: has(Self::DIRECT),
+                no_flush: has(Self::NO_FLUSH),
+            },
+        }
+    }
+}
+
+/// Largest request of whole blocks that a driver with these limits wants.
+fn max_transfer(limits: Limits) -> u64 {
+    let unit = u64::from(limits.request_alignment).max(SECTOR_SIZE);
+    match u64::from(limits.max_transfer) / unit * unit {
+        0 if limits.max_transfer > 0 => unit,
+        0 => u64::MAX,
+        max => max,
+    }
+}
+
 /// A node of the graph. Any thread may submit to it, on its own loop.
 ///
 /// Requests come through a `Backend` (which counts them in) or from the node
@@ -50,8 +105,13 @@ pub struct Node {
     id: u64,
     name: Arc<str>,
     driver: Box<dyn BlockDriver>,
-    limits: Limits,
-    options: NodeOptions,
+    /// What the driver said last. Written on main when the graph has changed, as
+    /// `max_transfer` is.
+    limits: ArcSwap<Limits>,
+    /// Largest request that the driver is given, in bytes: at least a sector.
+    max_transfer: AtomicU64,
+    /// Packed by [`NodeOptions::pack`]. Written on main with no request in flight.
+    options: AtomicU8,
     /// Bitmaps that record writes. Replaced as a whole; read when a write ends.
     bitmaps: ArcSwap<Vec<Arc<DirtyBitmap>>>,
 }
@@ -62,9 +122,10 @@ impl Node {
         Arc::new(Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             name: name.into(),
-            limits: driver.limits(),
+            limits: ArcSwap::from_pointee(driver.limits()),
+            max_transfer: AtomicU64::new(max_transfer(driver.limits())),
             driver,
-            options,
+            options: AtomicU8::new(options.pack()),
             bitmaps: ArcSwap::default(),
         })
     }
@@ -93,19 +154,33 @@ impl Node {
             .unwrap_or(u64::MAX - (SECTOR_SIZE - 1))
     }
 
-    /// What the node wants of requests.
+    /// What the node wants of requests. Changes only when the graph does.
     pub fn limits(&self) -> Limits {
-        self.limits
+        **self.limits.load()
+    }
+
+    /// Asks the driver again what it wants of requests.
+    pub(crate) fn refresh_limits(&self) {
+        let limits = self.driver.limits();
+        if limits != self.limits() {
+            self.max_transfer
+                .store(max_transfer(limits), Ordering::Relaxed);
+            self.limits.store(Arc::new(limits));
+        }
     }
 
     /// Whether writes are refused.
     pub fn read_only(&self) -> bool {
-        self.options.read_only
+        self.options().read_only
     }
 
-    /// The options it was opened with.
+    /// The options it was opened with, or reopened.
     pub fn options(&self) -> NodeOptions {
-        self.options
+        NodeOptions::unpack(self.options.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn set_options(&self, options: NodeOptions) {
+        self.options.store(options.pack(), Ordering::Relaxed);
     }
 
     /// The driver itself, for what is not I/O.
@@ -175,15 +250,16 @@ impl Node {
             offset,
             len,
         };
+        let options = self.options();
         let flags = WriteFlags {
-            fua: flags.fua && !self.options.cache.no_flush,
+            fua: flags.fua && !options.cache.no_flush,
             ..flags
         };
-        if self.options.detect_zeroes != DetectZeroes::Off && iov.is_zero() {
+        if options.detect_zeroes != DetectZeroes::Off && iov.is_zero() {
             let zero = ZeroFlags {
                 fua: flags.fua,
-                may_unmap: self.options.detect_zeroes == DetectZeroes::Unmap
-                    && self.options.discard == DiscardMode::Unmap,
+                may_unmap: options.detect_zeroes == DetectZeroes::Unmap
+                    && options.discard == DiscardMode::Unmap,
                 no_fallback: true,
             };
             self.debug_event(DebugEvent::PWRITEV_ZERO);
@@ -246,9 +322,10 @@ impl Node {
             offset,
             len,
         };
+        let options = self.options();
         let flags = ZeroFlags {
-            fua: flags.fua && !self.options.cache.no_flush,
-            may_unmap: flags.may_unmap && self.options.discard == DiscardMode::Unmap,
+            fua: flags.fua && !options.cache.no_flush,
+            may_unmap: flags.may_unmap && options.discard == DiscardMode::Unmap,
             ..flags
         };
         self.debug_event(DebugEvent::PWRITEV_ZERO);
@@ -282,7 +359,7 @@ impl Node {
     pub async fn discard(&self, offset: u64, len: u64) -> Result<(), IoError> {
         self.check_writable(IoOp::Discard, offset, len)?;
         self.check_range(IoOp::Discard, offset, len)?;
-        if len == 0 || self.options.discard == DiscardMode::Ignore {
+        if len == 0 || self.options().discard == DiscardMode::Ignore {
             return Ok(());
         }
         let _mark = Mark {
@@ -299,7 +376,7 @@ impl Node {
 
     /// Makes all writes that have ended before this call durable.
     pub async fn flush(&self) -> Result<(), IoError> {
-        if self.options.cache.no_flush {
+        if self.options().cache.no_flush {
             return Ok(());
         }
         self.driver.flush().await
@@ -388,16 +465,11 @@ impl Node {
     }
 
     fn max_transfer(&self) -> u64 {
-        let unit = u64::from(self.limits.request_alignment).max(SECTOR_SIZE);
-        match u64::from(self.limits.max_transfer) / unit * unit {
-            0 if self.limits.max_transfer > 0 => unit,
-            0 => u64::MAX,
-            max => max,
-        }
+        self.max_transfer.load(Ordering::Relaxed)
     }
 
     fn check_writable(&self, op: IoOp, offset: u64, len: u64) -> Result<(), IoError> {
-        if self.options.read_only {
+        if self.read_only() {
             return Err(self.error(op, offset, len, libc::EPERM));
         }
         Ok(())
@@ -426,7 +498,7 @@ impl fmt::Debug for Node {
         f.debug_struct("Node")
             .field("name", &self.name)
             .field("driver", &self.driver.name())
-            .field("options", &self.options)
+            .field("options", &self.options())
             .finish_non_exhaustive()
     }
 }

@@ -6,6 +6,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::driver::ChildRole;
 use crate::drivers::blkdebug::{InjectError, SetState};
 use crate::node::NodeOptions;
 use crate::permissions::Perm;
@@ -129,6 +130,67 @@ pub enum DriverOptions {
     Throttle(ThrottleOptions),
 }
 
+/// What options say of a child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChildChoice<'a> {
+    /// There is to be none: `"backing": null`.
+    Nothing,
+    /// This one.
+    Node(&'a BlockdevRef),
+}
+
+impl DriverOptions {
+    /// QEMU's name of the driver.
+    pub fn driver_name(&self) -> &'static str {
+        match self {
+            Self::File(options) if options.host_device => "host_device",
+            Self::File(_) => "file",
+            Self::Raw(_) => "raw",
+            Self::Blkdebug(_) => "blkdebug",
+            Self::Qcow2(_) => "qcow2",
+            Self::NullCo(_) => "null-co",
+            Self::Nbd(_) => "nbd",
+            Self::Throttle(_) => "throttle",
+        }
+    }
+
+    /// The children that they name, or say that there be none. One that they say
+    /// nothing of is left out.
+    pub fn children(&self) -> Vec<(ChildRole, ChildChoice<'_>)> {
+        match self {
+            Self::File(_) | Self::NullCo(_) | Self::Nbd(_) => Vec::new(),
+            Self::Raw(options) => vec![(ChildRole::File, ChildChoice::Node(&options.file))],
+            Self::Blkdebug(options) => {
+                vec![(ChildRole::Image, ChildChoice::Node(&options.image))]
+            }
+            Self::Throttle(options) => vec![(ChildRole::File, ChildChoice::Node(&options.file))],
+            Self::Qcow2(options) => {
+                let mut children = vec![(ChildRole::File, ChildChoice::Node(&options.file))];
+                let data_file = options.data_file.iter();
+                children.extend(data_file.map(|r| (ChildRole::DataFile, ChildChoice::Node(r))));
+                match &options.backing {
+                    BackingRef::Header => {}
+                    BackingRef::None => children.push((ChildRole::Backing, ChildChoice::Nothing)),
+                    BackingRef::Node(node) => {
+                        children.push((ChildRole::Backing, ChildChoice::Node(node)));
+                    }
+                }
+                children
+            }
+        }
+    }
+
+    /// An option of theirs that an open node cannot do without, if there is one.
+    pub(crate) fn fixed_option(&self) -> Option<&'static str> {
+        match self {
+            Self::File(_) => Some("filename"),
+            Self::Nbd(_) => Some("server.type"),
+            Self::Raw(_) | Self::Qcow2(_) | Self::Throttle(_) | Self::Blkdebug(_) => None,
+            Self::NullCo(options) => options.not_default(),
+        }
+    }
+}
+
 /// Options of `file` and `host_device`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileOptions {
@@ -186,6 +248,32 @@ pub enum BackingRef {
     None,
     /// This one, whatever the header says.
     Node(BlockdevRef),
+}
+
+impl NullCoOptions {
+    /// An option that has not its default value, by QEMU's name.
+    fn not_default(&self) -> Option<&'static str> {
+        let default = Self::default();
+        if self.read_zeroes != default.read_zeroes {
+            Some("read-zeroes")
+        } else if self.size != default.size {
+            Some("size")
+        } else if self.latency_ns != default.latency_ns {
+            Some("latency-ns")
+        } else {
+            None
+        }
+    }
+}
+
+impl Default for NullCoOptions {
+    fn default() -> Self {
+        Self {
+            size: 1 << 30,
+            latency_ns: 0,
+            read_zeroes: false,
+        }
+    }
 }
 
 /// Options of `null-co`.

@@ -58,21 +58,25 @@ pub enum OpenError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The part that `raw` is to show is not there.
+    /// The part that `raw` is to show begins past the end.
+    #[error("Offset ({offset}) cannot be greater than size of the containing file ({available})")]
+    OffsetPastEnd {
+        /// First byte to show.
+        offset: u64,
+        /// Size of the node below.
+        available: u64,
+    },
+    /// The part that `raw` is to show ends past the end. (Two spaces, as in QEMU.)
     #[error(
-        "Offset {offset} and size {size} of raw node '{node}' reach past the end of \
-         '{file}' ({available} bytes)"
+        "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual \
+         size of the containing file ({available})"
     )]
     PastEnd {
-        /// Name of the raw node.
-        node: String,
-        /// Name of the node it stands on.
-        file: String,
         /// First byte to show.
         offset: u64,
         /// Bytes to show.
         size: u64,
-        /// Size of the node it stands on.
+        /// Size of the node below.
         available: u64,
     },
     /// The file is no qcow2 image, or one that cannot be served.
@@ -104,19 +108,54 @@ pub enum OpenError {
     /// A data file is given, and the image has its data in itself.
     #[error("'data-file' can only be set for images with an external data file")]
     DataFileUnexpected,
-    /// A size or offset is not a multiple of the sector size.
-    #[error("{what} {value} of node '{node}' is not a multiple of 512")]
-    Unaligned {
+    /// The size that `raw` is to show is not of whole sectors.
+    #[error("Specified size is not multiple of 512")]
+    UnalignedSize,
+    /// The part that `raw` is to show does not begin with a sector.
+    #[error("Offset {offset} of node '{node}' is not a multiple of 512")]
+    UnalignedOffset {
         /// Name of the node.
         node: String,
-        /// `Offset` or `Size`.
-        what: &'static str,
         /// What was given.
-        value: u64,
+        offset: u64,
     },
     /// An NBD server's export cannot be used.
     #[error(transparent)]
     Nbd(#[from] NbdError),
+}
+
+/// Why an open node cannot have other options.
+#[derive(Debug, thiserror::Error)]
+pub enum ReopenError {
+    /// An option that stays what it was when the node was opened.
+    #[error("Cannot change the option '{0}'")]
+    CannotChange(String),
+    /// An option that was left out, and cannot go back to its default.
+    #[error("Option '{0}' cannot be reset to its default value")]
+    CannotReset(&'static str),
+    /// A driver none of whose options can be changed.
+    #[error("Block format '{driver}' used by node '{node}' does not support reopening files")]
+    NotSupported {
+        /// QEMU's name of the driver.
+        driver: &'static str,
+        /// Name of the node.
+        node: String,
+    },
+    /// A file of that name is there, but it is not the one that is open.
+    #[error(
+        "'{}' is not the file any more that was opened as node '{node}'; put it back, or open it \
+         as another node",
+        path.display()
+    )]
+    AnotherFile {
+        /// Path of the file.
+        path: PathBuf,
+        /// Name of the node.
+        node: String,
+    },
+    /// It cannot be opened as it is to be.
+    #[error(transparent)]
+    Open(#[from] OpenError),
 }
 
 /// The kernel's text without the number that the standard library adds.
@@ -173,19 +212,17 @@ mod tests {
             ),
             (
                 OpenError::PastEnd {
-                    node: "r".into(),
-                    file: "f".into(),
                     offset: 512,
                     size: 1024,
                     available: 1024,
                 },
-                "Offset 512 and size 1024 of raw node 'r' reach past the end of 'f' (1024 bytes)",
+                "The sum of offset (512) and size (1024) has to be smaller or equal to the  actual \
+                 size of the containing file (1024)",
             ),
             (
-                OpenError::Unaligned {
+                OpenError::UnalignedOffset {
                     node: "r".into(),
-                    what: "Offset",
-                    value: 7,
+                    offset: 7,
                 },
                 "Offset 7 of node 'r' is not a multiple of 512",
             ),

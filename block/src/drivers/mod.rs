@@ -12,4 +12,4 @@ pub mod throttle;
 
 mod error;
 
-pub use error::OpenError;
+pub use error::{OpenError, ReopenError};

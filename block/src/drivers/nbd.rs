@@ -6,12 +6,14 @@
 use std::sync::Arc;
 
 use crate::buffer::{AlignedBuffer, IoVec};
-use crate::driver::{BlockDriver, BoxFuture, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags};
-use crate::drivers::OpenError;
+use crate::driver::{
+    BlockDriver, BoxFuture, Extent, ExtentFlags, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
+};
+use crate::drivers::{OpenError, ReopenError};
 use crate::error::{IoError, IoOp};
 use crate::nbd::client::{Client, Command, Export, NbdError, Status};
 use crate::nbd::protocol::{allocation_flag, command, command_flag, transmission_flag};
-use crate::options::{NbdOptions, SocketAddress};
+use crate::options::{DriverOptions, NbdOptions, SocketAddress};
 use crate::range_lock::{RangeGuard, RangeLock};
 
 #[cfg(all(test, not(shuttle)))]
@@ -396,6 +398,37 @@ impl BlockDriver for NbdDriver {
 
     fn filename(&self) -> String {
         self.filename.clone()
+    }
+
+    /// The connection stays as it is. Only what the node does with it can change.
+    fn reopen_prepare<'a>(
+        &'a self,
+        to: Reopen<'a>,
+    ) -> BoxFuture<'a, Result<Reopened, ReopenError>> {
+        Box::pin(async move {
+            if let (DriverOptions::Nbd(old), DriverOptions::Nbd(new)) = (to.old, to.driver) {
+                let options = [
+                    ("export", old.export == new.export),
+                    (
+                        "reconnect-delay",
+                        old.reconnect_delay == new.reconnect_delay,
+                    ),
+                    ("open-timeout", old.open_timeout == new.open_timeout),
+                    ("server", old.server == new.server),
+                ];
+                if let Some((name, _)) = options.iter().find(|(_, same)| !same) {
+                    return Err(ReopenError::CannotChange((*name).to_owned()));
+                }
+            }
+            let fixed = self.export().can(transmission_flag::READ_ONLY);
+            if fixed && !to.options.read_only && !to.auto_read_only {
+                return Err(OpenError::from(NbdError::ReadOnly).into());
+            }
+            Ok(Reopened {
+                read_only: to.options.read_only || fixed,
+                size: self.export().size,
+            })
+        })
     }
 
     fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {

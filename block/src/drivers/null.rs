@@ -3,9 +3,12 @@
 use std::time::Duration;
 
 use crate::buffer::IoVec;
-use crate::driver::{BlockDriver, BoxFuture, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags};
+use crate::driver::{
+    BlockDriver, BoxFuture, Extent, ExtentFlags, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
+};
+use crate::drivers::ReopenError;
 use crate::error::IoError;
-use crate::options::NullCoOptions;
+use crate::options::{DriverOptions, NullCoOptions};
 use crate::runtime;
 
 /// Forgets writes; reads give zeroes, or leave the buffer as it is.
@@ -81,6 +84,43 @@ impl BlockDriver for NullDriver {
 
     fn flush<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(self.done())
+    }
+
+    /// Nothing of its own can be changed.
+    fn reopen_prepare<'a>(
+        &'a self,
+        to: Reopen<'a>,
+    ) -> BoxFuture<'a, Result<Reopened, ReopenError>> {
+        Box::pin(async move {
+            let DriverOptions::NullCo(new) = to.driver else {
+                return Err(ReopenError::CannotChange("driver".to_owned()));
+            };
+            let (old, default) = (&self.options, NullCoOptions::default());
+            let options = [
+                (
+                    "read-zeroes",
+                    new.read_zeroes == old.read_zeroes,
+                    new.read_zeroes == default.read_zeroes,
+                ),
+                ("size", new.size == old.size, new.size == default.size),
+                (
+                    "latency-ns",
+                    new.latency_ns == old.latency_ns,
+                    new.latency_ns == default.latency_ns,
+                ),
+            ];
+            let mut changed = options.iter().filter(|(_, same, _)| !same);
+            if let Some((name, ..)) = changed.clone().find(|(.., is_default)| *is_default) {
+                return Err(ReopenError::CannotReset(name));
+            }
+            match changed.next() {
+                Some((name, ..)) => Err(ReopenError::CannotChange((*name).to_owned())),
+                None => Ok(Reopened {
+                    read_only: to.options.read_only,
+                    size: old.size,
+                }),
+            }
+        })
     }
 
     fn block_status<'a>(

@@ -1,64 +1,101 @@
 //! `raw`: the bytes of another node, or a part of them.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use crate::buffer::IoVec;
 use crate::debug_event::DebugEvent;
-use crate::driver::{BlockDriver, BoxFuture, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags};
-use crate::drivers::OpenError;
+use crate::driver::{
+    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, Reopen, Reopened, WriteFlags,
+    ZeroFlags,
+};
+use crate::drivers::{OpenError, ReopenError};
 use crate::error::{IoError, IoOp};
-use crate::node::{Child, SECTOR_SIZE};
-use crate::options::RawOptions;
+use crate::node::{Child, Node, SECTOR_SIZE};
+use crate::options::{DriverOptions, RawOptions};
+use crate::permissions::{Perm, Permissions};
 
 /// A window on the node below.
 #[derive(Debug)]
 pub struct RawDriver {
     file: Child,
-    /// First byte of the window, in bytes of the node below.
+    /// First byte of the window, in bytes of the node below. Written with no request
+    /// in flight, as `size` is.
+    offset: AtomicU64,
+    /// Length of the window in bytes; [`TO_THE_END`] if that is wherever the node
+    /// below ends.
+    size: AtomicU64,
+    /// The window that was prepared. Main only.
+    pending: Mutex<Option<Window>>,
+}
+
+/// No window is that long.
+const TO_THE_END: u64 = u64::MAX;
+
+/// A window that was checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Window {
     offset: u64,
-    /// Length of the window; `None`: up to the end, wherever that is.
     size: Option<u64>,
+}
+
+impl Window {
+    /// The window of raw node `node` on `below` that `options` ask for.
+    fn new(node: &str, options: &RawOptions, below: &Node) -> Result<Self, OpenError> {
+        let RawOptions { offset, size, .. } = *options;
+        if size.is_some_and(|size| !size.is_multiple_of(SECTOR_SIZE)) {
+            return Err(OpenError::UnalignedSize);
+        }
+        if !offset.is_multiple_of(SECTOR_SIZE) {
+            return Err(OpenError::UnalignedOffset {
+                node: node.to_owned(),
+                offset,
+            });
+        }
+        let available = below.size();
+        if offset > available {
+            return Err(OpenError::OffsetPastEnd { offset, available });
+        }
+        match size {
+            Some(size) if size > available - offset => Err(OpenError::PastEnd {
+                offset,
+                size,
+                available,
+            }),
+            _ => Ok(Self { offset, size }),
+        }
+    }
 }
 
 impl RawDriver {
     /// The raw node `node` on `file`, as `options` say (whose own `file` has
     /// been looked up by the caller).
     pub fn new(node: &str, options: &RawOptions, file: Child) -> Result<Self, OpenError> {
-        for (what, value) in [("Offset", Some(options.offset)), ("Size", options.size)] {
-            if let Some(value) = value
-                && !value.is_multiple_of(SECTOR_SIZE)
-            {
-                return Err(OpenError::Unaligned {
-                    node: node.to_owned(),
-                    what,
-                    value,
-                });
-            }
-        }
-        let below = file.node();
-        let available = below.size();
-        let size = options.size.unwrap_or(0);
-        let fits = options
-            .offset
-            .checked_add(size)
-            .is_some_and(|end| end <= available);
-        if !fits {
-            return Err(OpenError::PastEnd {
-                node: node.to_owned(),
-                file: below.name().to_owned(),
-                offset: options.offset,
-                size,
-                available,
-            });
-        }
+        let window = Window::new(node, options, &file.node())?;
         Ok(Self {
             file,
-            offset: options.offset,
-            size: options.size,
+            offset: AtomicU64::new(window.offset),
+            size: AtomicU64::new(window.size.unwrap_or(TO_THE_END)),
+            pending: Mutex::default(),
         })
+    }
+
+    fn window(&self) -> Window {
+        let size = self.size.load(Ordering::Relaxed);
+        Window {
+            offset: self.offset.load(Ordering::Relaxed),
+            size: (size != TO_THE_END).then_some(size),
+        }
+    }
+
+    fn pending(&self) -> MutexGuard<'_, Option<Window>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where byte `offset` of the window is in the node below.
     fn below(&self, op: IoOp, offset: u64, len: u64) -> Result<u64, IoError> {
-        offset.checked_add(self.offset).ok_or_else(|| IoError {
+        let start = self.offset.load(Ordering::Relaxed);
+        offset.checked_add(start).ok_or_else(|| IoError {
             op,
             node: self.file.node().name().into(),
             offset,
@@ -74,8 +111,9 @@ impl BlockDriver for RawDriver {
     }
 
     fn size(&self) -> u64 {
-        let available = self.file.node().size().saturating_sub(self.offset);
-        match self.size {
+        let window = self.window();
+        let available = self.file.node().size().saturating_sub(window.offset);
+        match window.size {
             // The node below may have shrunk.
             Some(size) => size.min(available),
             None => available,
@@ -158,12 +196,58 @@ impl BlockDriver for RawDriver {
     fn resize<'a>(&'a self, size: u64) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
             let file = self.file.node();
-            if self.size.is_some() {
+            if self.window().size.is_some() {
                 return Err(file.error(IoOp::Truncate, size, 0, libc::EOPNOTSUPP));
             }
             let below = self.below(IoOp::Truncate, size, 0)?;
             file.resize(below).await
         })
+    }
+
+    /// A window that does not move with the end of the node below must not lose
+    /// what it shows.
+    fn child_permissions(&self, _: ChildRole, users: Permissions) -> Permissions {
+        let window = self.pending().unwrap_or_else(|| self.window());
+        if window.offset == 0 && window.size.is_none() {
+            return users;
+        }
+        Permissions {
+            share: users.share.without(Perm::RESIZE),
+            ..users
+        }
+    }
+
+    fn reopen_prepare<'a>(
+        &'a self,
+        to: Reopen<'a>,
+    ) -> BoxFuture<'a, Result<Reopened, ReopenError>> {
+        Box::pin(async move {
+            let DriverOptions::Raw(options) = to.driver else {
+                return Err(ReopenError::CannotChange("driver".to_owned()));
+            };
+            let below = to
+                .child(ChildRole::File)
+                .map_or_else(|| self.file.node(), Arc::clone);
+            let window = Window::new(to.node, options, &below)?;
+            *self.pending() = Some(window);
+            Ok(Reopened {
+                read_only: to.options.read_only,
+                size: window.size.unwrap_or(below.size() - window.offset),
+            })
+        })
+    }
+
+    fn reopen_commit(&self) {
+        let window = self.pending().take();
+        if let Some(window) = window {
+            self.offset.store(window.offset, Ordering::Relaxed);
+            self.size
+                .store(window.size.unwrap_or(TO_THE_END), Ordering::Relaxed);
+        }
+    }
+
+    fn reopen_abort(&self) {
+        *self.pending() = None;
     }
 
     fn cancel_in_flight(&self) {
@@ -173,13 +257,10 @@ impl BlockDriver for RawDriver {
 
 #[cfg(all(test, not(shuttle)))]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::buffer::AlignedBuffer;
-    use crate::driver::ChildRole;
     use crate::drivers::file::{self, OpenFlags};
-    use crate::node::{Node, NodeOptions};
+    use crate::node::NodeOptions;
     use crate::options::{BlockdevRef, FileOptions};
     use crate::runtime::EventLoop;
 
@@ -215,7 +296,8 @@ mod tests {
         let error = raw(&node, &options(512, Some(4096))).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "Offset 512 and size 4096 of raw node 'r' reach past the end of 'f' (4096 bytes)"
+            "The sum of offset (512) and size (4096) has to be smaller or equal to the  actual size \
+             of the containing file (4096)"
         );
         assert!(raw(&node, &options(4608, None)).is_err());
         assert!(raw(&node, &options(u64::MAX - 511, Some(512))).is_err());

@@ -1,10 +1,15 @@
 //! `throttle`: limits the rate of the requests to the node below, together with
 //! the other members of its group.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwap;
 
 use crate::buffer::IoVec;
-use crate::driver::{BlockDriver, BoxFuture, Extent, Limits, WriteFlags, ZeroFlags};
+use crate::driver::{
+    BlockDriver, BoxFuture, ChildRole, Extent, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
+};
+use crate::drivers::ReopenError;
 use crate::error::IoError;
 use crate::node::{Child, Node};
 use crate::throttle::{Direction, ThrottleGroup, ThrottleMember};
@@ -14,7 +19,12 @@ use crate::throttle::{Direction, ThrottleGroup, ThrottleMember};
 #[derive(Debug)]
 pub struct ThrottleDriver {
     file: Child,
-    member: ThrottleMember,
+    /// Replaced on main with no request in flight, under `sections`.
+    member: ArcSwap<ThrottleMember>,
+    /// Drained sections that the member was told of. Group locks are taken under it.
+    sections: Mutex<usize>,
+    /// A place in the group that was prepared to come next. Main only.
+    next: Mutex<Option<Arc<ThrottleMember>>>,
 }
 
 impl ThrottleDriver {
@@ -22,9 +32,16 @@ impl ThrottleDriver {
     pub fn new(group: Arc<ThrottleGroup>, file: Child) -> Self {
         Self {
             file,
-            member: ThrottleMember::new(group),
+            member: ArcSwap::from_pointee(ThrottleMember::new(group)),
+            sections: Mutex::default(),
+            next: Mutex::default(),
         }
     }
+}
+
+/// Locks what is consistent whenever its holder may panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl BlockDriver for ThrottleDriver {
@@ -46,7 +63,8 @@ impl BlockDriver for ThrottleDriver {
 
     fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
-            self.member.pass(Direction::Read, iov.len() as u64).await;
+            let member = self.member.load_full();
+            member.pass(Direction::Read, iov.len() as u64).await;
             self.file.node().read(offset, iov).await
         })
     }
@@ -58,7 +76,8 @@ impl BlockDriver for ThrottleDriver {
         flags: WriteFlags,
     ) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
-            self.member.pass(Direction::Write, iov.len() as u64).await;
+            let member = self.member.load_full();
+            member.pass(Direction::Write, iov.len() as u64).await;
             self.file.node().write(offset, iov, flags).await
         })
     }
@@ -70,14 +89,16 @@ impl BlockDriver for ThrottleDriver {
         flags: ZeroFlags,
     ) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
-            self.member.pass(Direction::Write, len).await;
+            let member = self.member.load_full();
+            member.pass(Direction::Write, len).await;
             self.file.node().write_zeroes(offset, len, flags).await
         })
     }
 
     fn discard<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
-            self.member.pass(Direction::Write, len).await;
+            let member = self.member.load_full();
+            member.pass(Direction::Write, len).await;
             self.file.node().discard(offset, len).await
         })
     }
@@ -100,19 +121,61 @@ impl BlockDriver for ThrottleDriver {
 
     /// Those that wait for the limit need not fail: they go.
     fn cancel_in_flight(&self) {
-        self.member.let_go();
+        self.member.load().let_go();
         self.file.node().cancel_in_flight();
     }
 
     fn drained_begin(&self) {
-        self.member.drained_begin();
+        let mut sections = lock(&self.sections);
+        *sections += 1;
+        self.member.load().drained_begin();
     }
 
     fn drained_end(&self) {
-        self.member.drained_end();
+        let mut sections = lock(&self.sections);
+        *sections = sections.saturating_sub(1);
+        self.member.load().drained_end();
+    }
+
+    fn reopen_prepare<'a>(
+        &'a self,
+        to: Reopen<'a>,
+    ) -> BoxFuture<'a, Result<Reopened, ReopenError>> {
+        Box::pin(async move {
+            if let Some(group) = to.throttle_group
+                && !self.member.load().is_of(group)
+            {
+                let next = ThrottleMember::new(Arc::clone(group));
+                *lock(&self.next) = Some(Arc::new(next));
+            }
+            let file = to
+                .child(ChildRole::File)
+                .map_or_else(|| self.file.node(), Arc::clone);
+            Ok(Reopened {
+                read_only: to.options.read_only,
+                size: file.size(),
+            })
+        })
+    }
+
+    fn reopen_commit(&self) {
+        let next = lock(&self.next).take();
+        let Some(next) = next else {
+            return;
+        };
+        let sections = lock(&self.sections);
+        for _ in 0..*sections {
+            next.drained_begin();
+        }
+        self.member.swap(next).leave();
+    }
+
+    fn reopen_abort(&self) {
+        let next = lock(&self.next).take();
+        drop(next);
     }
 
     fn close(&self) {
-        self.member.leave();
+        self.member.load().leave();
     }
 }

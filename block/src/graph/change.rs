@@ -44,16 +44,15 @@ impl Graph {
         );
         let mut topology = self.topology.borrow().clone();
         topology.move_parents(below, &filter, except, filter.id());
-        topology.nodes.push(NodeEntry {
-            node: Arc::clone(&filter),
-            owner: Owner::Inserter,
-            children: vec![ChildEntry {
+        topology.nodes.push(NodeEntry::new(
+            Arc::clone(&filter),
+            Owner::Inserter,
+            vec![ChildEntry {
                 child: Arc::new(recorded),
                 target: Arc::clone(below),
                 permissions: Permissions::IDLE,
             }],
-            permissions: Permissions::IDLE,
-        });
+        ));
         let _removed = self.commit(topology)?;
         Ok(filter)
     }

@@ -17,12 +17,23 @@ impl Graph {
     ///
     /// The caller has drained what sends requests over the edges that change, and
     /// closes what is removed, or has it closed by dropping it.
-    pub(super) fn commit(&self, mut new: Topology) -> Result<Removed, GraphError> {
+    pub(super) fn commit(&self, new: Topology) -> Result<Removed, GraphError> {
+        self.commit_reopened(new, &[])
+    }
+
+    /// As [`commit`](Self::commit), for `reopened` nodes in whose driver something is
+    /// prepared: that holds, too, from now on.
+    pub(super) fn commit_reopened(
+        &self,
+        mut new: Topology,
+        reopened: &[Arc<Node>],
+    ) -> Result<Removed, GraphError> {
         let old = self.topology.borrow().clone();
         let removed = new.remove_orphans();
         new.update_permissions()?;
 
-        let changed = changed_permissions(&old, &new);
+        let order = new.order()?;
+        let changed = changed_permissions(&old, &new, reopened);
         let mut checked: Vec<&Arc<Node>> = Vec::new();
         for Change {
             node,
@@ -31,7 +42,11 @@ impl Graph {
         } in &changed
         {
             if let Err(error) = node.driver().check_permissions(*wanted) {
-                if before.need.contains(wanted.need) && wanted.share.contains(before.share) {
+                let prepared = reopened.iter().any(|n| n.id() == node.id());
+                if !prepared
+                    && before.need.contains(wanted.need)
+                    && wanted.share.contains(before.share)
+                {
                     // Nothing new is asked for, so nobody can be against it. A
                     // driver that fails to let go keeps more than it needs, until
                     // the next change.
@@ -58,8 +73,16 @@ impl Graph {
                 edge.child.store(Arc::clone(&edge.target));
             }
         }
+        for node in reopened {
+            node.driver().reopen_commit();
+        }
         for node in &checked {
             node.driver().set_permissions();
+        }
+        // Children first, since what a node wants may be what its child wants.
+        for entry in order.iter().rev().filter_map(|index| new.nodes.get(*index)) {
+            entry.node.set_options(entry.options);
+            entry.node.refresh_limits();
         }
         self.topology.replace(new);
         self.inherit_sections();
@@ -121,9 +144,10 @@ struct Change {
     wanted: Permissions,
 }
 
-/// Nodes whose users together want something else than before. Those that have
+/// Nodes whose users together want something else than before, and those that are
+/// reopened. Those that have
 /// gone give up what they hold when they are closed.
-fn changed_permissions(old: &Topology, new: &Topology) -> Vec<Change> {
+fn changed_permissions(old: &Topology, new: &Topology, reopened: &[Arc<Node>]) -> Vec<Change> {
     new.nodes
         .iter()
         .map(|entry| Change {
@@ -133,6 +157,9 @@ fn changed_permissions(old: &Topology, new: &Topology) -> Vec<Change> {
                 .map_or(Permissions::IDLE, |entry| entry.permissions),
             wanted: entry.permissions,
         })
-        .filter(|change| change.before != change.wanted)
+        .filter(|change| {
+            change.before != change.wanted
+                || reopened.iter().any(|node| node.id() == change.node.id())
+        })
         .collect()
 }

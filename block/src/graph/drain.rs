@@ -5,7 +5,7 @@
 //! [`Drained`] is dropped, or the future that would have given it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
@@ -85,8 +85,8 @@ pub(super) struct Section {
 struct Members {
     ended: bool,
     backends: Vec<Arc<Backend>>,
-    /// Nodes whose drivers were told.
-    nodes: Vec<Arc<Node>>,
+    /// Nodes whose drivers were told. Not kept open by this.
+    nodes: Vec<Weak<Node>>,
 }
 
 fn begin_for(backend: &Backend) {
@@ -128,7 +128,8 @@ impl Section {
     /// Tells the driver of a node where requests may be under way, unless it was
     /// told. As [`add`](Self::add).
     fn add_node(&self, node: &Arc<Node>) {
-        let known = |members: &Members| members.nodes.iter().any(|n| n.id() == node.id());
+        let told = Arc::downgrade(node);
+        let known = |members: &Members| members.nodes.iter().any(|n| n.ptr_eq(&told));
         if known(&lock(&self.members)) {
             return;
         }
@@ -136,7 +137,7 @@ impl Section {
         let added = {
             let mut members = lock(&self.members);
             if !members.ended {
-                members.nodes.push(Arc::clone(node));
+                members.nodes.push(told);
             }
             !members.ended
         };
@@ -162,7 +163,7 @@ impl Section {
                 std::mem::take(&mut members.nodes),
             )
         };
-        for node in &nodes {
+        for node in nodes.iter().filter_map(Weak::upgrade) {
             node.driver().drained_end();
         }
         for backend in &backends {

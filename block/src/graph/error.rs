@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::drivers::OpenError;
+use crate::drivers::{OpenError, ReopenError};
 use crate::error::IoError;
 use crate::permissions::{Perm, PermissionError};
 
@@ -114,6 +114,34 @@ pub enum GraphError {
     /// The backing image could not be opened.
     #[error("Could not open backing file: {0}")]
     Backing(Box<GraphError>),
+    /// `blockdev-reopen` without a node's name.
+    #[error("node-name not specified")]
+    NodeNameNotSpecified,
+    /// An open node cannot have the options that it is to be reopened with.
+    #[error(transparent)]
+    Reopen(#[from] ReopenError),
+    /// A node that others write is to become read-only.
+    #[error("Read-only block node '{0}' cannot support read-write users")]
+    Writers(String),
+    /// `blockdev-reopen` does not say what backing image a node is to have.
+    #[error("backing is missing for '{0}'")]
+    BackingMissing(String),
+    /// Somebody changed the graph while a node was being reopened.
+    #[error("The children of node '{0}' have changed while it was being reopened; try again")]
+    ChangedMeanwhile(String),
+    /// A reopened node would have another size than its users were promised.
+    #[error(
+        "Cannot change node '{node}' from {old} to {new} bytes: its users do not share 'resize' \
+         on it"
+    )]
+    FixedSize {
+        /// Name of the node.
+        node: String,
+        /// Its size in bytes.
+        old: u64,
+        /// The size that it would have.
+        new: u64,
+    },
     /// The change would make a node its own child.
     #[error("Making '{child}' a {role} child of '{parent}' would create a cycle")]
     Loop {

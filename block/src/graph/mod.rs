@@ -4,6 +4,7 @@
 //! - `commit`: a checked change, put in place all at once;
 //! - `change`: insert a filter, replace a node, remove a filter;
 //! - `open`: `blockdev-add` and `blockdev-del`;
+//! - `reopen`: `blockdev-reopen`;
 //! - `resize`: `block_resize`;
 //! - `drain`: drained sections;
 //! - `handle`: how other threads get here.
@@ -25,7 +26,7 @@ use crate::driver::{BlockDriver, ChildRole};
 use crate::leaf::NoLeafCell;
 use crate::node::{Node, NodeOptions};
 use crate::permissions::{Perm, Permissions};
-use crate::throttle::ThrottleGroups;
+use crate::throttle::{ThrottleGroup, ThrottleGroups};
 
 mod change;
 mod commit;
@@ -35,6 +36,7 @@ mod handle;
 mod info;
 pub(crate) mod names;
 mod open;
+mod reopen;
 mod resize;
 #[cfg(all(test, not(shuttle)))]
 mod tests;
@@ -140,12 +142,8 @@ impl Graph {
         let name = self.reserve_node_name(name)?;
         let node = Node::new(name.as_str(), driver, options);
         let mut topology = self.topology.borrow().clone();
-        topology.nodes.push(NodeEntry {
-            node: Arc::clone(&node),
-            owner: Owner::Monitor,
-            children: Vec::new(),
-            permissions: Permissions::IDLE,
-        });
+        let entry = NodeEntry::new(Arc::clone(&node), Owner::Monitor, Vec::new());
+        topology.nodes.push(entry);
         let _removed = self.commit(topology)?;
         Ok(node)
     }
@@ -318,6 +316,11 @@ impl Graph {
     /// The throttle groups that `throttle` filters may refer to.
     pub fn throttle_groups(&self) -> &ThrottleGroups {
         &self.throttle_groups
+    }
+
+    fn throttle_group(&self, name: &str) -> Result<Arc<ThrottleGroup>, GraphError> {
+        let group = self.throttle_groups.find(name);
+        group.ok_or_else(|| GraphError::NoSuchThrottleGroup(name.to_owned()))
     }
 
     /// How long a drained section waits for requests.

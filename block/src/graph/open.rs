@@ -13,7 +13,7 @@ use super::{Graph, GraphError, LocalFuture, above_inserted_filters};
 use crate::backend::AttachmentKind;
 use crate::driver::{BlockDriver, ChildRole};
 use crate::drivers::blkdebug::BlkdebugDriver;
-use crate::drivers::file::OpenFlags;
+use crate::drivers::file::{FileNode, OpenFlags};
 use crate::drivers::nbd::NbdDriver;
 use crate::drivers::null::NullDriver;
 use crate::drivers::raw::RawDriver;
@@ -50,7 +50,7 @@ impl Graph {
             named: Vec::new(),
             holds: Holds::new(self),
         };
-        match opening.open(options, Owner::Monitor).await {
+        match opening.open(options.clone(), options, Owner::Monitor).await {
             Ok(node) => {
                 // Nothing is awaited between this look and the change.
                 match opening.look_again().and_then(|()| {
@@ -59,8 +59,7 @@ impl Graph {
                     topology
                         .backends
                         .retain(|entry| !opening.holds.contain(entry.backend.id()));
-                    // Parents first, as they are listed.
-                    topology.nodes.extend(opening.nodes.iter().rev().cloned());
+                    topology.nodes.extend(opening.nodes.iter().cloned());
                     self.commit(topology)
                 }) {
                     Ok(removed) => {
@@ -173,6 +172,7 @@ impl<'a> Opening<'a> {
     fn open<'b>(
         &'b mut self,
         options: BlockdevOptions,
+        given: BlockdevOptions,
         owner: Owner,
     ) -> LocalFuture<'b, Result<Arc<Node>, GraphError>>
     where
@@ -184,6 +184,7 @@ impl<'a> Opening<'a> {
             self.names.push(name);
             let common = options.node_options();
             check_detect_zeroes(common)?;
+            let first_child = self.nodes.len();
             let opened = self.open_driver(&node_name, &options).await?;
             let node = Node::new(
                 &node_name,
@@ -193,11 +194,18 @@ impl<'a> Opening<'a> {
                     ..common
                 },
             );
+            for edge in &opened.children {
+                let inline = &mut self.nodes[first_child..];
+                if let Some(child) = inline
+                    .iter_mut()
+                    .find(|entry| entry.node.id() == edge.target.id())
+                {
+                    child.opened_with = Some(node.id());
+                }
+            }
             self.nodes.push(NodeEntry {
-                node: Arc::clone(&node),
-                owner,
-                children: opened.children,
-                permissions: Permissions::IDLE,
+                given: Some(Arc::new(given)),
+                ..NodeEntry::new(Arc::clone(&node), owner, opened.children)
             });
             Ok(node)
         })
@@ -219,11 +227,14 @@ impl<'a> Opening<'a> {
                     cache,
                 };
                 let (node, file_options) = (node.to_owned(), file_options.clone());
-                let driver: Result<_, OpenError> =
-                    unblock(move || file::open(&node, &file_options, flags)).await;
-                let driver = driver?;
+                let driver: Result<_, OpenError> = unblock(move || {
+                    let file = file::open(&node, &file_options, flags)?;
+                    Ok((file.read_only(), FileNode::new(file, file_options)))
+                })
+                .await;
+                let (read_only, driver) = driver?;
                 Ok(Opened {
-                    read_only: driver.read_only(),
+                    read_only,
                     driver: Box::new(driver),
                     children: Vec::new(),
                 })
@@ -264,11 +275,7 @@ impl<'a> Opening<'a> {
             }
             DriverOptions::Throttle(throttle) => {
                 let (file, entry) = self.child(ChildRole::File, &throttle.file, options).await?;
-                let group = self
-                    .graph
-                    .throttle_groups
-                    .find(&throttle.group)
-                    .ok_or_else(|| GraphError::NoSuchThrottleGroup(throttle.group.clone()))?;
+                let group = self.graph.throttle_group(&throttle.group)?;
                 Ok(Opened {
                     driver: Box::new(ThrottleDriver::new(group, file)),
                     read_only,
@@ -301,7 +308,8 @@ impl<'a> Opening<'a> {
                 }
             }
             BlockdevRef::Inline(options) => {
-                self.open(inherit(role, options, parent), Owner::Parent)
+                let given = BlockdevOptions::clone(options);
+                self.open(inherit(role, options, parent), given, Owner::Parent)
                     .await?
             }
         };
@@ -380,7 +388,9 @@ mod tests {
                 named: Vec::new(),
                 holds: Holds::new(&graph),
             };
-            let opened = opening.open(raw_over("a"), Owner::Monitor).await;
+            let opened = opening
+                .open(raw_over("a"), raw_over("a"), Owner::Monitor)
+                .await;
             opened.expect("it opens");
             let drained = graph.drain(&node, &[]).await.unwrap();
             let filter = graph

@@ -29,15 +29,20 @@ impl Graph {
         };
         let drained = self.drain(node, &[&resizer.backend]).await?;
         let resized = node.resize(size).await;
+        // A size that was changed in spite of an error is told, too.
+        self.tell_resized(node);
+        drop(drained);
+        Ok(resized?)
+    }
+
+    /// Tells all who may send requests to `node` that its size has changed.
+    pub(super) fn tell_resized(&self, node: &Arc<Node>) {
         let users = self.topology.borrow().backends_reaching(node.id());
         for backend in users {
-            // A size that was changed in spite of an error is told, too.
             if let Some(user) = backend.user() {
                 user.resized();
             }
         }
-        drop(drained);
-        Ok(resized?)
     }
 }
 

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use super::GraphError;
 use crate::backend::{AttachmentKind, Backend};
 use crate::driver::ChildRole;
-use crate::node::{Child, Node};
+use crate::node::{Child, Node, NodeOptions};
+use crate::options::BlockdevOptions;
 use crate::permissions::{Perm, PermissionError, Permissions};
 
 /// What keeps a node alive when nothing stands on it.
@@ -30,6 +31,26 @@ pub(super) struct NodeEntry {
     pub(super) children: Vec<ChildEntry>,
     /// What all its parents together need and share.
     pub(super) permissions: Permissions,
+    /// What it is in this topology, whatever its driver.
+    pub(super) options: NodeOptions,
+    /// What it was opened or reopened with; `None` for nodes that cannot be reopened.
+    pub(super) given: Option<Arc<BlockdevOptions>>,
+    /// Id of the node it was opened with, as a child given inline.
+    pub(super) opened_with: Option<u64>,
+}
+
+impl NodeEntry {
+    pub(super) fn new(node: Arc<Node>, owner: Owner, children: Vec<ChildEntry>) -> Self {
+        Self {
+            options: node.options(),
+            node,
+            owner,
+            children,
+            permissions: Permissions::IDLE,
+            given: None,
+            opened_with: None,
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -67,6 +88,10 @@ impl Topology {
         self.nodes.iter().find(|entry| entry.node.id() == id)
     }
 
+    pub(super) fn node_mut(&mut self, id: u64) -> Option<&mut NodeEntry> {
+        self.nodes.iter_mut().find(|entry| entry.node.id() == id)
+    }
+
     pub(super) fn node_named(&self, name: &str) -> Option<&NodeEntry> {
         self.nodes.iter().find(|entry| entry.node.name() == name)
     }
@@ -102,7 +127,7 @@ impl Topology {
     }
 
     /// Ids of the node and of all nodes above it.
-    fn above(&self, id: u64) -> Vec<u64> {
+    pub(super) fn above(&self, id: u64) -> Vec<u64> {
         let mut ids = vec![id];
         let mut next = 0;
         while let Some(id) = ids.get(next).copied() {
@@ -192,7 +217,7 @@ impl Topology {
     }
 
     /// Indices of all nodes, parents before children.
-    fn order(&self) -> Result<Vec<usize>, GraphError> {
+    pub(super) fn order(&self) -> Result<Vec<usize>, GraphError> {
         let mut waiting: Vec<usize> = self
             .nodes
             .iter()
@@ -259,8 +284,11 @@ impl Topology {
                 .iter()
                 .fold(Permissions::IDLE, |all, p| all.and(p.permissions));
             let writes = Perm::WRITE | Perm::WRITE_UNCHANGED;
-            if entry.permissions.need.intersects(writes) && entry.node.read_only() {
-                return Err(PermissionError::ReadOnly.into());
+            if entry.permissions.need.intersects(writes) && entry.options.read_only {
+                return Err(match entry.node.read_only() {
+                    true => PermissionError::ReadOnly.into(),
+                    false => GraphError::Writers(entry.node.name().to_owned()),
+                });
             }
             for edge in &mut entry.children {
                 edge.permissions = entry

@@ -116,6 +116,11 @@ impl ThrottleMember {
         }
     }
 
+    /// Whether it is a member of this group.
+    pub(crate) fn is_of(&self, group: &Arc<ThrottleGroup>) -> bool {
+        Arc::ptr_eq(&self.group, group)
+    }
+
     /// Waits until a request of `len` bytes may go.
     ///
     /// Thread: one with a loop. Cancel: it counts as gone if it had been let

@@ -182,10 +182,8 @@ impl Args {
         match self.optional_i64(name)?.map(u64::try_from) {
             None => Ok(None),
             Some(Ok(value)) => Ok(Some(value)),
-            Some(Err(_)) => Err(QmpError::expects(
-                &self.path(name),
-                "a non-negative number below 2^64",
-            )),
+            // Without its path, as QEMU's options of drivers are.
+            Some(Err(_)) => Err(QmpError::expects(name, "a non-negative number below 2^64")),
         }
     }
 
@@ -350,6 +348,23 @@ impl Args {
         }
     }
 
+    /// A list of objects.
+    pub(crate) fn required_object_list(&mut self, name: &str) -> Result<Vec<Self>, QmpError> {
+        let elements = match self.members.remove(name) {
+            None => return Err(self.missing(name)),
+            Some(Value::Array(elements)) => elements,
+            Some(_) => return Err(self.wrong_type(name, "array")),
+        };
+        let objects = elements.into_iter().enumerate().map(|(index, element)| {
+            let name = format!("{name}[{index}]");
+            match element {
+                Value::Object(members) => Ok(self.nested(&name, members)),
+                _ => Err(self.wrong_type(&name, "object")),
+            }
+        });
+        objects.collect()
+    }
+
     /// A string or an object; `type_name` is what QEMU calls the choice.
     pub(crate) fn required_string_or_object(
         &mut self,
@@ -360,7 +375,8 @@ impl Args {
             None => Err(self.missing(name)),
             Some(Value::String(value)) => Ok(StringOrObject::String(value)),
             Some(Value::Object(members)) => Ok(StringOrObject::Object(self.nested(name, members))),
-            Some(_) => Err(self.wrong_type(name, type_name)),
+            // Without its path, as QEMU says it of a choice.
+            Some(_) => Err(QmpError::wrong_type(name, type_name)),
         }
     }
 

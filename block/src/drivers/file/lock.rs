@@ -99,6 +99,22 @@ impl ImageLock {
         result
     }
 
+    /// As [`check`](Self::check), but looks for nobody: another of our locks of the
+    /// same file holds the same, and was checked.
+    pub(super) fn take(&self, permissions: Permissions) -> Result<(), PermissionError> {
+        let wanted = pack(permissions);
+        match self.add(wanted) {
+            Ok(()) => {
+                self.wanted.store(wanted, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(source) => {
+                self.abort();
+                Err(self.failed(source))
+            }
+        }
+    }
+
     /// Gives up what the last check does not want.
     pub(super) fn commit(&self) {
         let wanted = self.wanted.load(Ordering::Relaxed);

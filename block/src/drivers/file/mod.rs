@@ -22,6 +22,7 @@
 mod data_region;
 mod lock;
 mod open;
+mod reopen;
 mod resize;
 mod status;
 mod sys;
@@ -35,6 +36,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use self::data_region::DataRegion;
+pub use self::reopen::FileNode;
+
 use self::lock::ImageLock;
 use self::open::{Kind, Opened};
 use self::sys::DirectAlignment;
@@ -84,7 +87,7 @@ pub struct FileDriver {
     direct: Option<DirectAlignment>,
     no_flush: bool,
     /// Blocks being written, if blocks are larger than a sector.
-    writing: RangeLock,
+    writing: Arc<RangeLock>,
     /// `None` if image locking is off.
     lock: Option<ImageLock>,
     support: Support,
@@ -195,7 +198,7 @@ impl FileDriver {
             size: Arc::new(AtomicU64::new(opened.size)),
             direct: opened.direct,
             no_flush: flags.cache.no_flush,
-            writing: RangeLock::new(),
+            writing: Arc::new(RangeLock::new()),
             lock,
             support: Support::all(),
             data_region: DataRegion::default(),
@@ -215,6 +218,21 @@ impl FileDriver {
             offset,
             len,
             errno: error.raw_os_error().unwrap_or(libc::EIO),
+        }
+    }
+
+    fn check_writable(&self, wanted: Permissions) -> Result<(), PermissionError> {
+        let writes = Perm::WRITE | Perm::WRITE_UNCHANGED;
+        if self.read_only && wanted.need.intersects(writes) {
+            return Err(PermissionError::ReadOnly);
+        }
+        Ok(())
+    }
+
+    fn check_locks(&self, wanted: Permissions) -> Result<(), PermissionError> {
+        match &self.lock {
+            Some(lock) => lock.check(wanted),
+            None => Ok(()),
         }
     }
 
@@ -516,14 +534,8 @@ impl BlockDriver for FileDriver {
     }
 
     fn check_permissions(&self, wanted: Permissions) -> Result<(), PermissionError> {
-        let writes = Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE;
-        if self.read_only && wanted.need.intersects(writes) {
-            return Err(PermissionError::ReadOnly);
-        }
-        match &self.lock {
-            Some(lock) => lock.check(wanted),
-            None => Ok(()),
-        }
+        self.check_writable(wanted)?;
+        self.check_locks(wanted)
     }
 
     fn set_permissions(&self) {

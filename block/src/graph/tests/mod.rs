@@ -13,7 +13,7 @@ use crate::driver::{BlockDriver, BoxFuture, ChildRole, Extent, Limits, WriteFlag
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node, NodeOptions};
 use crate::options::DiscardMode;
-use crate::permissions::{Perm, Permissions};
+use crate::permissions::{Perm, PermissionError, Permissions};
 use crate::runtime::{EventLoop, spawn_local};
 use crate::test_storage::{HoldAt, Match, TestStorage};
 
@@ -23,6 +23,7 @@ mod node_io;
 mod open;
 mod permissions;
 mod random;
+mod reopen;
 mod resize;
 mod stress;
 

@@ -65,12 +65,12 @@ fn a_raw_node_on_an_inline_file_reads_and_writes_and_goes_with_it() {
         assert_eq!(node.size(), SIZE);
         let nodes = graph.nodes();
         let drivers: Vec<_> = nodes.iter().map(|n| n.driver).collect();
-        assert_eq!(drivers, ["raw", "file"]);
+        assert_eq!(drivers, ["file", "raw"]);
         let shown = path.to_str().unwrap();
-        assert_eq!(nodes[0].filename, shown);
-        assert_eq!(nodes[0].children[0].node, nodes[1].name);
-        assert!(nodes[0].monitor_owned && !nodes[1].monitor_owned);
-        let below = nodes[1].name.clone();
+        assert_eq!(nodes[1].filename, shown);
+        assert_eq!(nodes[1].children[0].node, nodes[0].name);
+        assert!(nodes[1].monitor_owned && !nodes[0].monitor_owned);
+        let below = nodes[0].name.clone();
         assert_eq!(
             graph.blockdev_del(&below).await.unwrap_err().to_string(),
             format!("Node {below} is not owned by the monitor")

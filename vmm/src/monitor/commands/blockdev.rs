@@ -35,6 +35,20 @@ pub(super) async fn blockdev_del(monitor: Rc<Monitor>, mut args: Args) -> Outcom
     done()
 }
 
+pub(super) async fn blockdev_reopen(monitor: Rc<Monitor>, mut args: Args) -> Outcome {
+    let nodes = args.required_object_list("options")?;
+    let options = nodes
+        .into_iter()
+        .map(|args| node_options(args, &Common::default()));
+    let options = options.collect::<Result<Vec<_>, _>>()?;
+    args.finish()?;
+    let _alone = monitor.graph_commands.lock().await;
+    bounded("Reopening the nodes", monitor.graph.reopen(options))
+        .await?
+        .map_err(QmpError::from)?;
+    done()
+}
+
 /// Reads what is one driver's own of a node's options.
 type ReadDriver = fn(&mut Args, &Common) -> Result<DriverOptions, QmpError>;
 
@@ -77,26 +91,6 @@ fn blockdev_options(args: Args) -> Result<BlockdevOptions, QmpError> {
 struct Common {
     /// `cache.direct`
     direct: bool,
-    discard: DiscardMode,
-}
-
-impl Common {
-    /// What the child takes that holds a node's data (`file`). The parent decides
-    /// about discards; what it lets through is done.
-    fn for_file(&self) -> Self {
-        Self {
-            discard: DiscardMode::Unmap,
-            ..*self
-        }
-    }
-
-    /// What a backing image takes.
-    fn for_backing(&self) -> Self {
-        Self {
-            discard: DiscardMode::Ignore,
-            ..*self
-        }
-    }
 }
 
 /// Reads the options of one node, and of those that are opened with it.
@@ -135,16 +129,9 @@ fn node_options(mut args: Args, parent: &Common) -> Result<BlockdevOptions, QmpE
         .unwrap_or_default();
     let common = Common {
         direct: cache.direct.unwrap_or(parent.direct),
-        discard: discard.unwrap_or(parent.discard),
     };
     let driver = read_driver(&mut args, &common)?;
     args.finish()?;
-    if detect_zeroes == DetectZeroes::Unmap && common.discard != DiscardMode::Unmap {
-        return Err(QmpError::generic(
-            "setting detect-zeroes to unmap is not allowed without setting discard operation \
-             to unmap",
-        ));
-    }
     Ok(BlockdevOptions {
         node_name,
         read_only,

@@ -75,6 +75,7 @@ static COMMANDS: &[Command] = commands! {
     "blockdev-add" => blockdev::blockdev_add,
     "blockdev-del" => blockdev::blockdev_del,
     "blockdev-mirror" => mirror::blockdev_mirror,
+    "blockdev-reopen" => blockdev::blockdev_reopen,
     "cont" (machine) => vm::cont,
     "human-monitor-command" (machine) => control::human_monitor_command,
     "job-cancel" => jobs::job_cancel,

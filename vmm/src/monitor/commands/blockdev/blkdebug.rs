@@ -18,7 +18,7 @@ const PERMISSIONS: &[(&str, Perm)] = &[
 ];
 
 pub(super) fn options(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
-    let image = child(args, "image", &common.for_file())?;
+    let image = child(args, "image", common)?;
     let config = args.optional_str("config")?.map(PathBuf::from);
     let align = args.optional_non_negative("align")?.unwrap_or(0);
     let mut limit = |name| Ok::<_, QmpError>(args.optional_non_negative_i32(name)?.unwrap_or(0));

@@ -179,7 +179,7 @@ pub(super) fn null_co(args: &mut Args, _: &Common) -> Result<DriverOptions, QmpE
 }
 
 pub(super) fn raw(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
-    let file = child(args, "file", &common.for_file())?;
+    let file = child(args, "file", common)?;
     let offset = args.optional_non_negative("offset")?.unwrap_or(0);
     let size = args.optional_non_negative("size")?;
     Ok(DriverOptions::Raw(RawOptions { file, offset, size }))
@@ -187,15 +187,15 @@ pub(super) fn raw(args: &mut Args, common: &Common) -> Result<DriverOptions, Qmp
 
 pub(super) fn throttle(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
     let group = args.required_str("throttle-group")?;
-    let file = child(args, "file", &common.for_file())?;
+    let file = child(args, "file", common)?;
     Ok(DriverOptions::Throttle(ThrottleOptions { group, file }))
 }
 
 /// `lazy-refcounts`, the sizes of caches and checks for overlaps change how QEMU
 /// works, not what an image holds: they are read and have no effect.
 pub(super) fn qcow2(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
-    let file = child(args, "file", &common.for_file())?;
-    let backing = backing(args, &common.for_backing())?;
+    let file = child(args, "file", common)?;
+    let backing = backing(args, common)?;
     args.optional_bool("lazy-refcounts")?;
     let pass_discard_request = args.optional_bool("pass-discard-request")?;
     args.optional_bool("pass-discard-snapshot")?;
@@ -209,7 +209,7 @@ pub(super) fn qcow2(args: &mut Args, common: &Common) -> Result<DriverOptions, Q
              with 'qemu-img convert'"
         )));
     }
-    let data_file = optional_child(args, "data-file", &common.for_file())?;
+    let data_file = optional_child(args, "data-file", common)?;
     Ok(DriverOptions::Qcow2(Qcow2Options {
         file,
         data_file,

@@ -97,11 +97,6 @@ fn every_mistake_has_qemus_text() {
             "Parameter 'discard' does not accept value 'maybe'",
         ),
         (
-            null("detect-zeroes", json!("unmap")),
-            "setting detect-zeroes to unmap is not allowed without setting discard operation \
-             to unmap",
-        ),
-        (
             json!({"driver": "file", "node-name": "x", "filename": "y", "aio": "native"}),
             "aio=native was specified, but it requires cache.direct=on, which was not specified.",
         ),
