@@ -7,14 +7,13 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use arc_swap::ArcSwap;
-
 use crate::buffer::IoVec;
 use crate::driver::{Extent, WriteFlags, ZeroFlags};
 use crate::error::{IoError, IoOp};
 use crate::gate::{Gate, ShardIndex};
 use crate::node::Node;
 use crate::permissions::{Perm, Permissions};
+use crate::sync::ArcSwap;
 
 /// How an attachment counts among the parents of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -256,7 +256,14 @@ mod tests {
 
     use super::*;
 
-    const RUNS: usize = 5_000;
+    const RUNS: usize = 3_000;
+
+    /// Under random switches, and under few of them between threads that run by
+    /// priority.
+    fn check(test: impl Fn() + Send + Sync + Copy + 'static) {
+        shuttle::check_random(test, RUNS);
+        shuttle::check_pct(test, RUNS, 3);
+    }
 
     /// A request in flight while it is counted in; the drainer looks at it.
     fn request(gate: &Gate, active: &AtomicUsize) {
@@ -284,82 +291,73 @@ mod tests {
     // A lost wake-up is a deadlock, which shuttle reports.
     #[test]
     fn shuttle_requests_and_a_drainer_wake_each_other_and_never_overlap() {
-        shuttle::check_random(
-            || {
-                let gate = Arc::new(Gate::new(true));
-                let active = Arc::new(AtomicUsize::new(0));
-                let requests: Vec<_> = (0..3)
-                    .map(|_| {
-                        let (gate, active) = (Arc::clone(&gate), Arc::clone(&active));
-                        thread::spawn(move || request(&gate, &active))
-                    })
-                    .collect();
-                drain(&gate, &active, 1);
-                for request in requests {
-                    request.join().unwrap();
-                }
-                assert_eq!(gate.in_flight(), 0);
-                assert!(!gate.is_closed());
-            },
-            RUNS,
-        );
+        check(|| {
+            let gate = Arc::new(Gate::new(true));
+            let active = Arc::new(AtomicUsize::new(0));
+            let requests: Vec<_> = (0..3)
+                .map(|_| {
+                    let (gate, active) = (Arc::clone(&gate), Arc::clone(&active));
+                    thread::spawn(move || request(&gate, &active))
+                })
+                .collect();
+            drain(&gate, &active, 1);
+            for request in requests {
+                request.join().unwrap();
+            }
+            assert_eq!(gate.in_flight(), 0);
+            assert!(!gate.is_closed());
+        });
     }
 
     #[test]
     fn shuttle_two_drainers_and_two_requests_all_get_through() {
-        shuttle::check_random(
-            || {
-                let gate = Arc::new(Gate::new(true));
-                let active = Arc::new(AtomicUsize::new(0));
-                let threads: Vec<_> = (0..4u64)
-                    .map(|i| {
-                        let (gate, active) = (Arc::clone(&gate), Arc::clone(&active));
-                        thread::spawn(move || match i {
-                            0 | 1 => drain(&gate, &active, i),
-                            _ => request(&gate, &active),
-                        })
+        check(|| {
+            let gate = Arc::new(Gate::new(true));
+            let active = Arc::new(AtomicUsize::new(0));
+            let threads: Vec<_> = (0..4u64)
+                .map(|i| {
+                    let (gate, active) = (Arc::clone(&gate), Arc::clone(&active));
+                    thread::spawn(move || match i {
+                        0 | 1 => drain(&gate, &active, i),
+                        _ => request(&gate, &active),
                     })
-                    .collect();
-                for thread in threads {
-                    thread.join().unwrap();
-                }
-                assert!(gate.try_enter().is_some());
-            },
-            RUNS,
-        );
+                })
+                .collect();
+            for thread in threads {
+                thread.join().unwrap();
+            }
+            assert!(gate.try_enter().is_some());
+        });
     }
 
     #[test]
     fn shuttle_a_waiter_that_is_dropped_takes_nobodys_wake_up() {
-        shuttle::check_random(
-            || {
-                let gate = Arc::new(Gate::new(true));
-                gate.close();
-                let gives_up = thread::spawn({
-                    let gate = Arc::clone(&gate);
-                    move || {
-                        let mut enter = gate.enter();
-                        block_on(poll_fn(|cx| {
-                            if let Poll::Ready(shard) = Pin::new(&mut enter).poll(cx) {
-                                gate.leave(shard);
-                            }
-                            Poll::Ready(())
-                        }));
-                    }
-                });
-                let waits = thread::spawn({
-                    let gate = Arc::clone(&gate);
-                    move || {
-                        let shard = block_on(gate.enter());
-                        gate.leave(shard);
-                    }
-                });
-                gate.open();
-                gives_up.join().unwrap();
-                waits.join().unwrap();
-                assert!(lock(&gate.wakers).entering.is_empty());
-            },
-            RUNS,
-        );
+        check(|| {
+            let gate = Arc::new(Gate::new(true));
+            gate.close();
+            let gives_up = thread::spawn({
+                let gate = Arc::clone(&gate);
+                move || {
+                    let mut enter = gate.enter();
+                    block_on(poll_fn(|cx| {
+                        if let Poll::Ready(shard) = Pin::new(&mut enter).poll(cx) {
+                            gate.leave(shard);
+                        }
+                        Poll::Ready(())
+                    }));
+                }
+            });
+            let waits = thread::spawn({
+                let gate = Arc::clone(&gate);
+                move || {
+                    let shard = block_on(gate.enter());
+                    gate.leave(shard);
+                }
+            });
+            gate.open();
+            gives_up.join().unwrap();
+            waits.join().unwrap();
+            assert!(lock(&gate.wakers).entering.is_empty());
+        });
     }
 }

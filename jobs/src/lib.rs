@@ -29,6 +29,7 @@
 
 #![forbid(unsafe_code)]
 
+mod backoff;
 mod context;
 mod drain;
 mod driver;
@@ -52,6 +53,7 @@ mod test_support;
 #[cfg(all(test, not(shuttle)))]
 mod tests;
 
+pub use backoff::Backoff;
 pub use context::{JobContext, JobNotifier, JobWatch};
 pub use drain::OwnDrain;
 pub use driver::{CopyMode, JobChange, JobDetails, JobDriver, JobKind};

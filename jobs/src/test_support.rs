@@ -48,11 +48,13 @@ impl Scripted {
     }
 
     /// Writes `name.hook` to `journal` for each hook.
+    #[cfg(not(shuttle))]
     pub(crate) fn with_journal(mut self, name: &'static str, journal: &Journal) -> Self {
         self.journal = Some((name, Arc::clone(journal)));
         self
     }
 
+    #[cfg(not(shuttle))]
     pub(crate) fn with_prepare<F, Fut>(mut self, prepare: F) -> Self
     where
         F: Fn() -> Fut + Send + Sync + 'static,

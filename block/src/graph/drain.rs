@@ -5,7 +5,7 @@
 //! [`Drained`] is dropped, or the future that would have given it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use crate::backend::Backend;
 use crate::leaf;
 use crate::node::Node;
 use crate::runtime;
+use crate::sync::{Mutex, lock};
 
 /// How often users that do not say when they become idle are asked.
 const ASK_USERS: Duration = Duration::from_millis(10);
@@ -339,11 +340,4 @@ impl Graph {
             }
         }
     }
-}
-
-/// Locks a member list, which is consistent whenever its holder may panic.
-#[track_caller]
-fn lock(members: &Mutex<Members>) -> MutexGuard<'_, Members> {
-    leaf::assert_none_held("a lock of the block layer was taken");
-    members.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -87,7 +87,14 @@ pub async fn sleep_until(at: Instant) {
     Sleep { at, set: None }.await;
 }
 
+/// The model checker has no clock: time passes when the scheduler says so.
+#[cfg(shuttle)]
+pub async fn sleep(_: Duration) {
+    shuttle::future::yield_now().await;
+}
+
 /// Waits for `duration`; see [`sleep_until`].
+#[cfg(not(shuttle))]
 pub async fn sleep(duration: Duration) {
     match Instant::now().checked_add(duration) {
         Some(at) => sleep_until(at).await,

@@ -14,7 +14,7 @@ use block::runtime;
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
-use crate::{CopyMode, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, SLICE};
+use crate::{Backoff, CopyMode, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, SLICE};
 
 use super::converge::HOLD_RETRY;
 use super::copy::{Copied, Copier, CopyError, Entered, Look, Side};
@@ -34,8 +34,6 @@ const MIN_REQUEST: u64 = 256 << 10;
 const MIN_WINDOW: u64 = 512 << 10;
 /// Most bytes that one operation looks at, when all before were zeroes.
 const MAX_LEAP: u64 = 1 << 30;
-/// First and longest wait after a failure that is to be tried again.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 /// Time without an answer of the target after which it counts as hung.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
@@ -80,7 +78,7 @@ pub(super) struct Body<'a> {
     since_rest: u64,
     /// Nothing is started before this instant (rest, failure).
     pub(super) not_before: Option<Instant>,
-    backoff: Duration,
+    backoff: Backoff,
     /// Something has failed since the last scan of the bitmap ended.
     failed_in_pass: bool,
     pub(super) failure: Option<JobFailure>,
@@ -128,7 +126,7 @@ impl<'a> Body<'a> {
             leap: request,
             since_rest: 0,
             not_before: None,
-            backoff: BACKOFF.0,
+            backoff: Backoff::new(),
             failed_in_pass: false,
             failure: None,
             ready: false,
@@ -169,7 +167,7 @@ impl<'a> Body<'a> {
             if self.driver.take_user_resumed() {
                 // Who resumed the job has done something about what failed.
                 self.not_before = None;
-                self.backoff = BACKOFF.0;
+                self.backoff.reset();
             }
             if self.should_end() && !self.ending {
                 self.ending = true;
@@ -454,7 +452,7 @@ impl<'a> Body<'a> {
             let dirty = self.state.dirty.count_bytes();
             self.passes = self.passes.saturating_add(1);
             if !std::mem::take(&mut self.failed_in_pass) {
-                self.backoff = BACKOFF.0;
+                self.backoff.reset();
             }
             if !self.ready || self.should_end() {
                 self.pace.pass_ended(self.pass_began_with, dirty);
@@ -538,8 +536,7 @@ impl<'a> Body<'a> {
         match action {
             ErrorAction::Report => self.failure = Some(JobFailure::from(error)),
             ErrorAction::Ignore | ErrorAction::Stop => {
-                self.not_before = Some(Instant::now() + self.backoff);
-                self.backoff = (self.backoff * 2).min(BACKOFF.1);
+                self.not_before = Some(Instant::now() + self.backoff.failed());
             }
         }
     }
