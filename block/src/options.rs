@@ -47,6 +47,23 @@ impl BlockdevOptions {
         }
     }
 
+    /// How long opening the node may wait for servers, with all that is opened with
+    /// it; `None`: it waits for none.
+    pub fn server_patience(&self) -> Option<Duration> {
+        let own = match &self.driver {
+            DriverOptions::Nbd(nbd) => Some(nbd.patience()),
+            _ => None,
+        };
+        let inline = |(_, child): (ChildRole, ChildChoice<'_>)| match child {
+            ChildChoice::Node(BlockdevRef::Inline(options)) => options.server_patience(),
+            ChildChoice::Node(BlockdevRef::Name(_)) | ChildChoice::Nothing => None,
+        };
+        let below = self.driver.children().into_iter().filter_map(inline);
+        own.into_iter()
+            .chain(below)
+            .reduce(Duration::saturating_add)
+    }
+
     /// What holds for the node whatever its driver, with the defaults of what was
     /// not said.
     pub fn node_options(&self) -> NodeOptions {
@@ -300,6 +317,19 @@ pub struct NbdOptions {
     /// How long to try to reach the server when the node is opened. Zero: one
     /// attempt.
     pub open_timeout: Duration,
+}
+
+impl NbdOptions {
+    /// How long one attempt to reach the server may take.
+    pub(crate) const ATTEMPT: Duration = Duration::from_secs(30);
+
+    /// How long the server may take to offer the export when the node is opened.
+    fn patience(&self) -> Duration {
+        match self.open_timeout.is_zero() {
+            true => Self::ATTEMPT,
+            false => self.open_timeout,
+        }
+    }
 }
 
 /// Where a server is.

@@ -15,6 +15,7 @@ use crate::nbd::client::{Client, Command, Export, NbdError, Status};
 use crate::nbd::protocol::{allocation_flag, command, command_flag, transmission_flag};
 use crate::options::{DriverOptions, NbdOptions, SocketAddress};
 use crate::range_lock::{RangeGuard, RangeLock};
+use crate::runtime::unblock;
 
 #[cfg(all(test, not(shuttle)))]
 mod tests;
@@ -53,8 +54,8 @@ impl NbdDriver {
     /// Opens the export that `options` name, for reading only if `read_only` says
     /// so, or if nothing else is possible and `auto_read_only` allows it.
     ///
-    /// Takes 30 s or [`NbdOptions::open_timeout`] at most, whichever is longer, and
-    /// blocks no thread. Cancel: the connection is given up.
+    /// Takes [`NbdOptions::open_timeout`] at most, 30 s if there is none, and blocks no
+    /// thread. Cancel: the connection is given up.
     pub async fn open(
         node: &str,
         options: &NbdOptions,
@@ -64,6 +65,8 @@ impl NbdDriver {
         let client = Client::open(node, options).await?;
         let fixed = client.export().can(transmission_flag::READ_ONLY);
         if fixed && !read_only && !auto_read_only {
+            // On a helper thread, since it takes leave of the server.
+            unblock(move || client.close()).await;
             return Err(NbdError::ReadOnly.into());
         }
         Ok(Self {

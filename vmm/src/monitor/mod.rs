@@ -65,7 +65,7 @@ pub(crate) struct Monitor {
     jobs: MainJobs,
     /// Held by commands that open and close nodes, so that they take effect one after
     /// another whichever client sent them. All others do not wait: they change the graph
-    /// in one step.
+    /// in one step. Nor does one that waits for a server.
     graph_commands: futures_util::lock::Mutex<()>,
     objects: Objects,
     exports: Rc<Exports>,

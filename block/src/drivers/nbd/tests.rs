@@ -277,3 +277,35 @@ fn file_names_are_qemus() {
     assert_eq!(filename(&inet, ""), "nbd://h:10809");
     assert_eq!(filename(&inet, "e"), "nbd://h:10809/e");
 }
+
+#[test]
+fn opening_waits_for_each_server_in_the_tree_as_long_as_it_may() {
+    use std::time::Duration;
+
+    use crate::options::{BlockdevOptions, BlockdevRef, DriverOptions, RawOptions};
+
+    let nbd = |seconds| {
+        DriverOptions::Nbd(NbdOptions {
+            server: SocketAddress::Unix {
+                path: "/s".into(),
+                is_abstract: false,
+                tight: true,
+            },
+            export: String::new(),
+            reconnect_delay: Duration::ZERO,
+            open_timeout: Duration::from_secs(seconds),
+        })
+    };
+    let raw = |file| {
+        BlockdevOptions::new(DriverOptions::Raw(RawOptions {
+            file,
+            offset: 0,
+            size: None,
+        }))
+    };
+    let inline = |driver| BlockdevRef::Inline(Box::new(BlockdevOptions::new(driver)));
+    let patience = |file| raw(file).server_patience().map(|waits| waits.as_secs());
+    assert_eq!(patience(inline(nbd(0))), Some(30));
+    assert_eq!(patience(inline(nbd(300))), Some(300));
+    assert_eq!(patience(BlockdevRef::Name("n".into())), None);
+}

@@ -198,6 +198,14 @@ pub enum NbdError {
 }
 
 impl NbdError {
+    /// What the server says of its refusal.
+    pub(super) fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Refused { message, .. } if !message.is_empty() => Some(message),
+            _ => None,
+        }
+    }
+
     pub(super) fn connect(address: &SocketAddress, error: io::Error) -> Self {
         Self::Connect {
             address: address.to_string(),

@@ -24,8 +24,6 @@ use crate::options::NbdOptions;
 use crate::runtime::{Iothread, sleep, sleep_until, spawn_local, unblock};
 use crate::sync::{Mutex, lock};
 
-/// How long a server may take for one connection and the handshake.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// First and longest pause between two attempts to reach the server.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(10);
@@ -52,10 +50,25 @@ struct Running {
 impl Client {
     /// Connects node `node` to the export that `options` name.
     ///
-    /// Bounded by `open_timeout`, or 30 seconds if it is shorter: see
+    /// Bounded by `open_timeout`, or 30 seconds if there is none: see
     /// [`NbdOptions`]. Thread: one with a loop, which does not block. Cancel: the
     /// connection is given up.
     pub(crate) async fn open(node: &str, options: &NbdOptions) -> Result<Self, NbdError> {
+        let opened = Self::try_open(node, options).await;
+        if let Err(error) = &opened {
+            // Its text is QEMU's, which does not say whose error it is.
+            tracing::warn!(
+                node,
+                server = %options.server,
+                export = options.export,
+                reason = error.reason(),
+                "Cannot open the export: {error}"
+            );
+        }
+        opened
+    }
+
+    async fn try_open(node: &str, options: &NbdOptions) -> Result<Self, NbdError> {
         if options.export.len() > MAX_STRING {
             return Err(NbdError::ExportNameTooLong);
         }
@@ -139,13 +152,13 @@ impl Life {
     async fn first_connection(&self) -> Result<Connection, NbdError> {
         let timeout = self.options.open_timeout;
         if timeout.is_zero() {
-            return self.attempt(PATIENCE).await;
+            return self.attempt(NbdOptions::ATTEMPT).await;
         }
         let start = Instant::now();
         let mut pause = FIRST_PAUSE;
         loop {
             let left = timeout.saturating_sub(start.elapsed());
-            let error = match self.attempt(left.min(PATIENCE)).await {
+            let error = match self.attempt(left.min(NbdOptions::ATTEMPT)).await {
                 Ok(connection) => return Ok(connection),
                 Err(error) => error,
             };
@@ -241,7 +254,7 @@ impl Life {
         let mut pause = FIRST_PAUSE;
         let mut told = String::new();
         loop {
-            let error = match self.attempt(PATIENCE).await {
+            let error = match self.attempt(NbdOptions::ATTEMPT).await {
                 Ok(connection) => match export.check_still_there(&connection.export()) {
                     Ok(()) => return connection,
                     Err(error) => error,

@@ -6,7 +6,7 @@ use block::{
     BackingRef, BlockdevOptions, BlockdevRef, CacheChoice, DetectZeroes, DiscardMode, DriverOptions,
 };
 
-use super::{Outcome, bounded, done};
+use super::{Outcome, PATIENCE, bounded, bounded_by, done};
 use crate::monitor::Monitor;
 use crate::monitor::args::{Args, StringOrObject};
 use crate::monitor::error::QmpError;
@@ -18,8 +18,16 @@ mod tests;
 
 pub(super) async fn blockdev_add(monitor: Rc<Monitor>, args: Args) -> Outcome {
     let options = blockdev_options(args)?;
-    let _alone = monitor.graph_commands.lock().await;
-    bounded("Opening the node", monitor.graph.blockdev_add(options))
+    // Who waits for a server keeps nobody else waiting, and waits as long as was asked
+    // for.
+    let server = options.server_patience();
+    let _alone = match server {
+        None => Some(monitor.graph_commands.lock().await),
+        Some(_) => None,
+    };
+    let patience = PATIENCE.saturating_add(server.unwrap_or_default());
+    let opening = monitor.graph.blockdev_add(options);
+    bounded_by(patience, "Opening the node", opening)
         .await?
         .map_err(QmpError::from)?;
     done()

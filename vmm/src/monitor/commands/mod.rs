@@ -160,13 +160,22 @@ fn done() -> Outcome {
 /// Errors: it takes longer; `what` then says what is not done. Cancel: as
 /// dropping `work`.
 async fn bounded<T>(what: &str, work: impl Future<Output = T>) -> Result<T, QmpError> {
-    let deadline = sleep(PATIENCE);
+    bounded_by(PATIENCE, what, work).await
+}
+
+/// As [`bounded`], but with a `patience` of its own.
+async fn bounded_by<T>(
+    patience: Duration,
+    what: &str,
+    work: impl Future<Output = T>,
+) -> Result<T, QmpError> {
+    let deadline = sleep(patience);
     pin_mut!(work, deadline);
     match select(work, deadline).await {
         Either::Left((result, _)) => Ok(result),
         Either::Right(_) => Err(QmpError::generic(format!(
             "{what} took longer than {} seconds",
-            PATIENCE.as_secs()
+            patience.as_secs()
         ))),
     }
 }
