@@ -286,6 +286,7 @@ impl NullCoOptions {
 impl Default for NullCoOptions {
     fn default() -> Self {
         Self {
+            aio: false,
             size: 1 << 30,
             latency_ns: 0,
             read_zeroes: false,
@@ -293,9 +294,11 @@ impl Default for NullCoOptions {
     }
 }
 
-/// Options of `null-co`.
+/// Options of `null-co` and `null-aio`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NullCoOptions {
+    /// Driver `null-aio` was asked for: the same by another name.
+    pub aio: bool,
     /// Size in bytes (QEMU's default: 1 GiB).
     pub size: u64,
     /// Time that each request takes, in nanoseconds.

@@ -7,7 +7,7 @@ new command brings its scenarios to life by itself.
 import json
 import pathlib
 
-DRIVERS = {"file", "raw", "null-co", "blkdebug", "nbd", "throttle"}
+DRIVERS = {"file", "raw", "null-co", "null-aio", "blkdebug", "nbd", "throttle"}
 
 # Scenarios that cannot be judged from their commands and drivers.
 WAITING = {}

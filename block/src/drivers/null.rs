@@ -1,4 +1,4 @@
-//! `null-co`: a disk without storage, for tests and measurements.
+//! `null-co` and `null-aio`: a disk without storage, for tests and measurements.
 
 use std::time::Duration;
 
@@ -33,7 +33,11 @@ impl NullDriver {
 
 impl BlockDriver for NullDriver {
     fn name(&self) -> &'static str {
-        "null-co"
+        if self.options.aio {
+            "null-aio"
+        } else {
+            "null-co"
+        }
     }
 
     fn size(&self) -> u64 {
@@ -48,7 +52,7 @@ impl BlockDriver for NullDriver {
     }
 
     fn filename(&self) -> String {
-        "null-co://".to_owned()
+        format!("{}://", self.name())
     }
 
     fn read<'a>(&'a self, _offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {
@@ -155,6 +159,7 @@ mod tests {
         let event_loop = EventLoop::new("test").unwrap();
         for read_zeroes in [false, true] {
             let driver = NullDriver::new(NullCoOptions {
+                aio: false,
                 size: 4096,
                 latency_ns: 2_000_000,
                 read_zeroes,

@@ -20,6 +20,9 @@ use super::sweep::{Flushes, OPERATIONS, Sweep, Swept};
 
 /// First and longest wait before the filter's removal is tried again; doubles.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// First and longest wait before requests to the target of a cancelled job are let go
+/// again; doubles.
+const LET_GO: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
 /// Longest that the guest is held to take the filter out.
 const LEAVE_DRAIN: Duration = Duration::from_secs(1);
 /// How often is looked whether a request has ended that outlives the job.
@@ -293,6 +296,26 @@ async fn keep_taking_out(graph: &Graph, filter: &Arc<Node>) {
             }
         }
     }
+}
+
+/// Lets the requests to the target end that wait for a server to return or for a limit
+/// of its rate, and those that are still on their way there.
+pub(super) fn let_target_go(target: &Arc<Backend>) {
+    target.root().cancel_in_flight();
+    // Weakly: main must not be the last to hold the node, since that closes its file.
+    let target = Arc::downgrade(target);
+    runtime::spawn_local(async move {
+        let mut pause = LET_GO.0;
+        loop {
+            runtime::sleep(pause).await;
+            pause = (pause * 2).min(LET_GO.1);
+            match target.upgrade() {
+                Some(target) if target.in_flight() > 0 => target.root().cancel_in_flight(),
+                _ => return,
+            }
+        }
+    })
+    .detach();
 }
 
 /// Detaches at once if nothing is in flight, else as soon as nothing is. Until then

@@ -204,10 +204,10 @@ impl JobDriver for MirrorDriver {
             // Nothing will be copied any more, so nothing has to be recorded, and
             // no guest request has to wait for the target.
             self.state.set_engaged(false);
-            // Nor for a server that is away: what becomes of the target does not
-            // matter any more.
+            // Nor for a server that is away, or a limit of its rate: what becomes of
+            // the target does not matter any more.
             if let Some(places) = self.places() {
-                places.target.cancel_in_flight();
+                complete::let_target_go(&places.target_backend);
             }
         }
     }

@@ -7,7 +7,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use crate::buffer::{AlignedBuffer, IoVec};
 use crate::debug_event::DebugEvent;
@@ -17,6 +17,7 @@ use crate::node::{Child, Node, SECTOR_SIZE};
 use crate::options::BlkdebugOptions;
 use crate::permissions::{Perm, Permissions};
 use crate::runtime::{self, unblock};
+use crate::sync::{Mutex, MutexGuard, lock};
 
 mod config;
 mod rules;
@@ -155,7 +156,7 @@ impl BlkdebugDriver {
     }
 
     fn rules(&self) -> MutexGuard<'_, Rules> {
-        self.rules.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.rules)
     }
 
     /// Waits or fails as the rules say.

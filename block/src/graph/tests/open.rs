@@ -33,6 +33,7 @@ fn raw(file: BlockdevRef) -> DriverOptions {
 
 fn null(size: u64) -> DriverOptions {
     DriverOptions::NullCo(NullCoOptions {
+        aio: false,
         size,
         latency_ns: 0,
         read_zeroes: true,

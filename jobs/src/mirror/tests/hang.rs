@@ -324,3 +324,20 @@ fn a_cancel_of_a_mirror_whose_own_requests_hang_does_not_hold_the_guest() {
         }
     }
 }
+
+#[test]
+fn a_cancel_lets_the_target_go_for_as_long_as_requests_to_it_are_on_their_way() {
+    with_rig(|rig| async move {
+        scribble(&rig.source);
+        rig.target.hold(Match::op(IoOp::Write));
+        let key = rig.start(rig.spec()).await;
+        rig.target.wait_held(1).await;
+        rig.act(|jobs| jobs.cancel(key, true));
+        while rig.target.cancels() < 3 {
+            runtime::sleep(Duration::from_millis(1)).await;
+        }
+        rig.target.release_all();
+        rig.wait_for(JobStatus::Null).await;
+        assert!(rig.was_cancelled());
+    });
+}

@@ -66,6 +66,7 @@ const DRIVERS: &[(&str, ReadDriver)] = &[
     ("file", drivers::file),
     ("host_device", drivers::host_device),
     ("nbd", drivers::nbd),
+    ("null-aio", drivers::null_aio),
     ("null-co", drivers::null_co),
     ("qcow2", drivers::qcow2),
     ("raw", drivers::raw),

@@ -164,6 +164,14 @@ fn inet_address(args: &mut Args) -> Result<InetAddress, QmpError> {
 }
 
 pub(super) fn null_co(args: &mut Args, _: &Common) -> Result<DriverOptions, QmpError> {
+    null(args, false)
+}
+
+pub(super) fn null_aio(args: &mut Args, _: &Common) -> Result<DriverOptions, QmpError> {
+    null(args, true)
+}
+
+fn null(args: &mut Args, aio: bool) -> Result<DriverOptions, QmpError> {
     const DEFAULT_SIZE: u64 = 1 << 30;
     let size = args.optional_non_negative("size")?;
     let latency_ns = args.optional_u64("latency-ns")?.unwrap_or(0);
@@ -172,6 +180,7 @@ pub(super) fn null_co(args: &mut Args, _: &Common) -> Result<DriverOptions, QmpE
         return Err(QmpError::generic("latency-ns is invalid"));
     }
     Ok(DriverOptions::NullCo(NullCoOptions {
+        aio,
         size: size.unwrap_or(DEFAULT_SIZE),
         latency_ns,
         read_zeroes,

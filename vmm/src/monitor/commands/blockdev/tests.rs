@@ -153,9 +153,16 @@ fn json_and_key_value_say_the_same() {
 fn a_null_node_has_a_size_of_its_own() {
     let options = read(json!({"driver": "null-co", "node-name": "n"})).unwrap();
     let expected = NullCoOptions {
+        aio: false,
         size: 1 << 30,
         latency_ns: 0,
         read_zeroes: false,
+    };
+    assert_eq!(options.driver, DriverOptions::NullCo(expected));
+    let options = read(json!({"driver": "null-aio", "node-name": "n"})).unwrap();
+    let expected = NullCoOptions {
+        aio: true,
+        ..expected
     };
     assert_eq!(options.driver, DriverOptions::NullCo(expected));
 }
