@@ -12,8 +12,6 @@ use signal_hook::low_level::pipe;
 use crate::signals::END_SIGNALS;
 use crate::terminal;
 
-/// How long the end of the process may take in all.
-pub(crate) const END_LIMIT: Duration = Duration::from_secs(10);
 /// Signals that come so soon after the first say the same: a terminal that is
 /// closed sends SIGHUP twice, and that must not cost a flush.
 const SAME_WISH: Duration = Duration::from_millis(500);
@@ -26,16 +24,16 @@ enum Reason {
 }
 
 /// Starts to watch the end of the process, which has begun. Storage that hangs
-/// is left as a crash would leave it after [`END_LIMIT`], or when a signal comes
+/// is left as a crash would leave it after `limit`, or when a signal comes
 /// although one (`by_signal`, or since) has come already: then the terminal is
 /// restored, a line says why, and the status is 1.
 ///
 /// Once per process; it watches until the process is gone.
-pub(crate) fn start(by_signal: bool) {
+pub(crate) fn start(limit: Duration, by_signal: bool) {
     let watching = listen().and_then(|signals| {
         thread::Builder::new()
             .name("end-watchdog".to_owned())
-            .spawn(move || give_up(watch(signals, END_LIMIT, by_signal)))
+            .spawn(move || give_up(watch(signals, limit, by_signal), limit))
     });
     if let Err(error) = watching {
         tracing::error!(%error, "Nobody watches how long the end takes");
@@ -80,12 +78,12 @@ fn watch(mut signals: UnixStream, limit: Duration, by_signal: bool) -> Reason {
     }
 }
 
-fn give_up(reason: Reason) -> ! {
+fn give_up(reason: Reason, limit: Duration) -> ! {
     terminal::restore();
     match reason {
         Reason::TimeUp => eprintln!(
             "diptych: Requests to the storage did not end within {} seconds; leaving them",
-            END_LIMIT.as_secs()
+            limit.as_secs_f32()
         ),
         Reason::AskedAgain => {
             eprintln!("diptych: Ended at once, as asked again; last writes may be lost");

@@ -11,6 +11,7 @@ mod demo;
 mod disks;
 mod end_watchdog;
 mod guest;
+mod inherited;
 mod job_client;
 mod machine;
 mod monitor;

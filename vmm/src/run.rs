@@ -27,6 +27,8 @@ use crate::serial_backend::SerialBackend;
 use crate::signals::EndSignals;
 use crate::vm_control::{IothreadInfo, ShutdownCause, VmControl, VmEvent};
 
+/// How long the end of the process may take in all.
+const END_LIMIT: Duration = Duration::from_secs(10);
 /// How long the devices may take at the process' end, and how long the jobs.
 const STEP_LIMIT: Duration = Duration::from_secs(3);
 /// How long requests of exports may take at the process' end.
@@ -215,7 +217,7 @@ async fn run(spec: VmSpec) -> anyhow::Result<ExitCode> {
     }
     let end = wait_for_end(&machine, &monitor, &signals, quit_by_user).await;
     let by_user = matches!(end, End::Signal(_) | End::Quit(ShutdownCause::HostSignal));
-    end_watchdog::start(by_user);
+    end_watchdog::start(END_LIMIT, by_user);
     let clean = take_down(&end, &machine, &monitor, &graph, disks).await;
     drop(serial);
     if !clean {

@@ -144,7 +144,10 @@ fn run(args: JobArgs, report: &mut Report) -> Result<u8, JobError> {
         mirror.check()?;
     }
     let patience = Duration::from_secs(args.timeout.into());
-    let mut server = Server::connect(address.path(), patience)?;
+    let path = address.path().ok_or_else(|| {
+        JobError::Usage("A client needs the path of a socket: --qmp unix:PATH".to_owned())
+    })?;
+    let mut server = Server::connect(path, patience)?;
     match args.command {
         JobCommand::Mirror(args) => mirror::run(&args, &mut server, report),
         JobCommand::List => list::run(&mut server, report),

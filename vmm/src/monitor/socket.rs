@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use crate::inherited::{self, InheritedError};
 use rustix::fs::{Mode, fchmod};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
@@ -15,26 +16,33 @@ use rustix::net::{
 /// Clients that may wait to be accepted.
 const BACKLOG: i32 = 16;
 
-/// Where a monitor listens: `unix:PATH`.
+/// Where a monitor listens: `unix:PATH`, or `fd:NUMBER` or `fd:NAME` for a socket
+/// that the process was started with.
 ///
 /// The words that QEMU's users append (`,server=on,wait=off`) are accepted and
 /// change nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct QmpAddress {
-    path: PathBuf,
+pub(crate) struct QmpAddress(Place);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Place {
+    Unix(PathBuf),
+    /// By number or name.
+    Inherited(String),
 }
 
 impl QmpAddress {
     /// The socket at `path`.
     pub(crate) fn at(path: &Path) -> Self {
-        Self {
-            path: path.to_owned(),
-        }
+        Self(Place::Unix(path.to_owned()))
     }
 
-    /// The socket's file.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
+    /// The socket's file, if it is known.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        match &self.0 {
+            Place::Unix(path) => Some(path),
+            Place::Inherited(_) => None,
+        }
     }
 }
 
@@ -45,6 +53,9 @@ impl FromStr for QmpAddress {
         let bad = || SocketError::Address {
             address: text.to_owned(),
         };
+        if let Some(name) = text.strip_prefix("fd:").filter(|name| !name.is_empty()) {
+            return Ok(Self(Place::Inherited(name.to_owned())));
+        }
         let rest = text.strip_prefix("unix:").ok_or_else(bad)?;
         let mut parts = rest.split(',');
         let path = parts
@@ -55,9 +66,7 @@ impl FromStr for QmpAddress {
         if parts.any(|part| !known.contains(&part)) {
             return Err(bad());
         }
-        Ok(Self {
-            path: PathBuf::from(path),
-        })
+        Ok(Self::at(path.as_ref()))
     }
 }
 
@@ -65,7 +74,7 @@ impl FromStr for QmpAddress {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SocketError {
     /// Not an address that is understood.
-    #[error("Bad QMP address '{address}'; give unix:PATH")]
+    #[error("Bad QMP address '{address}'; give unix:PATH, or fd:NAME for a socket that was passed")]
     Address {
         /// As it was given.
         address: String,
@@ -105,6 +114,9 @@ pub(crate) enum SocketError {
         /// Why.
         source: io::Error,
     },
+    /// It was not passed.
+    #[error(transparent)]
+    Inherited(#[from] InheritedError),
 }
 
 /// A socket that clients connect to; dropping it removes its file.
@@ -114,6 +126,7 @@ pub(crate) enum SocketError {
 #[derive(Debug)]
 pub(crate) struct QmpSocket {
     listener: UnixListener,
+    /// Its file; where that is somebody else's, what the user calls it.
     path: PathBuf,
     /// Device and inode of the file, so that only our own is removed.
     identity: Option<(u64, u64)>,
@@ -125,7 +138,16 @@ impl QmpSocket {
     ///
     /// Errors: [`SocketError`]; nothing of anybody else's is touched.
     pub(crate) fn bind(address: &QmpAddress) -> Result<Self, SocketError> {
-        let path = &address.path;
+        let path = match &address.0 {
+            Place::Unix(path) => path,
+            Place::Inherited(name) => {
+                return Ok(Self {
+                    listener: inherited::unix_listener(inherited::number_of(name)?)?,
+                    path: format!("fd:{name}").into(),
+                    identity: None,
+                });
+            }
+        };
         let failed = |source: io::Error| {
             let path = path.clone();
             match source.kind() {
@@ -226,9 +248,18 @@ mod tests {
             "unix:/a/b,server=on,wait=off",
             "unix:/a/b,server,nowait",
         ] {
-            assert_eq!(text.parse::<QmpAddress>().unwrap().path, Path::new("/a/b"));
+            let address: QmpAddress = text.parse().unwrap();
+            assert_eq!(address.path(), Some(Path::new("/a/b")));
         }
-        for text in ["/a/b", "tcp:x:1", "unix:", "unix:/a,wait=on", "unix:/a,x"] {
+        assert_eq!("fd:qmp".parse::<QmpAddress>().unwrap().path(), None);
+        for text in [
+            "/a/b",
+            "tcp:x:1",
+            "unix:",
+            "unix:/a,wait=on",
+            "unix:/a,x",
+            "fd:",
+        ] {
             assert!(text.parse::<QmpAddress>().is_err(), "{text}");
         }
     }

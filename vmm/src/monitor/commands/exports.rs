@@ -11,6 +11,7 @@ use block::{
 use serde_json::{Value, json};
 
 use super::{Outcome, bounded, done};
+use crate::inherited;
 use crate::monitor::Monitor;
 use crate::monitor::args::{Args, StringOrObject};
 use crate::monitor::error::QmpError;
@@ -339,9 +340,11 @@ fn fd_address(args: &mut Args, form: AddressForm) -> Result<Address, QmpError> {
             "only QEMU supports file descriptor passing",
         ));
     }
-    match text.parse() {
+    let number =
+        inherited::number_of(&text).map_err(|error| QmpError::generic(error.to_string()))?;
+    match u32::try_from(number) {
         Ok(number) => Ok(Address::Fd(number)),
-        Err(_) => Err(QmpError::expects("addr.str", "a file descriptor's number")),
+        Err(_) => Err(QmpError::expects("addr.str", "a file descriptor")),
     }
 }
 

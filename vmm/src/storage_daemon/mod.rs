@@ -1,0 +1,152 @@
+//! `diptych storage-daemon`: block graph, jobs and monitor without a guest.
+//!
+//! - [`args`]: the command line
+//! - [`chardev`]: QEMU's way of naming sockets
+//! - [`daemonize`], [`pidfile`]: living in the background
+//! - [`end`]: leaving in time
+
+mod args;
+mod chardev;
+pub(crate) mod daemonize;
+mod end;
+mod pidfile;
+
+use std::collections::HashMap;
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use anyhow::Context;
+use block::Graph;
+use block::runtime::EventLoop;
+use jobs::Jobs;
+
+pub use args::StorageDaemonArgs;
+
+use crate::end_watchdog;
+use crate::monitor::{Monitor, QmpSocket};
+use crate::signals::EndSignals;
+use args::Step;
+use pidfile::Pidfile;
+
+/// Steps that contradict each other.
+#[derive(Debug, thiserror::Error)]
+enum StepError {
+    #[error("chardev \"{0}\" not found; its --chardev comes before --monitor")]
+    NoChardev(String),
+    #[error("chardev \"{0}\" has a monitor already")]
+    ChardevInUse(String),
+    #[error("Duplicate ID '{0}' for chardev")]
+    DuplicateChardev(String),
+}
+
+/// Serves until a client says `quit` or a signal asks for the end.
+pub fn main(args: StorageDaemonArgs) -> anyhow::Result<ExitCode> {
+    if args.daemonize {
+        if daemonize::launcher().is_none() {
+            return daemonize::launch();
+        }
+        daemonize::detach().context("Cannot leave the terminal")?;
+    }
+    let event_loop = EventLoop::new("main").context("Cannot make the main event loop")?;
+    event_loop.block_on(serve(args))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
+    // Taken before any image is opened: a socket in use is the cheaper mistake.
+    let Sockets { monitors, chardevs } = bind_sockets(&args.steps)?;
+    let graph = Graph::new();
+    let jobs = Jobs::new(graph.handle());
+    let monitor = Monitor::new(&graph, &jobs);
+    for step in args.steps {
+        carry_out(step, &graph, &monitor).await?;
+    }
+    // Not before: opening may hang, and a signal just kills then.
+    let signals = EndSignals::new().context("Cannot listen for signals")?;
+    for socket in monitors {
+        monitor
+            .listen(socket)
+            .context("Cannot watch a QMP socket")?;
+    }
+    let pidfile = args.pidfile.as_deref().map(Pidfile::write).transpose()?;
+    if args.daemonize {
+        daemonize::ready()?;
+    }
+    let asked = end::asked_for(&monitor, &signals).await;
+    end_watchdog::start(end::LIMIT, matches!(asked, Ok(end::Asked::BySignal)));
+    let ended = end::all(&monitor, &graph).await;
+    drop((chardevs, pidfile));
+    asked?;
+    Ok(ended?)
+}
+
+/// Sockets that listen already.
+struct Sockets {
+    /// For monitors.
+    monitors: Vec<QmpSocket>,
+    /// Those that nobody serves: clients wait there, as they do in QEMU.
+    chardevs: Vec<QmpSocket>,
+}
+
+fn bind_sockets(steps: &[Step]) -> anyhow::Result<Sockets> {
+    let mut monitors = Vec::new();
+    let mut chardevs = HashMap::new();
+    for step in steps {
+        match step {
+            Step::Qmp(address) => monitors.push(QmpSocket::bind(address)?),
+            Step::Chardev(chardev) => {
+                let id = &chardev.id;
+                if chardevs.contains_key(id) {
+                    return Err(StepError::DuplicateChardev(id.clone()).into());
+                }
+                chardevs.insert(id, Some(QmpSocket::bind(&chardev.address)?));
+            }
+            Step::Monitor(monitor) => {
+                let id = &monitor.chardev;
+                let chardev = chardevs.get_mut(id);
+                let chardev = chardev.ok_or_else(|| StepError::NoChardev(id.clone()))?;
+                let socket = chardev.take();
+                monitors.push(socket.ok_or_else(|| StepError::ChardevInUse(id.clone()))?);
+            }
+            Step::Object(_) | Step::Blockdev(_) | Step::NbdServer(_) | Step::Export(_) => {}
+        }
+    }
+    Ok(Sockets {
+        monitors,
+        chardevs: chardevs.into_values().flatten().collect(),
+    })
+}
+
+/// Carries out a step that is not about sockets of monitors.
+async fn carry_out(step: Step, graph: &Rc<Graph>, monitor: &Rc<Monitor>) -> anyhow::Result<()> {
+    match step {
+        Step::Qmp(_) | Step::Chardev(_) | Step::Monitor(_) => {}
+        Step::Object(options) => {
+            let id = options.id().to_owned();
+            monitor
+                .objects()
+                .add(*options)
+                .with_context(|| format!("Cannot make object '{id}'"))?;
+        }
+        Step::Blockdev(options) => {
+            let name = options.node_name.clone().unwrap_or_default();
+            graph
+                .blockdev_add(*options)
+                .await
+                .with_context(|| format!("Cannot add node '{name}'"))?;
+        }
+        Step::NbdServer(options) => {
+            monitor
+                .start_nbd_server(*options)
+                .await
+                .context("Cannot start the NBD server")?;
+        }
+        Step::Export(options) => {
+            let id = options.id().to_owned();
+            monitor
+                .add_export(*options)
+                .with_context(|| format!("Cannot add export '{id}'"))?;
+        }
+    }
+    Ok(())
+}
