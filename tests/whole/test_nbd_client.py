@@ -178,6 +178,33 @@ class Ended:
         self.server.kill()
 
 
+def test_a_mirror_to_another_diptych_copies_data_and_holes(program, tmp_path):
+    source, target = image(tmp_path, "src", 16 * MIB, 11), image(tmp_path, "dst", 16 * MIB)
+    path = tmp_path / "nbd.sock"
+    _, server = program.storage_daemon()
+    add_file(server, "disk", target)
+    server.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
+    server.execute("block-export-add", type="nbd", id="e", node_name="disk", writable=True)
+    _, qmp = program.storage_daemon()
+    add_file(qmp, "src", source)
+    qmp.execute("blockdev-add", driver="nbd", node_name="dst", export="disk", discard="unmap",
+                server={"type": "unix", "path": str(path)})
+    mirror(qmp, "src", "dst")
+    complete(qmp)
+    # And back, by its block status.
+    back = image(tmp_path, "back", 16 * MIB)
+    add_file(qmp, "back", back)
+    mirror(qmp, "dst", "back")
+    complete(qmp)
+    for name in ["dst", "back"]:
+        qmp.execute("blockdev-del", node_name=name)
+    server.execute("block-export-del", id="e")
+    server.event("BLOCK_EXPORT_DELETED", id="e")
+    assert_same(source, target)
+    assert_same(source, back)
+    assert back.stat().st_blocks * 512 < 13 * MIB
+
+
 def test_errors_of_the_server_are_the_jobs(program, serve, tmp_path):
     source = image(tmp_path, "src", 4 * MIB, 4)
     server = serve(*nbdkit("--filter=error", "memory", "4M", "error=ENOSPC",

@@ -409,6 +409,10 @@ impl BlockDriver for NbdDriver {
         to: Reopen<'a>,
     ) -> BoxFuture<'a, Result<Reopened, ReopenError>> {
         Box::pin(async move {
+            let fixed = self.export().can(transmission_flag::READ_ONLY);
+            if fixed && !to.options.read_only && !to.auto_read_only {
+                return Err(OpenError::from(NbdError::ReopenReadOnly).into());
+            }
             if let (DriverOptions::Nbd(old), DriverOptions::Nbd(new)) = (to.old, to.driver) {
                 let options = [
                     ("export", old.export == new.export),
@@ -422,10 +426,6 @@ impl BlockDriver for NbdDriver {
                 if let Some((name, _)) = options.iter().find(|(_, same)| !same) {
                     return Err(ReopenError::CannotChange((*name).to_owned()));
                 }
-            }
-            let fixed = self.export().can(transmission_flag::READ_ONLY);
-            if fixed && !to.options.read_only && !to.auto_read_only {
-                return Err(OpenError::from(NbdError::ReadOnly).into());
             }
             Ok(Reopened {
                 read_only: to.options.read_only || fixed,

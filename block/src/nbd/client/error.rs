@@ -169,6 +169,9 @@ pub enum NbdError {
     /// The export can only be read, and the node is to be written.
     #[error("Could not open image: {}", io_text(&io::Error::from_raw_os_error(libc::EACCES)))]
     ReadOnly,
+    /// The export can only be read, and the node is to become writable.
+    #[error("Can't reopen read-only NBD mount as read/write")]
+    ReopenReadOnly,
     /// More replies than anybody needs.
     #[error("Server sent too many replies to option {option} ({})", option_name(*option))]
     TooManyReplies {
