@@ -152,7 +152,7 @@ mod tests {
             (&["fly"][..], "Unrecognized subcommand 'fly'"),
             (
                 &["storage-daemon"],
-                "The following required arguments were not provided: <--qmp <unix:PATH>|--monitor <OPTIONS>>",
+                "The following required arguments were not provided: <--qmp <unix:PATH>|--monitor",
             ),
             (
                 &["run", "--kernal", "k"],
