@@ -12,6 +12,8 @@
 //! the export is gone, and its id free again.
 
 mod error;
+#[cfg(all(test, not(shuttle)))]
+mod tests;
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
