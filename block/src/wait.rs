@@ -79,3 +79,43 @@ impl Waiters {
         }
     }
 }
+
+#[cfg(all(test, shuttle))]
+mod tests {
+    use std::sync::Arc;
+
+    use shuttle::future::block_on;
+    use shuttle::thread;
+
+    use super::Waiters;
+    use crate::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    fn two_who_wait_and_two_who_wake() {
+        let shared = Arc::new((Waiters::default(), AtomicUsize::new(0)));
+        let waiters = [1, 2].map(|enough| {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || {
+                let (waiters, count) = &*shared;
+                block_on(waiters.until(|| (count.load(SeqCst) >= enough).then_some(())));
+            })
+        });
+        let wakers = [(); 2].map(|()| {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || {
+                let (waiters, count) = &*shared;
+                count.fetch_add(1, SeqCst);
+                waiters.wake();
+            })
+        });
+        for thread in waiters.into_iter().chain(wakers) {
+            thread.join().unwrap();
+        }
+    }
+
+    // A lost wake-up is a deadlock, which shuttle reports.
+    #[test]
+    fn shuttle_a_change_between_looking_and_registering_is_seen() {
+        shuttle::check_random(two_who_wait_and_two_who_wake, 3_000);
+        shuttle::check_pct(two_who_wait_and_two_who_wake, 3_000, 3);
+    }
+}

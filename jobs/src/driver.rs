@@ -128,7 +128,8 @@ pub trait JobDriver: Send + Sync + 'static {
         Box::pin(std::future::ready(()))
     }
 
-    /// Main: after `commit` or `abort`.
+    /// Main: after `commit` or `abort`, and before the end is told. What the creator of
+    /// the job wants to do at its end belongs here.
     fn clean<'a>(&'a self, graph: &'a Rc<Graph>) -> BoxFuture<'a, ()> {
         let _ = graph;
         Box::pin(std::future::ready(()))

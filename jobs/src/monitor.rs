@@ -239,13 +239,19 @@ impl JobsGuard<'_> {
         self.locked.happen_locked(key, Event::SetUpFailed)
     }
 
-    /// A transaction for jobs that succeed or fail together, to be named at their
-    /// creation.
+    /// A transaction for jobs that succeed or fail together, to be named in their
+    /// [`JobSpec::txn`].
+    ///
+    /// Create all of its jobs, let go of it with [`JobsGuard::close_txn`], and start
+    /// them all: it takes members until the first of them has ended. If one of them
+    /// cannot be created, cancel those that were (by force: none has been started, so
+    /// nothing but their status is told) and let go of it. Its members keep it.
     pub fn new_txn(&mut self) -> TxnKey {
         self.locked.core.machine.new_txn()
     }
 
-    /// Forgets a transaction that no job has joined.
+    /// The creator of a transaction lets go of it. One that no job has joined is gone;
+    /// others go with their last member.
     pub fn close_txn(&mut self, txn: TxnKey) {
         self.locked.core.machine.close_txn(txn);
     }

@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use block::{BackendInfo, Graph, Node};
 use jobs::OnError;
 use jobs::mirror::{MirrorError, MirrorSpec, SyncMode, start_mirror};
 
@@ -28,6 +29,13 @@ const ON_ERROR: &[(&str, OnError)] = &[
     ("auto", OnError::Enospc),
 ];
 
+/// The id of the device on `node`; empty if there is none.
+fn device_on(graph: &Graph, node: &Node) -> String {
+    let on_it = |backend: &BackendInfo| !backend.name.is_empty() && backend.node == node.name();
+    let device = graph.backends().into_iter().find(on_it);
+    device.map_or_else(String::new, |backend| backend.name)
+}
+
 pub(super) async fn blockdev_mirror(monitor: Rc<Monitor>, mut args: Args) -> Outcome {
     let job_id = args.optional_str("job-id")?;
     let device = args.required_str("device")?;
@@ -51,12 +59,9 @@ pub(super) async fn blockdev_mirror(monitor: Rc<Monitor>, mut args: Args) -> Out
     let graph = &monitor.graph;
     let source = graph.find(&device)?;
     graph.check_root_node(&source)?;
-    // A job without an id is called like the device; a node alone has none, and
-    // the empty id is refused.
-    let job_id = job_id.unwrap_or_else(|| match graph.find_backend(&device) {
-        Some(backend) => backend.name().to_owned(),
-        None => String::new(),
-    });
+    // A job without an id is called like the device on the node, whichever of the two
+    // was named; a node alone has none, and the empty id is refused.
+    let job_id = job_id.unwrap_or_else(|| device_on(graph, &source));
     let defaults = MirrorSpec::new(job_id, source, graph.find(&target)?);
     let spec = MirrorSpec {
         replaces,

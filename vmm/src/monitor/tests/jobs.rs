@@ -167,3 +167,36 @@ fn ill_formed_mirrors_are_refused_and_leave_no_job() {
         },
     );
 }
+
+#[test]
+fn a_job_without_an_id_is_called_like_the_device_whichever_name_is_given() {
+    with_monitor(
+        |monitor| {
+            let driver = block::drivers::null::NullDriver::new(block::NullCoOptions {
+                aio: false,
+                size: 1 << 20,
+                latency_ns: 0,
+                read_zeroes: true,
+            });
+            let graph = &monitor.graph;
+            let node = graph
+                .add_node(Some("disk"), Box::new(driver), Default::default())
+                .unwrap();
+            let idle = block::Permissions::IDLE;
+            graph.attach("vda", &node, idle, None).unwrap();
+        },
+        |path| {
+            let mut client = client_with_nodes(path);
+            for device in ["vda", "disk"] {
+                let arguments = json!({"device": device, "target": "b", "sync": "full"});
+                let started = client.ask_with("blockdev-mirror", arguments);
+                assert_eq!(started, json!({"return": {}}));
+                let jobs = client.ask("query-jobs");
+                assert_eq!(jobs["return"][0]["id"], "vda", "{device}");
+                client.ask_with("job-cancel", json!({"id": "vda"}));
+                client.wait_for("BLOCK_JOB_CANCELLED");
+                while client.ask("query-jobs") != json!({"return": []}) {}
+            }
+        },
+    );
+}
