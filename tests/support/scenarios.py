@@ -7,7 +7,7 @@ new command brings its scenarios to life by itself.
 import json
 import pathlib
 
-DRIVERS = {"file", "raw", "null-co", "null-aio", "blkdebug", "nbd", "throttle"}
+DRIVERS = {"blkdebug", "file", "nbd", "null-aio", "null-co", "qcow2", "raw", "throttle"}
 
 # Scenarios that cannot be judged from their commands and drivers.
 WAITING = {}
