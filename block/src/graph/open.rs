@@ -8,9 +8,9 @@ use std::sync::Arc;
 use self::hold::Holds;
 use super::commit::Removed;
 use super::names::ReservedName;
-use super::topology::{ChildEntry, NodeEntry, Owner};
+use super::topology::{BackendEntry, ChildEntry, NodeEntry, Owner};
 use super::{Graph, GraphError, LocalFuture, above_inserted_filters};
-use crate::backend::AttachmentKind;
+use crate::backend::{AttachmentKind, Backend, BackendUser};
 use crate::driver::{BlockDriver, ChildRole};
 use crate::drivers::blkdebug::BlkdebugDriver;
 use crate::drivers::file::{FileNode, OpenFlags};
@@ -43,6 +43,33 @@ impl Graph {
         if options.node_name.is_none() {
             return Err(GraphError::NodeNameRequired);
         }
+        let (node, _) = self.open_into(options, Owner::Monitor, None).await?;
+        Ok(node)
+    }
+
+    /// Opens a node as [`blockdev_add`](Self::blockdev_add) does, but for `user`: it is
+    /// attached to the node from the start, with no rights, and the node goes when
+    /// nobody uses it any more. `None` for a name makes one up.
+    ///
+    /// Errors, cancel: as `blockdev_add`.
+    pub async fn open_for(
+        &self,
+        options: BlockdevOptions,
+        user: Arc<dyn BackendUser>,
+    ) -> Result<Arc<Backend>, GraphError> {
+        match self.open_into(options, Owner::Parent, Some(user)).await? {
+            (_, Some(backend)) => Ok(backend),
+            // Where a user is given, a backend is made.
+            (node, None) => Err(GraphError::NotMonitorOwned(node.name().to_owned())),
+        }
+    }
+
+    async fn open_into(
+        &self,
+        options: BlockdevOptions,
+        owner: Owner,
+        user: Option<Arc<dyn BackendUser>>,
+    ) -> Result<(Arc<Node>, Option<Arc<Backend>>), GraphError> {
         let mut opening = Opening {
             graph: self,
             nodes: Vec::new(),
@@ -50,8 +77,10 @@ impl Graph {
             named: Vec::new(),
             holds: Holds::new(self),
         };
-        match opening.open(options.clone(), options, Owner::Monitor).await {
+        match opening.open(options.clone(), options, owner).await {
             Ok(node) => {
+                let backend = user
+                    .map(|user| Backend::new("", Arc::clone(&node), Permissions::IDLE, Some(user)));
                 // Nothing is awaited between this look and the change.
                 match opening.look_again().and_then(|()| {
                     let mut topology = self.topology.borrow().clone();
@@ -60,6 +89,12 @@ impl Graph {
                         .backends
                         .retain(|entry| !opening.holds.contain(entry.backend.id()));
                     topology.nodes.extend(opening.nodes.iter().cloned());
+                    let entries = backend.iter().map(|backend| BackendEntry {
+                        backend: Arc::clone(backend),
+                        target: Arc::clone(&node),
+                        permissions: Permissions::IDLE,
+                    });
+                    topology.backends.extend(entries);
                     self.commit(topology)
                 }) {
                     Ok(removed) => {
@@ -67,10 +102,10 @@ impl Graph {
                         opening.nodes.clear();
                         drop(opening);
                         removed.closed().await;
-                        Ok(node)
+                        Ok((node, backend))
                     }
                     Err(error) => {
-                        drop(node);
+                        drop((node, backend));
                         opening.closed().await;
                         Err(error)
                     }

@@ -328,9 +328,8 @@ impl Topology {
 }
 
 fn check_conflicts(node: &str, parents: &[Parent]) -> Result<(), GraphError> {
-    // The newest first, as QEMU names them.
-    for (i, unshares) in parents.iter().enumerate().rev() {
-        for (j, requires) in parents.iter().enumerate().rev() {
+    for (i, unshares) in parents.iter().enumerate() {
+        for (j, requires) in parents.iter().enumerate() {
             let perms = requires
                 .permissions
                 .need

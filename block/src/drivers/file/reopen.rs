@@ -4,7 +4,6 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -28,8 +27,6 @@ pub struct FileNode {
     current: ArcSwap<FileDriver>,
     /// The one that was prepared to come next. Main only.
     next: Mutex<Option<Arc<FileDriver>>>,
-    /// It is about to come. Main only.
-    reopening: AtomicBool,
 }
 
 impl FileNode {
@@ -39,7 +36,6 @@ impl FileNode {
             options,
             current: ArcSwap::from_pointee(file),
             next: Mutex::default(),
-            reopening: AtomicBool::new(false),
         }
     }
 
@@ -189,10 +185,7 @@ impl BlockDriver for FileNode {
     /// will hold is then locked for it, too: at no moment is anything of it free.
     fn check_permissions(&self, wanted: Permissions) -> Result<(), PermissionError> {
         let current = self.current.load_full();
-        let next = match self.reopening.load(Ordering::Relaxed) {
-            true => self.next().clone(),
-            false => None,
-        };
+        let next = self.next().clone();
         let Some(next) = next else {
             return current.check_permissions(wanted);
         };
@@ -250,12 +243,7 @@ impl BlockDriver for FileNode {
         })
     }
 
-    fn reopen_begin(&self) {
-        self.reopening.store(true, Ordering::Relaxed);
-    }
-
     fn reopen_commit(&self) {
-        self.reopening.store(false, Ordering::Relaxed);
         let next = self.next().take();
         if let Some(next) = next {
             let old = self.current.swap(next);
@@ -268,19 +256,11 @@ impl BlockDriver for FileNode {
     }
 
     fn reopen_abort(&self) {
-        self.reopening.store(false, Ordering::Relaxed);
         let next = self.next().take();
         if let Some(lock) = next.as_ref().and_then(|next| next.lock.as_ref()) {
             lock.release();
         }
         close(next);
-    }
-
-    fn allocated_size(&self) -> BoxFuture<'_, Option<u64>> {
-        let file = Arc::clone(&self.current.load().file);
-        Box::pin(async move {
-            runtime::unblock(move || file.metadata().ok().map(|m| m.blocks() * 512)).await
-        })
     }
 
     fn close(&self) {

@@ -39,10 +39,9 @@ use std::any::Any;
 use std::future::Future;
 use std::io;
 use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use arc_swap::ArcSwapOption;
 use futures_util::FutureExt;
 use imago::format::PreallocateMode;
 use imago::format::drivers::FormatDriverInstance;
@@ -61,13 +60,11 @@ use self::order::WriteOrder;
 use self::storage::NodeStorage;
 use crate::buffer::IoVec;
 use crate::driver::{
-    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, Reopen, Reopened, WriteFlags,
-    ZeroFlags,
+    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags,
 };
-use crate::drivers::{OpenError, ReopenError};
+use crate::drivers::OpenError;
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node};
-use crate::options::DriverOptions;
 use crate::permissions::{Perm, Permissions};
 use crate::runtime::EventLoop;
 
@@ -94,8 +91,7 @@ pub struct Qcow2Driver {
     file: Arc<GrowingFile>,
     /// `None`: the data is in `file`.
     data_file: Option<Arc<GrowingFile>>,
-    /// Replaced on main with no request in flight.
-    backing: ArcSwapOption<Child>,
+    backing: Option<Child>,
     image: RwLock<Image>,
     tables: RwLock<()>,
     /// Tables were changed since they were last written out. Set before a change;
@@ -109,22 +105,8 @@ pub struct Qcow2Driver {
     cluster_size: u64,
     version: u32,
     snapshots: bool,
-    /// Written on main with no request in flight, as `writable` is.
-    read_only: AtomicBool,
-    /// `image` was opened for writing, and may be used so.
-    writable: AtomicBool,
-    /// What was prepared to come next. Main only.
-    next: Mutex<Option<Next>>,
-    /// It is about to come. Main only.
-    reopening: AtomicBool,
-    pass_discard: bool,
-}
-
-/// What a reopen makes of an image.
-struct Next {
     read_only: bool,
-    /// Opened for writing, where the present one was not.
-    image: Option<Image>,
+    pass_discard: bool,
 }
 
 /// Where a range is.
@@ -171,47 +153,6 @@ pub(crate) async fn read_start(node: &Arc<Node>, len: usize) -> Result<Vec<u8>, 
     Ok(bytes)
 }
 
-/// What `imago` copies of a backing image, it takes from here.
-async fn backing_of(backing: &Child) -> io::Result<FormatAccess<NodeStorage>> {
-    let storage = NodeStorage::backing(backing.share());
-    Ok(FormatAccess::new(Raw::open_image(storage, false).await?))
-}
-
-async fn open_image(
-    header: &Header,
-    file: &Arc<GrowingFile>,
-    data_file: Option<&Arc<GrowingFile>>,
-    backing: Option<&Child>,
-    writable: bool,
-) -> Result<Image, OpenError> {
-    let opened = async {
-        let order = match writable {
-            false => None,
-            true => Some(
-                WriteOrder::load(header, file)
-                    .await
-                    .map_err(|error| io::Error::from_raw_os_error(error.errno))?,
-            ),
-        };
-        let storage = NodeStorage::image(Arc::clone(file), order);
-        let mut image = Image::open_image(storage, writable).await?;
-        image.set_data_file(data_file.map(Arc::clone).map(NodeStorage::data));
-        image.set_backing(match backing {
-            Some(backing) => Some(backing_of(backing).await?),
-            None => None,
-        });
-        Ok::<_, io::Error>(image)
-    };
-    let failed = |error| OpenError::Image {
-        file: file.node().name().to_owned(),
-        error,
-    };
-    match AssertUnwindSafe(opened).catch_unwind().await {
-        Ok(opened) => opened.map_err(failed),
-        Err(_) => Err(failed(io::Error::other("its tables make no sense"))),
-    }
-}
-
 impl Qcow2Driver {
     /// Opens the image with this header as node `node`. `pass_discard`: what is
     /// discarded in the image is discarded in its file.
@@ -227,19 +168,45 @@ impl Qcow2Driver {
             .data_file
             .map(|child| Arc::new(GrowingFile::new(child)));
         let backing = children.backing;
-        let image = open_image(
-            header,
-            &file,
-            data_file.as_ref(),
-            backing.as_ref(),
-            !read_only,
-        )
-        .await?;
+        let opened = async {
+            let order = match read_only {
+                true => None,
+                false => Some(
+                    WriteOrder::load(header, &file)
+                        .await
+                        .map_err(|error| io::Error::from_raw_os_error(error.errno))?,
+                ),
+            };
+            let storage = NodeStorage::image(Arc::clone(&file), order);
+            let mut image = Image::open_image(storage, !read_only).await?;
+            let data = data_file.as_ref().map(Arc::clone).map(NodeStorage::data);
+            image.set_data_file(data);
+            image.set_backing(match &backing {
+                Some(backing) => {
+                    let storage = NodeStorage::backing(backing.share());
+                    Some(FormatAccess::new(Raw::open_image(storage, false).await?))
+                }
+                None => None,
+            });
+            Ok::<_, io::Error>(image)
+        };
+        let image = match AssertUnwindSafe(opened).catch_unwind().await {
+            Ok(opened) => opened.map_err(|error| OpenError::Image {
+                file: file.node().name().to_owned(),
+                error,
+            })?,
+            Err(_) => {
+                return Err(OpenError::Image {
+                    file: file.node().name().to_owned(),
+                    error: io::Error::other("its tables make no sense"),
+                });
+            }
+        };
         Ok(Self {
             node: node.into(),
             file,
             data_file,
-            backing: ArcSwapOption::from(backing.map(Arc::new)),
+            backing,
             image: RwLock::new(image),
             tables: RwLock::with_max_readers((), MAX_CHANGES),
             changed: AtomicBool::new(false),
@@ -248,69 +215,9 @@ impl Qcow2Driver {
             cluster_size: 1 << header.cluster_bits,
             version: header.version,
             snapshots: header.snapshots > 0,
-            read_only: AtomicBool::new(read_only),
-            writable: AtomicBool::new(!read_only),
-            next: Mutex::default(),
-            reopening: AtomicBool::new(false),
+            read_only,
             pass_discard,
         })
-    }
-
-    fn is_read_only(&self) -> bool {
-        self.read_only.load(Ordering::Relaxed)
-    }
-
-    fn next(&self) -> MutexGuard<'_, Option<Next>> {
-        self.next.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Prepares for a reopen. An image that was opened for writing stays open so; one
-    /// that was not is opened once more, since nobody can have changed it.
-    async fn prepare(&self, to: &Reopen<'_>) -> Result<Reopened, ReopenError> {
-        let changed = |option: &str| ReopenError::CannotChange(option.to_owned());
-        for (role, file) in [
-            (ChildRole::File, Some(&self.file)),
-            (ChildRole::DataFile, self.data_file.as_ref()),
-        ] {
-            let now = file.map(|file| file.node().skip_filters().id());
-            let then = to.child(role).map(|node| node.skip_filters().id());
-            // Its tables are known, and would not be those of another file.
-            if now != then {
-                return Err(changed(role.as_str()));
-            }
-        }
-        if let (DriverOptions::Qcow2(old), DriverOptions::Qcow2(new)) = (to.old, to.driver)
-            && old.pass_discard_request != new.pass_discard_request
-        {
-            return Err(changed("pass-discard-request"));
-        }
-        let read_only = to.options.read_only;
-        let mut image = None;
-        if !read_only && !self.writable.load(Ordering::Relaxed) {
-            let header = read_header(&self.file.node(), false).await?;
-            let backing = self.backing.load_full();
-            let (data_file, backing) = (self.data_file.as_ref(), backing.as_deref());
-            image = Some(open_image(&header, &self.file, data_file, backing, true).await?);
-        }
-        *self.next() = Some(Next { read_only, image });
-        Ok(Reopened {
-            read_only,
-            size: self.size.load(Ordering::Relaxed),
-        })
-    }
-
-    /// The image, when nobody can have it: no request is in flight.
-    fn change_image(&self, change: impl FnOnce(&mut Image)) {
-        match self.image.try_write() {
-            Ok(mut image) => change(&mut image),
-            Err(_) => {
-                self.broken.store(true, Ordering::Release);
-                tracing::error!(
-                    node = &*self.node,
-                    "The image cannot be used any more: it was changed with requests in flight"
-                );
-            }
-        }
     }
 
     fn error(&self, op: IoOp, offset: u64, len: u64, errno: i32) -> IoError {
@@ -402,7 +309,7 @@ impl Qcow2Driver {
                     done += unpacked;
                     continue;
                 }
-                Place::Unallocated => match self.backing.load_full() {
+                Place::Unallocated => match &self.backing {
                     Some(backing) => read_or_zero(&backing.node(), at, part).await?,
                     None => part.fill(0),
                 },
@@ -519,7 +426,7 @@ impl Qcow2Driver {
     }
 
     async fn flush_all(&self) -> Result<(), IoError> {
-        if self.is_read_only() {
+        if self.read_only {
             return Ok(());
         }
         if self.changed.load(Ordering::Acquire) {
@@ -567,7 +474,7 @@ impl Qcow2Driver {
             },
             Place::Unallocated => ExtentFlags {
                 data: false,
-                zero: self.backing.load().is_none(),
+                zero: self.backing.is_none(),
                 allocated: false,
             },
         }
@@ -584,8 +491,7 @@ impl Qcow2Driver {
         let _alone = self.tables.write().await;
         self.changed.store(true, Ordering::Release);
         if size > old {
-            let backing = self.backing.load_full();
-            let shows = backing.is_some_and(|b| b.node().size() > old);
+            let shows = self.backing.as_ref().is_some_and(|b| b.node().size() > old);
             // What is new reads as zeroes, whatever the backing image has there.
             let mode = match shows {
                 true => PreallocateMode::Zero,
@@ -712,7 +618,7 @@ impl BlockDriver for Qcow2Driver {
     }
 
     fn backing(&self) -> Option<Arc<Node>> {
-        self.backing.load().as_ref().map(|backing| backing.node())
+        self.backing.as_ref().map(Child::node)
     }
 
     fn cancel_in_flight(&self) {
@@ -720,20 +626,14 @@ impl BlockDriver for Qcow2Driver {
         if let Some(data_file) = &self.data_file {
             data_file.node().cancel_in_flight();
         }
-        if let Some(backing) = self.backing.load_full() {
+        if let Some(backing) = &self.backing {
             backing.node().cancel_in_flight();
         }
     }
 
     fn child_permissions(&self, role: ChildRole, users: Permissions) -> Permissions {
         match role {
-            ChildRole::File | ChildRole::DataFile => {
-                let next = match self.reopening.load(Ordering::Relaxed) {
-                    true => self.next().as_ref().map(|next| next.read_only),
-                    false => None,
-                };
-                file_permissions(next.unwrap_or_else(|| self.is_read_only()), users)
-            }
+            ChildRole::File | ChildRole::DataFile => file_permissions(self.read_only, users),
             _ => Permissions {
                 need: users.need & Perm::CONSISTENT_READ,
                 share: Perm::CONSISTENT_READ
@@ -746,59 +646,9 @@ impl BlockDriver for Qcow2Driver {
         }
     }
 
-    fn has_layers(&self) -> bool {
-        true
-    }
-
-    fn reopen_prepare<'a>(
-        &'a self,
-        to: Reopen<'a>,
-    ) -> BoxFuture<'a, Result<Reopened, ReopenError>> {
-        Box::pin(async move { self.prepare(&to).await })
-    }
-
-    fn reopen_begin(&self) {
-        self.reopening.store(true, Ordering::Relaxed);
-    }
-
-    fn reopen_commit(&self) {
-        self.reopening.store(false, Ordering::Relaxed);
-        let next = self.next().take();
-        let Some(next) = next else {
-            return;
-        };
-        self.read_only.store(next.read_only, Ordering::Relaxed);
-        if let Some(image) = next.image {
-            self.change_image(|current| *current = image);
-            self.writable.store(true, Ordering::Relaxed);
-        }
-    }
-
-    fn reopen_abort(&self) {
-        self.reopening.store(false, Ordering::Relaxed);
-        let next = self.next().take();
-        drop(next);
-    }
-
-    fn set_backing(&self, backing: Option<Child>) {
-        let storage = backing.as_ref().map(|backing| {
-            // It asks for the size of the node and waits for nothing.
-            backing_of(backing).now_or_never().and_then(Result::ok)
-        });
-        self.backing.store(backing.map(Arc::new));
-        match storage {
-            None => self.change_image(|image| image.set_backing(None)),
-            Some(Some(storage)) => self.change_image(|image| image.set_backing(Some(storage))),
-            Some(None) => {
-                self.broken.store(true, Ordering::Release);
-                tracing::error!(node = &*self.node, "The backing image cannot be used");
-            }
-        }
-    }
-
     /// Writes out what is left.
     fn close(&self) {
-        if self.is_read_only() || !self.changed.load(Ordering::Acquire) {
+        if self.read_only || !self.changed.load(Ordering::Acquire) {
             return;
         }
         let flushed =
