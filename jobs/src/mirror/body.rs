@@ -145,6 +145,8 @@ impl<'a> Body<'a> {
     /// success that was not forced, the driver knows what is to become of the
     /// target and holds the last drained section if there is one.
     pub(super) async fn run(mut self) -> Result<(), JobFailure> {
+        self.initialize().await?;
+        self.count_anew();
         loop {
             if self.ctx.is_force_cancelled() {
                 self.quiesce().await;

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::{Backend, Drained, Graph, GraphError, Node, runtime};
+use block::{Backend, Drained, Graph, GraphError, Node, Permissions, runtime};
 use futures_util::future::{Either, select};
 
 use crate::JobFailure;
@@ -15,7 +15,7 @@ use super::converge::{
     ENDING_DOUBLINGS, HOLD_LIMIT, HOLD_RETRY, SECTION_BYTES, describe, drain_failure,
 };
 use super::copy::CopyError;
-use super::driver::{Ending, Held, MirrorDriver, Places};
+use super::driver::{Ending, Held, MirrorDriver, Places, shows};
 use super::sweep::{Flushes, OPERATIONS, Sweep, Swept};
 
 /// First and longest wait before the filter's removal is tried again; doubles.
@@ -60,24 +60,40 @@ pub(super) async fn prepare(driver: &MirrorDriver, graph: &Rc<Graph>) -> Result<
     }
     // All requests are held, so nothing is left to mirror.
     driver.state().set_engaged(false);
-    graph.detach(&places.target_backend);
-    let replaced = graph.replace(
-        &places.filter,
-        &places.target,
-        &[&places.filter_hold],
-        &held.drained,
-    );
+    let replaced = replace(places, graph, &held.drained);
     driver.keep_section(held);
-    replaced.map_err(|error| {
+    replaced.map_err(|reason| {
         JobFailure::new(
             libc::EPERM,
             format!(
-                "Cannot switch from node '{}' to node '{}': {error}",
-                places.source.name(),
+                "Cannot switch from node '{}' to node '{}': {reason}",
+                places.lowest().name(),
                 places.target.name()
             ),
         )
     })
+}
+
+/// Puts the target in its place: that of the filter with all below it, or that of the
+/// node that the user named.
+fn replace(places: &Places, graph: &Graph, drained: &Drained) -> Result<(), String> {
+    let (old, hold) = match (&places.replaces, &places.replaces_hold) {
+        (Some(old), Some(hold)) => (old, hold),
+        _ => (&places.filter, &places.filter_hold),
+    };
+    // The graph may have changed since the start.
+    if places.replaces.is_some() && !shows(&places.source, old) {
+        return Err(format!(
+            "node '{}' no longer shows it",
+            places.source.name()
+        ));
+    }
+    // It stays attached until the guest is on it: a target that nobody else owns would
+    // go.
+    graph
+        .set_permissions(&places.target_backend, Permissions::IDLE)
+        .and_then(|()| graph.replace(old, &places.target, &[hold], drained))
+        .map_err(|error| error.to_string())
 }
 
 /// A section for a job that was finalized by hand: the guest wrote meanwhile.
@@ -210,7 +226,7 @@ impl Late<'_> {
         let except = [&self.places.source_backend];
         let drained = self
             .graph
-            .drain_within(&self.places.source, &except, HOLD_LIMIT);
+            .drain_within(self.places.lowest(), &except, HOLD_LIMIT);
         let drained = pin!(drained);
         let state = self.driver.state();
         let drained = select(drained, state.disengaged());
@@ -253,11 +269,18 @@ pub(super) async fn leave(driver: &MirrorDriver, graph: &Rc<Graph>) {
         return;
     }
     graph.detach(&places.filter_hold);
+    if let Some(hold) = &places.replaces_hold {
+        graph.detach(hold);
+    }
     let removed = match driver.take_section() {
         Some(held) => {
             let removed = graph.remove_filter(&places.filter, &held.drained);
             driver.end_section(held, places.filter.name());
-            removed
+            match removed {
+                // The graph has changed: the section was that of another node.
+                Err(GraphError::NotDrained { .. }) => take_out(graph, &places.filter).await,
+                removed => removed,
+            }
         }
         None => take_out(graph, &places.filter).await,
     };

@@ -176,7 +176,7 @@ impl Body<'_> {
 
     /// `None` if the job was cancelled meanwhile.
     async fn drain_source(&self) -> Option<Result<Drained, GraphError>> {
-        let source = Arc::clone(&self.places.source);
+        let source = Arc::clone(self.places.lowest());
         let backend = Arc::clone(&self.places.source_backend);
         let drained = self.ctx.graph().run(move |graph: Rc<Graph>| {
             Box::pin(async move { graph.drain_within(&source, &[&backend], HOLD_LIMIT).await })

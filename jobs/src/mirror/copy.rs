@@ -168,14 +168,15 @@ impl Copier {
     ) -> Result<Copied, CopyError> {
         let first = nodes
             .source
-            .block_status(range.start, range.end - range.start)
+            .node()
+            .chain_status(None, range.start, range.end - range.start)
             .await
             .map_err(source_error)?;
         let first_end = range.start + first.len;
-        if first.flags.zero {
+        if first.zero {
             let zeroes = self.state.round_in(&(range.start..first_end));
             if !zeroes.is_empty() {
-                let range = self.zero_front(zeroes, &nodes.target).await?;
+                let range = self.zero_front(zeroes, nodes.target.node()).await?;
                 return Ok(Copied {
                     data: 0..0,
                     range,
@@ -189,17 +190,17 @@ impl Copier {
             .min(range.start + request.max(self.state.granularity));
         let range = range.start..end;
         let plan = self
-            .plan(range.clone(), first.len, first.flags.zero, nodes)
+            .plan(range.clone(), first.len, first.zero, nodes)
             .await?;
         let mut charged = 0;
         for Segment { range, kind } in plan {
             match kind {
                 SegmentKind::Copy => charged += self.copy_data(range, nodes).await?,
-                SegmentKind::Zero => self.zero_all(range, &nodes.target).await?,
+                SegmentKind::Zero => self.zero_all(range, nodes.target.node()).await?,
             }
         }
         Ok(Copied {
-            data: if first.flags.zero || first_end <= end {
+            data: if first.zero || first_end <= end {
                 0..0
             } else {
                 end..first_end
@@ -230,10 +231,11 @@ impl Copier {
             }
             let extent = nodes
                 .source
-                .block_status(planner.next(), left)
+                .node()
+                .chain_status(None, planner.next(), left)
                 .await
                 .map_err(source_error)?;
-            planner.push(extent.len.clamp(1, left), extent.flags.zero);
+            planner.push(extent.len.clamp(1, left), extent.zero);
         }
         let left = range.end - planner.next();
         if left > 0 {
@@ -273,7 +275,7 @@ impl Copier {
         if iov.is_zero() {
             // Or the pool would not take the buffer back.
             drop(iov);
-            self.zero_all(range, &nodes.target).await?;
+            self.zero_all(range, nodes.target.node()).await?;
         } else {
             self.write_target(range.start, iov, &nodes.target).await?;
         }
@@ -283,7 +285,11 @@ impl Copier {
 
     /// Makes whole chunks from the start of `range` read as zeroes on the target,
     /// and says which. What reads as zeroes already is left alone, however long.
-    async fn zero_front(&self, range: Range<u64>, target: &Node) -> Result<Range<u64>, CopyError> {
+    async fn zero_front(
+        &self,
+        range: Range<u64>,
+        target: &Arc<Node>,
+    ) -> Result<Range<u64>, CopyError> {
         let (zero, len) = target_extent(target, &range).await;
         if zero {
             let known = self.state.round_in(&(range.start..range.start + len));
@@ -301,7 +307,7 @@ impl Copier {
     }
 
     /// Makes all of a short range read as zeroes on the target.
-    async fn zero_all(&self, range: Range<u64>, target: &Node) -> Result<(), CopyError> {
+    async fn zero_all(&self, range: Range<u64>, target: &Arc<Node>) -> Result<(), CopyError> {
         let (zero, len) = target_extent(target, &range).await;
         if zero && len == range.end - range.start {
             return Ok(());
@@ -336,10 +342,10 @@ impl Copier {
 /// Whether the target reads as zeroes from the start of `range`, and how far
 /// that answer reaches. A target that cannot tell has data. The caller holds the
 /// range, so the answer stays true: nobody else writes the target there.
-async fn target_extent(target: &Node, range: &Range<u64>) -> (bool, u64) {
+async fn target_extent(target: &Arc<Node>, range: &Range<u64>) -> (bool, u64) {
     let len = range.end - range.start;
-    match target.block_status(range.start, len).await {
-        Ok(extent) => (extent.flags.zero, extent.len.clamp(1, len)),
+    match target.chain_status(None, range.start, len).await {
+        Ok(extent) => (extent.zero, extent.len.clamp(1, len)),
         Err(_) => (false, len),
     }
 }

@@ -15,6 +15,7 @@ use crate::{
 use super::body::{Body, buffer_pool};
 use super::complete;
 use super::copy::Copier;
+use super::init::Initial;
 use super::state::MirrorState;
 
 /// Mirrors as the job core knows them.
@@ -32,6 +33,7 @@ pub(super) struct Settings {
     pub(super) on_target_error: OnError,
     pub(super) auto_finalize: bool,
     pub(super) section_limit: Duration,
+    pub(super) initial: Initial,
 }
 
 /// The job's places in the graph: known when it starts.
@@ -39,12 +41,37 @@ pub(super) struct Places {
     pub(super) source: Arc<Node>,
     pub(super) target: Arc<Node>,
     pub(super) filter: Arc<Node>,
+    /// The node that the target is to replace, if that is not the source: shown by it
+    /// through filters.
+    pub(super) replaces: Option<Arc<Node>>,
     /// Reads the source, below the filter.
     pub(super) source_backend: Arc<Backend>,
     /// Writes the target: the job and the filter do.
     pub(super) target_backend: Arc<Backend>,
     /// Keeps others from using the filter. No requests.
     pub(super) filter_hold: Arc<Backend>,
+    /// Keeps `replaces` from being deleted. No requests.
+    pub(super) replaces_hold: Option<Arc<Backend>>,
+}
+
+impl Places {
+    /// The node that all who will see the pivot stand on: to be drained for it.
+    pub(super) fn lowest(&self) -> &Arc<Node> {
+        self.replaces.as_ref().unwrap_or(&self.source)
+    }
+}
+
+/// Whether `node` is `source`, or is shown by it through filters: then nobody sees a
+/// difference when a copy of `source` takes its place.
+pub(super) fn shows(source: &Arc<Node>, node: &Arc<Node>) -> bool {
+    let mut at = Arc::clone(source);
+    while at.id() != node.id() {
+        match at.driver().filtered() {
+            Some(below) => at = below,
+            None => return false,
+        }
+    }
+    true
 }
 
 /// What is to become of the mirror when its body has ended well.

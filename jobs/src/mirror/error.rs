@@ -24,11 +24,20 @@ pub enum MirrorError {
     /// Source and target are one.
     #[error("Can't mirror node into itself")]
     SameNode,
-    /// `replaces` names a node other than the source.
+    /// `replaces` names a node that does not show what the source shows.
     #[error(
-        "Replacing node '{0}' is not supported: leave out 'replaces', and the source is replaced"
+        "Cannot replace '{replaces}' by a node mirrored from '{source_node}', because it cannot \
+         be guaranteed that doing so would not lead to an abrupt change of visible data"
     )]
-    Replaces(String),
+    Replaces {
+        /// The node that was to be replaced.
+        replaces: String,
+        /// The node to be mirrored.
+        source_node: String,
+    },
+    /// `replaces` names a node of another size.
+    #[error("cannot replace image with a mirror image of different size")]
+    ReplacesSize,
     /// The bitmap would be too large.
     #[error("Cannot track the writes to the source: use a larger granularity")]
     Bitmap(#[from] BitmapError),

@@ -265,6 +265,14 @@ impl ActivePart {
     /// The caller holds the range lock, so the copier cannot take these chunks.
     fn of(state: &MirrorState, range: &Range<u64>) -> Self {
         let whole = state.round_in(range);
+        if state.whole_chunks {
+            let part = if whole.is_empty() {
+                range.start..range.start
+            } else {
+                whole
+            };
+            return Self { range: part };
+        }
         let mut part = range.clone();
         if part.start != whole.start && state.dirty.is_dirty(part.start) {
             part.start = part
@@ -294,6 +302,11 @@ impl ActivePart {
         let whole = state.round_in(range);
         if !whole.is_empty() {
             state.clear_dirty(whole);
+        }
+        if state.whole_chunks {
+            // The ends are the copier's. It waits for the range before it looks.
+            state.set_dirty(range.start..self.range.start);
+            state.set_dirty(self.range.end..range.end);
         }
         Claim {
             dirty,

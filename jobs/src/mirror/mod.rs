@@ -4,6 +4,7 @@
 //! - `spec`, `error`, `start`: what is asked for, and how it begins;
 //! - `filter`: the node above the source that sees what the guest does;
 //! - `state`: what filter and copier share, and the rules they follow;
+//! - `init`: what is to be copied at first;
 //! - `body`, `copy`, `plan`, `pool`: the copier;
 //! - `pace`: why the guest does not suffer from it;
 //! - `sweep`, `converge`, `complete`: the moments in which the guest is held, and
@@ -39,6 +40,7 @@ mod copy;
 mod driver;
 mod error;
 mod filter;
+mod init;
 mod pace;
 mod plan;
 mod pool;

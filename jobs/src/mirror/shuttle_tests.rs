@@ -152,7 +152,7 @@ impl Model {
             share: Perm::ALL,
         };
         let disk = graph.attach("disk0", &source_node, all, None).unwrap();
-        let state = MirrorState::new(SIZE, CHUNK, mode, true).unwrap();
+        let state = MirrorState::new(SIZE, CHUNK, mode, true, false).unwrap();
         let state = Arc::new(state);
         let drained = drain(&graph, &source_node, &[]);
         let top = Arc::clone(&state);

@@ -51,7 +51,8 @@ pub struct MirrorSpec {
     pub source: Arc<Node>,
     /// The node that becomes its copy.
     pub target: Arc<Node>,
-    /// Name of a node to replace instead of the source: refused for now.
+    /// Name of a node to replace instead of the source: one that the source shows through
+    /// filters.
     pub replaces: Option<String>,
     /// What to copy.
     pub sync: SyncMode,
@@ -65,6 +66,8 @@ pub struct MirrorSpec {
     pub speed: i64,
     /// Zeroes may be unmapped on the target.
     pub unmap: bool,
+    /// All of the target reads as zeroes, so that a full copy need not write any.
+    pub target_is_zero: bool,
     /// Name of the filter node; `None`: one of the graph's own, not listed.
     pub filter_node_name: Option<String>,
     /// What a failed read does.
@@ -96,6 +99,7 @@ impl MirrorSpec {
             buf_size: 0,
             speed: 0,
             unmap: true,
+            target_is_zero: false,
             filter_node_name: None,
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,
@@ -114,6 +118,17 @@ pub(crate) struct Sizes {
     pub(crate) granularity: u64,
     /// All buffers together; a multiple of the granularity.
     pub(crate) buf_size: u64,
+}
+
+impl Sizes {
+    /// The same with chunks of at least `least` bytes, a power of two or 0.
+    pub(crate) fn with_least_granularity(self, least: u64) -> Self {
+        let granularity = self.granularity.max(least);
+        Self {
+            granularity,
+            buf_size: self.buf_size.next_multiple_of(granularity),
+        }
+    }
 }
 
 /// The sizes to use for a disk of `size` bytes: what was asked for, or defaults.

@@ -5,17 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use block::{
-    AttachmentKind, Backend, BackendUser, Drained, Graph, GraphError, Node, Perm, Permissions,
+    AttachmentKind, Backend, BackendUser, DetectZeroes, DiscardMode, Drained, Graph, GraphError,
+    Node, Perm, Permissions,
 };
 
 use crate::{JobDriver, JobKey, JobSpec, Jobs};
 
-use super::driver::{KIND, MirrorDriver, Places, Settings};
+use super::driver::{KIND, MirrorDriver, Places, Settings, shows};
 use super::error::MirrorError;
 use super::filter::MirrorTop;
+use super::init::Initial;
 use super::spec::{MirrorSpec, Sizes, SyncMode, sizes};
 use super::state::MirrorState;
-use super::user::FilterHold;
+use super::user::{FilterHold, ReplacesHold};
 
 /// Default granularity in bytes of a mirror of new writes only.
 const NONE_GRANULARITY: u32 = 64 << 10;
@@ -47,12 +49,12 @@ pub async fn start_mirror(
     jobs: &Jobs,
     spec: MirrorSpec,
 ) -> Result<JobKey, MirrorError> {
-    let sizes = check(graph, &spec)?;
+    check(graph, &spec)?;
     let drained = graph.drain_within(&spec.source, &[], DRAIN).await?;
     // Nothing is awaited from here on, so that nobody can come in between; but
     // much may have happened while the requests ended.
-    check(graph, &spec)?;
-    let key = set_up(graph, jobs, spec, sizes, &drained)?;
+    let plan = check(graph, &spec)?;
+    let key = set_up(graph, jobs, spec, plan, &drained)?;
     let held = drained.elapsed();
     drop(drained);
     tracing::info!(
@@ -64,7 +66,19 @@ pub async fn start_mirror(
     Ok(key)
 }
 
-fn check(graph: &Graph, spec: &MirrorSpec) -> Result<Sizes, MirrorError> {
+/// What a start comes down to.
+struct Plan {
+    sizes: Sizes,
+    /// The node to replace, if that is not the source.
+    replaces: Option<Arc<Node>>,
+    /// All is dirty before the body begins.
+    all_dirty: bool,
+    initial: Initial,
+    /// See [`MirrorState::new`].
+    whole_chunks: bool,
+}
+
+fn check(graph: &Graph, spec: &MirrorSpec) -> Result<Plan, MirrorError> {
     graph.check_root_node(&spec.source)?;
     let granularity = match (spec.granularity, spec.sync) {
         // What else is copied beside a write shows on the target: as with QEMU.
@@ -84,19 +98,74 @@ fn check(graph: &Graph, spec: &MirrorSpec) -> Result<Sizes, MirrorError> {
     }
     graph.check_not_blocked(&spec.source)?;
     graph.check_not_blocked(&spec.target)?;
+    let mut replaces = None;
     if let Some(name) = &spec.replaces {
         let Ok(node) = graph.find_node(name) else {
             return Err(GraphError::NoSuchNode(name.clone()).into());
         };
-        if node.id() != spec.source.id() {
-            return Err(MirrorError::Replaces(name.clone()));
+        graph.check_not_blocked(&node)?;
+        if !shows(&spec.source, &node) {
+            return Err(MirrorError::Replaces {
+                replaces: name.clone(),
+                source_node: spec.source.name().to_owned(),
+            });
         }
+        if node.size() != spec.source.size() {
+            return Err(MirrorError::ReplacesSize);
+        }
+        replaces = Some(node).filter(|node| node.id() != spec.source.id());
     }
     let data = |node: &Arc<Node>| node.skip_filters().id();
     if data(&spec.source) == data(&spec.target) {
         return Err(MirrorError::SameNode);
     }
-    Ok(sizes)
+    let whole_chunks = spec.sync != SyncMode::Full && lacks_layers(&spec.target);
+    let cluster_size = match (whole_chunks, spec.target.limits().cluster_size) {
+        (true, Some(cluster_size)) => u64::from(cluster_size),
+        _ => 0,
+    };
+    let (all_dirty, initial) = initial(spec);
+    Ok(Plan {
+        sizes: sizes.with_least_granularity(cluster_size),
+        replaces,
+        all_dirty,
+        initial,
+        whole_chunks,
+    })
+}
+
+/// Whether ranges that are not allocated in the target will show something one day that
+/// they do not show now: it stands on an image that is not open.
+fn lacks_layers(target: &Arc<Node>) -> bool {
+    target.limits().cluster_size.is_some() && target.backing().is_none()
+}
+
+/// Whether all is dirty at once, and what is found out by the body.
+fn initial(spec: &MirrorSpec) -> (bool, Initial) {
+    let base = spec.source.backing();
+    let target = &spec.target;
+    let (discard, detect) = (target.options().discard, target.options().detect_zeroes);
+    match (spec.sync, &base) {
+        (SyncMode::None, _) => (false, Initial::Marked),
+        (SyncMode::Top, Some(_)) => {
+            let zero_target = false;
+            (false, Initial::Allocated { base, zero_target })
+        }
+        // Whoever has zeroes detected wants them to be written.
+        _ if detect == DetectZeroes::Unmap => (true, Initial::Marked),
+        _ => {
+            let zeroes_fast =
+                spec.unmap && target.limits().can_zero_fast && discard == DiscardMode::Unmap;
+            if !spec.target_is_zero && !zeroes_fast {
+                return (true, Initial::Marked);
+            }
+            let initial = Initial::Allocated {
+                base: None,
+                zero_target: !spec.target_is_zero,
+            };
+            (false, initial)
+        }
+    }
 }
 
 /// Takes back what was done, when dropped before [`Undo::disarm`].
@@ -139,14 +208,15 @@ fn set_up(
     graph: &Rc<Graph>,
     jobs: &Jobs,
     spec: MirrorSpec,
-    sizes: Sizes,
+    plan: Plan,
     drained: &Drained,
 ) -> Result<JobKey, MirrorError> {
     let state = Arc::new(MirrorState::new(
         spec.source.size(),
-        sizes.granularity,
+        plan.sizes.granularity,
         spec.copy_mode,
         spec.unmap,
+        plan.whole_chunks,
     )?);
     let filter = graph.insert_filter(
         spec.filter_node_name.as_deref(),
@@ -165,11 +235,12 @@ fn set_up(
     };
     let driver = Arc::new(MirrorDriver::new(
         Settings {
-            buf_size: sizes.buf_size,
+            buf_size: plan.sizes.buf_size,
             on_source_error: spec.on_source_error,
             on_target_error: spec.on_target_error,
             auto_finalize: spec.auto_finalize,
             section_limit: spec.section_limit,
+            initial: plan.initial,
         },
         Arc::clone(&state),
     ));
@@ -204,7 +275,17 @@ fn set_up(
     });
     let filter_hold = attach(&filter, Permissions::IDLE, hold)?;
 
-    if spec.sync != SyncMode::None {
+    let replaces_hold = match &plan.replaces {
+        Some(node) => {
+            let hold = Arc::new(ReplacesHold {
+                job_id: spec.job_id.clone(),
+            });
+            Some(attach(node, Permissions::IDLE, hold)?)
+        }
+        None => None,
+    };
+
+    if plan.all_dirty {
         state.dirty.set_all();
     }
     let progress = jobs.lock().progress(key);
@@ -221,9 +302,11 @@ fn set_up(
         source: spec.source,
         target: spec.target,
         filter,
+        replaces: plan.replaces,
         source_backend,
         target_backend,
         filter_hold,
+        replaces_hold,
     });
     undo.disarm();
     Ok(key)

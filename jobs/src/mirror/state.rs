@@ -44,6 +44,9 @@ pub(crate) struct MirrorState {
     target: OnceLock<Arc<Backend>>,
     /// Zeroes may be unmapped on the target. Set once.
     pub(crate) unmap: bool,
+    /// The target gets whole chunks only: it stands on an image that is not open, so
+    /// what is written beside a part would show. Set once.
+    pub(crate) whole_chunks: bool,
     /// Ranges in which the target may differ from the source. Atomic.
     pub(crate) dirty: DirtyBitmap,
     /// Ranges whose copy on the target is being written. Synchronises itself.
@@ -87,12 +90,14 @@ impl MirrorState {
         granularity: u64,
         copy_mode: CopyMode,
         unmap: bool,
+        whole_chunks: bool,
     ) -> Result<Self, BitmapError> {
         Ok(Self {
             size,
             granularity,
             target: OnceLock::new(),
             unmap,
+            whole_chunks,
             dirty: DirtyBitmap::new(size, granularity)?,
             in_flight: RangeLock::new(),
             latency: GuestLatency::default(),

@@ -1,7 +1,7 @@
 //! Tests of the whole mirror: a real graph, real iothreads, storages that hold
 //! chosen requests.
 //!
-//! Lives here: the rig. `life` has starts, ends and refusals, `race` the staged
+//! Lives here: the rig. `begin` has what is copied at first, `life` has starts, ends and refusals, `race` the staged
 //! races, `failure` failing storages, `hang` storages that hang, `stress` the random runs.
 
 use std::cell::RefCell;
@@ -21,6 +21,7 @@ use crate::{JobEvent, JobEventKind, JobKey, JobStatus, Jobs, MainJobs};
 
 use super::{MirrorError, MirrorSpec, start_mirror};
 
+mod begin;
 mod failure;
 mod hang;
 mod life;
