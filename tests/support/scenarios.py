@@ -7,11 +7,12 @@ new command brings its scenarios to life by itself.
 import json
 import pathlib
 
-DRIVERS = {"blkdebug", "file", "nbd", "null-aio", "null-co", "qcow2", "raw", "throttle"}
+DRIVERS = {"file", "raw", "null-co", "null-aio", "blkdebug", "nbd", "qcow2",
+           "throttle"}
 
 # Scenarios that cannot be judged from their commands and drivers.
 WAITING = {
-    "mirror-sync-top": "sync=top of layers",
+    "mirror-drive-mirror": "creating qcow2 images",
 }
 
 

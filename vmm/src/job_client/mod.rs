@@ -36,6 +36,8 @@ use error::JobError;
 use report::Report;
 use server::Server;
 
+pub(crate) use nbd_uri::NbdUri;
+
 /// What the process ends with, but for 2 (usage) and 128+N (signal N).
 mod status {
     /// It was done; a job that was followed ended well.

@@ -5,11 +5,11 @@
 use std::cell::{Cell, RefCell};
 use std::io::Write;
 use std::rc::Rc;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use block::BoxFuture;
 use block::runtime::{AsyncFd, Interest, spawn_local, unblock};
-use devices::{Serial, VirtioBlk, VirtioMmio};
+use devices::{Serial, VirtioBlk};
 use futures_channel::{mpsc, oneshot};
 use futures_util::StreamExt;
 use kvm_ioctls::Kvm;
@@ -106,7 +106,6 @@ pub struct Machine {
     state: Rc<Cell<RunState>>,
     crashed: Rc<Cell<bool>>,
     disks: Vec<DiskInfo>,
-    transports: Vec<Weak<VirtioMmio>>,
     iothreads: Vec<IothreadInfo>,
     serial: Arc<Serial>,
     #[cfg(test)]
@@ -174,11 +173,6 @@ impl Machine {
             state: Rc::clone(&state),
             crashed: Rc::clone(&crashed),
             disks: board.disk_infos(),
-            transports: board
-                .virtio
-                .iter()
-                .map(|slot| Arc::downgrade(&slot.transport))
-                .collect(),
             iothreads: spec.iothreads,
             serial: Arc::clone(&board.serial),
             #[cfg(test)]
@@ -292,12 +286,6 @@ impl VmControl for Machine {
 
     fn disks(&self) -> Vec<DiskInfo> {
         self.disks.clone()
-    }
-
-    fn refresh_disks(&self) {
-        for transport in self.transports.iter().filter_map(Weak::upgrade) {
-            transport.refresh_config();
-        }
     }
 
     fn iothreads(&self) -> Vec<IothreadInfo> {

@@ -51,11 +51,9 @@ pub(super) async fn blockdev_reopen(monitor: Rc<Monitor>, mut args: Args) -> Out
     let options = options.collect::<Result<Vec<_>, _>>()?;
     args.finish()?;
     let _alone = monitor.graph_commands.lock().await;
-    let reopened = bounded("Reopening the nodes", monitor.graph.reopen(options)).await;
-    if let Some(machine) = monitor.machine() {
-        machine.refresh_disks();
-    }
-    reopened?.map_err(QmpError::from)?;
+    bounded("Reopening the nodes", monitor.graph.reopen(options))
+        .await?
+        .map_err(QmpError::from)?;
     done()
 }
 
@@ -94,6 +92,15 @@ fn blockdev_options(args: Args) -> Result<BlockdevOptions, QmpError> {
         ));
     }
     Ok(options)
+}
+
+/// Reads the options of a node that somebody else names and owns.
+///
+/// Errors: as `blockdev-add`.
+pub(super) fn inner_options(
+    options: serde_json::Map<String, serde_json::Value>,
+) -> Result<BlockdevOptions, QmpError> {
+    node_options(Args::new(options), &Common::default())
 }
 
 /// Options of any node that the options of its driver depend on: a child opened with
