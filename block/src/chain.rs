@@ -114,4 +114,4 @@ fn unallocated(len: u64, zero: bool) -> ChainExtent {
 }
 
 #[cfg(all(test, not(shuttle)))]
-mod tests;
+pub(crate) mod tests;

@@ -60,8 +60,9 @@ pub use graph::{
 pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
     BackingRef, BlkdebugOptions, BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions,
-    ChildChoice, DetectZeroes, DiscardMode, DriverOptions, FileOptions, InetAddress, NbdOptions,
-    NullCoOptions, Qcow2Options, RawOptions, SocketAddress, ThrottleOptions,
+    ChildChoice, CopyOnReadOptions, DetectZeroes, DiscardMode, DriverOptions, FileOptions,
+    InetAddress, NbdOptions, NullCoOptions, Qcow2Options, RawOptions, SocketAddress,
+    ThrottleOptions,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
 pub use range_lock::{LockRange, RangeGuard, RangeLock};

@@ -145,6 +145,8 @@ pub enum DriverOptions {
     Blkdebug(BlkdebugOptions),
     /// Limits the rate of requests to another node.
     Throttle(ThrottleOptions),
+    /// Copies what is read from backing images.
+    CopyOnRead(CopyOnReadOptions),
 }
 
 /// What options say of a child.
@@ -168,6 +170,7 @@ impl DriverOptions {
             Self::NullCo(_) => "null-co",
             Self::Nbd(_) => "nbd",
             Self::Throttle(_) => "throttle",
+            Self::CopyOnRead(_) => "copy-on-read",
         }
     }
 
@@ -181,6 +184,9 @@ impl DriverOptions {
                 vec![(ChildRole::Image, ChildChoice::Node(&options.image))]
             }
             Self::Throttle(options) => vec![(ChildRole::File, ChildChoice::Node(&options.file))],
+            Self::CopyOnRead(options) => {
+                vec![(ChildRole::File, ChildChoice::Node(&options.file))]
+            }
             Self::Qcow2(options) => {
                 let mut children = vec![(ChildRole::File, ChildChoice::Node(&options.file))];
                 let data_file = options.data_file.iter();
@@ -202,7 +208,11 @@ impl DriverOptions {
         match self {
             Self::File(_) => Some("filename"),
             Self::Nbd(_) => Some("server.type"),
-            Self::Raw(_) | Self::Qcow2(_) | Self::Throttle(_) | Self::Blkdebug(_) => None,
+            Self::Raw(_)
+            | Self::Qcow2(_)
+            | Self::Throttle(_)
+            | Self::Blkdebug(_)
+            | Self::CopyOnRead(_) => None,
             Self::NullCo(options) => options.not_default(),
         }
     }
@@ -403,6 +413,15 @@ pub struct BlkdebugOptions {
     pub take_child_perms: Perm,
     /// Rights that it denies others whatever its users do.
     pub unshare_child_perms: Perm,
+}
+
+/// Options of `copy-on-read`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyOnReadOptions {
+    /// The image.
+    pub file: BlockdevRef,
+    /// Name of the lowest layer that is copied from; `None`: all are.
+    pub bottom: Option<String>,
 }
 
 /// Options of `throttle`.

@@ -7,12 +7,13 @@ new command brings its scenarios to life by itself.
 import json
 import pathlib
 
-DRIVERS = {"file", "raw", "null-co", "null-aio", "blkdebug", "nbd", "qcow2",
-           "throttle"}
+DRIVERS = {"file", "raw", "null-co", "null-aio", "blkdebug", "copy-on-read", "nbd",
+           "qcow2", "throttle"}
 
 # Scenarios that cannot be judged from their commands and drivers.
 WAITING = {
     "mirror-drive-mirror": "creating qcow2 images",
+    "mirror-replaces": "`replaces` of a node below a filter",
 }
 
 

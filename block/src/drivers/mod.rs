@@ -3,6 +3,7 @@
 //! What does not live here: nodes, edges and permissions between them (`graph`).
 
 pub mod blkdebug;
+pub mod copy_on_read;
 pub mod file;
 pub mod nbd;
 pub mod null;

@@ -108,6 +108,17 @@ pub enum GraphError {
     /// A driver could not be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The `bottom` of a copy-on-read filter is not there.
+    #[error("Bottom node '{0}' not found")]
+    NoBottom(String),
+    /// The `bottom` of a copy-on-read filter is no layer of its image.
+    #[error("Bottom node '{bottom}' is not in the backing chain of node '{file}'")]
+    BottomElsewhere {
+        /// Name of the node.
+        bottom: String,
+        /// Name of the image's node.
+        file: String,
+    },
     /// A throttle filter's group is not there.
     #[error("Throttle group '{0}' does not exist")]
     NoSuchThrottleGroup(String),

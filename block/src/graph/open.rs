@@ -13,6 +13,7 @@ use super::{Graph, GraphError, LocalFuture, above_inserted_filters};
 use crate::backend::{AttachmentKind, Backend, BackendUser};
 use crate::driver::{BlockDriver, ChildRole};
 use crate::drivers::blkdebug::BlkdebugDriver;
+use crate::drivers::copy_on_read::CopyOnReadDriver;
 use crate::drivers::file::{FileNode, OpenFlags};
 use crate::drivers::nbd::NbdDriver;
 use crate::drivers::null::NullDriver;
@@ -308,6 +309,18 @@ impl<'a> Opening<'a> {
                     children: vec![entry],
                 })
             }
+            DriverOptions::CopyOnRead(copy) => {
+                let (file, entry) = self.child(ChildRole::File, &copy.file, options).await?;
+                let bottom = match &copy.bottom {
+                    Some(name) => Some(self.bottom(&file.node(), name)?),
+                    None => None,
+                };
+                Ok(Opened {
+                    driver: Box::new(CopyOnReadDriver::new(file, bottom.as_ref())),
+                    read_only,
+                    children: vec![entry],
+                })
+            }
             DriverOptions::Throttle(throttle) => {
                 let (file, entry) = self.child(ChildRole::File, &throttle.file, options).await?;
                 let group = self.graph.throttle_group(&throttle.group)?;
@@ -323,6 +336,24 @@ impl<'a> Opening<'a> {
                 children: Vec::new(),
             }),
         }
+    }
+
+    /// The node of that name, if it is a layer of the image in `top`.
+    fn bottom(&self, top: &Arc<Node>, name: &str) -> Result<Arc<Node>, GraphError> {
+        let mut next = Some(Arc::clone(top));
+        while let Some(node) = next {
+            if node.name() == name {
+                return Ok(node);
+            }
+            next = node.driver().filtered().or_else(|| node.driver().backing());
+        }
+        Err(match self.graph.find_node(name) {
+            Ok(_) => GraphError::BottomElsewhere {
+                bottom: name.to_owned(),
+                file: top.name().to_owned(),
+            },
+            Err(_) => GraphError::NoBottom(name.to_owned()),
+        })
     }
 
     /// The edge to a child, which is opened if it is given inline: one for the

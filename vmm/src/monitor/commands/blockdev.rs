@@ -63,6 +63,7 @@ type ReadDriver = fn(&mut Args, &Common) -> Result<DriverOptions, QmpError>;
 /// Drivers by QMP's names, with who reads their options.
 const DRIVERS: &[(&str, ReadDriver)] = &[
     ("blkdebug", blkdebug::options),
+    ("copy-on-read", drivers::copy_on_read),
     ("file", drivers::file),
     ("host_device", drivers::host_device),
     ("nbd", drivers::nbd),

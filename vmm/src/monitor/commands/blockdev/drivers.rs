@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use block::{
-    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, Qcow2Options, RawOptions,
-    SocketAddress, ThrottleOptions,
+    CopyOnReadOptions, DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions,
+    Qcow2Options, RawOptions, SocketAddress, ThrottleOptions,
 };
 
 use super::{Common, backing, child, optional_child};
@@ -192,6 +192,15 @@ pub(super) fn raw(args: &mut Args, common: &Common) -> Result<DriverOptions, Qmp
     let offset = args.optional_non_negative("offset")?.unwrap_or(0);
     let size = args.optional_non_negative("size")?;
     Ok(DriverOptions::Raw(RawOptions { file, offset, size }))
+}
+
+pub(super) fn copy_on_read(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
+    let file = child(args, "file", common)?;
+    let bottom = args.optional_str("bottom")?;
+    Ok(DriverOptions::CopyOnRead(CopyOnReadOptions {
+        file,
+        bottom,
+    }))
 }
 
 pub(super) fn throttle(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
