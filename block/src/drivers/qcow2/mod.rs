@@ -27,6 +27,7 @@
 //! request below, never by one that waits for the locks above.
 
 mod backing_file;
+mod driver;
 mod file;
 mod header;
 mod order;
@@ -59,14 +60,11 @@ use self::file::{GrowingFile, read_or_zero};
 use self::order::WriteOrder;
 use self::storage::NodeStorage;
 use crate::buffer::IoVec;
-use crate::driver::{
-    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags,
-};
+use crate::driver::{Extent, ExtentFlags};
 use crate::drivers::OpenError;
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node};
 use crate::permissions::{Perm, Permissions};
-use crate::runtime::EventLoop;
 
 /// Requests that change tables at once: half of the tables that `imago` caches.
 const MAX_CHANGES: u32 = 64;
@@ -541,137 +539,5 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
         (Some(text), _) => text,
         (_, Some(text)) => text,
         _ => "unknown panic",
-    }
-}
-
-impl BlockDriver for Qcow2Driver {
-    fn name(&self) -> &'static str {
-        "qcow2"
-    }
-
-    fn size(&self) -> u64 {
-        self.size.load(Ordering::Relaxed)
-    }
-
-    fn limits(&self) -> Limits {
-        Limits {
-            zero_alignment: self.cluster_size as u32,
-            cluster_size: Some(self.cluster_size as u32),
-            can_zero_fast: self.version >= 3,
-            ..Limits::default()
-        }
-    }
-
-    fn filename(&self) -> String {
-        self.file.node().driver().filename()
-    }
-
-    fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async move { self.read_all(offset, &iov).await })
-    }
-
-    fn write<'a>(
-        &'a self,
-        offset: u64,
-        iov: IoVec,
-        flags: WriteFlags,
-    ) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async move {
-            self.write_all(offset, &iov).await?;
-            match flags.fua {
-                // Durable data is lost without its tables.
-                true => self.flush_all().await,
-                false => Ok(()),
-            }
-        })
-    }
-
-    fn write_zeroes<'a>(
-        &'a self,
-        offset: u64,
-        len: u64,
-        flags: ZeroFlags,
-    ) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async move {
-            self.zero_all(offset, len, flags).await?;
-            match flags.fua {
-                true => self.flush_all().await,
-                false => Ok(()),
-            }
-        })
-    }
-
-    fn discard<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async move { self.discard_all(offset, len).await })
-    }
-
-    fn flush<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(self.flush_all())
-    }
-
-    fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {
-        Box::pin(self.status(offset, len))
-    }
-
-    fn resize<'a>(&'a self, size: u64) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(self.set_size(size))
-    }
-
-    fn backing(&self) -> Option<Arc<Node>> {
-        self.backing.as_ref().map(Child::node)
-    }
-
-    fn cancel_in_flight(&self) {
-        self.file.node().cancel_in_flight();
-        if let Some(data_file) = &self.data_file {
-            data_file.node().cancel_in_flight();
-        }
-        if let Some(backing) = &self.backing {
-            backing.node().cancel_in_flight();
-        }
-    }
-
-    fn child_permissions(&self, role: ChildRole, users: Permissions) -> Permissions {
-        match role {
-            ChildRole::File | ChildRole::DataFile => file_permissions(self.read_only, users),
-            _ => Permissions {
-                need: users.need & Perm::CONSISTENT_READ,
-                share: Perm::CONSISTENT_READ
-                    | Perm::WRITE_UNCHANGED
-                    | match users.share.contains(Perm::WRITE) {
-                        true => Perm::WRITE | Perm::RESIZE,
-                        false => Perm::NONE,
-                    },
-            },
-        }
-    }
-
-    /// Writes out what is left.
-    fn close(&self) {
-        if self.read_only || !self.changed.load(Ordering::Acquire) {
-            return;
-        }
-        let flushed =
-            EventLoop::new("qcow2-close").map(|event_loop| event_loop.block_on(self.flush_all()));
-        match flushed {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::error!(node = &*self.node, %error, "Image was not written out");
-            }
-            Err(error) => {
-                tracing::error!(node = &*self.node, %error, "Image was not written out");
-            }
-        }
-    }
-}
-
-impl Drop for Qcow2Driver {
-    fn drop(&mut self) {
-        if self.changed.load(Ordering::Acquire) {
-            tracing::warn!(
-                node = &*self.node,
-                "image is dropped with changes not written"
-            );
-        }
     }
 }
