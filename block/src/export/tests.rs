@@ -4,9 +4,12 @@ use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+
+use futures_util::poll;
 
 use super::*;
 use crate::error::IoOp;
@@ -17,7 +20,7 @@ use crate::nbd::protocol::{
     decode_block_status, option, option_reply,
 };
 use crate::node::{Node, NodeOptions};
-use crate::runtime::{EventLoop, spawn_local, unblock};
+use crate::runtime::{EventLoop, unblock};
 use crate::test_storage::{Match, TestStorage};
 use crate::wait::LocalWaiters;
 
@@ -225,11 +228,12 @@ fn a_section_waits_for_requests_that_were_accepted_and_holds_the_next() {
         let first = compact(&[request(command::WRITE, 1, 0, 512)]);
         client.run(move |client| client.send(&first)).await;
         rig.storage.wait_held(1).await;
-        let (graph, node) = (Rc::clone(&rig.graph), Arc::clone(&rig.node));
-        let section = spawn_local(async move { graph.drain(&node, &[]).await });
+        let mut section = pin!(rig.graph.drain(&rig.node, &[]));
+        // It has begun.
+        assert!(poll!(section.as_mut()).is_pending());
         let second = compact(&[request(command::WRITE, 2, 512, 512)]);
         client.run(move |client| client.send(&second)).await;
-        assert!(!section.is_finished());
+        assert!(poll!(section.as_mut()).is_pending());
         rig.storage.release_all();
         let drained = section.await.expect("the request has ended");
         // The first is answered although the section goes on; the second waits.
