@@ -99,6 +99,12 @@ impl JobContext {
         self.happen(Event::Ready);
     }
 
+    /// The body makes no progress, dirtied and copied being so many bytes per second:
+    /// clients are told. Nothing else changes.
+    pub fn stalled(&self, dirty: u64, copy: u64) {
+        self.happen(Event::Stalled { dirty, copy });
+    }
+
     /// A request of the body failed: tells clients and says what `policy` makes of
     /// it.
     ///

@@ -163,9 +163,36 @@ pub enum CopyMode {
     WriteBlocking,
 }
 
+impl CopyMode {
+    /// The name on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Background => "background",
+            Self::WriteBlocking => "write-blocking",
+        }
+    }
+}
+
 /// Details that only some kinds of jobs have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct JobDetails {
     /// Mirror: source and target are the same at each completed write.
     pub actively_synced: Option<bool>,
+    /// Mirror that may change it by itself: the copy mode of this moment.
+    pub copy_mode: Option<CopyMode>,
+    /// Mirror: how it gets on.
+    pub rates: Option<CopyRates>,
+}
+
+/// How a copying gets on against a guest that writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CopyRates {
+    /// Bytes per second that the guest dirties.
+    pub dirty: u64,
+    /// Bytes per second that are copied.
+    pub copy: u64,
+    /// Seconds until nothing is left, if both stay so; `None`: never.
+    pub eta: Option<u64>,
+    /// What is left has got no less for a long time.
+    pub is_stalled: bool,
 }

@@ -32,6 +32,13 @@ pub enum JobEventKind {
     Ready(BlockJobProgress),
     /// `BLOCK_JOB_PENDING`: waits to be finalized by hand.
     Pending,
+    /// `BLOCK_JOB_NOT_CONVERGING`: what is left gets no less. Not QEMU's.
+    Stalled {
+        /// Bytes per second that the guest dirties.
+        dirty: u64,
+        /// Bytes per second that are copied.
+        copy: u64,
+    },
     /// `BLOCK_JOB_ERROR`: a request of the body failed.
     Error {
         /// Which side failed.

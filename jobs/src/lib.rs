@@ -56,7 +56,7 @@ mod tests;
 pub use backoff::Backoff;
 pub use context::{JobContext, JobNotifier, JobWatch};
 pub use drain::OwnDrain;
-pub use driver::{CopyMode, JobChange, JobDetails, JobDriver, JobKind};
+pub use driver::{CopyMode, CopyRates, JobChange, JobDetails, JobDriver, JobKind};
 pub use effects::Effects;
 pub use error::{ErrorClass, JobError, JobFailure};
 pub use event::{BlockJobProgress, ErrorAction, IoSide, IoStatus, JobEvent, JobEventKind, OnError};

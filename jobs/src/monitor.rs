@@ -136,8 +136,14 @@ impl Jobs {
         listed
             .into_iter()
             .map(|(mut info, slot)| {
-                let JobDetails { actively_synced } = slot.driver.query();
+                let JobDetails {
+                    actively_synced,
+                    copy_mode,
+                    rates,
+                } = slot.driver.query();
                 info.actively_synced = actively_synced;
+                info.copy_mode = copy_mode;
+                info.rates = rates;
                 info
             })
             .collect()

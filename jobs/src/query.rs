@@ -1,5 +1,6 @@
 //! What queries show of a job.
 
+use crate::driver::{CopyMode, CopyRates};
 use crate::event::IoStatus;
 use crate::id::JobId;
 use crate::progress::ProgressSnapshot;
@@ -38,6 +39,10 @@ pub struct JobInfo {
     pub auto_dismiss: bool,
     /// Mirror: source and target are the same at each completed write.
     pub actively_synced: Option<bool>,
+    /// Mirror that may change it by itself: the copy mode of this moment.
+    pub copy_mode: Option<CopyMode>,
+    /// Mirror: how it gets on.
+    pub rates: Option<CopyRates>,
 }
 
 impl JobInfo {
@@ -63,6 +68,8 @@ impl JobInfo {
             auto_finalize: job.settings.auto_finalize,
             auto_dismiss: job.settings.auto_dismiss,
             actively_synced: None,
+            copy_mode: None,
+            rates: None,
         })
     }
 }

@@ -243,6 +243,7 @@ impl Core {
             Announcement::Status(status) => JobEventKind::StatusChange(status),
             Announcement::Ready { speed } => JobEventKind::Ready(progress(speed)),
             Announcement::Pending => JobEventKind::Pending,
+            Announcement::Stalled { dirty, copy } => JobEventKind::Stalled { dirty, copy },
             Announcement::Error { side, action } => JobEventKind::Error {
                 operation: side,
                 action,

@@ -121,6 +121,7 @@ impl JobDriver for Scripted {
         crate::sync::assert_unlocked("a hook was called");
         JobDetails {
             actively_synced: Some(true),
+            ..JobDetails::default()
         }
     }
 
@@ -176,6 +177,7 @@ pub(crate) fn word(event: &JobEvent) -> String {
     match &event.kind {
         JobEventKind::StatusChange(status) => status.name().to_owned(),
         JobEventKind::Ready(_) => "READY".to_owned(),
+        JobEventKind::Stalled { .. } => "STALLED".to_owned(),
         JobEventKind::Pending => "PENDING".to_owned(),
         JobEventKind::Error { action, .. } => format!("ERROR({})", action.name()),
         JobEventKind::Completed { error: None, .. } => "COMPLETED".to_owned(),

@@ -19,6 +19,7 @@ use crate::{Backoff, CopyMode, ErrorAction, IoSide, JobContext, JobFailure, JobN
 use super::converge::HOLD_RETRY;
 use super::copy::{Copied, Copier, CopyError, Entered, Look, Side};
 use super::driver::{MirrorDriver, Places};
+use super::guard::{Guard, Sight};
 use super::pace::Pace;
 use super::pool::BufferPool;
 use super::state::MirrorState;
@@ -63,6 +64,7 @@ pub(super) struct Body<'a> {
     /// Bytes in flight as progress counts them.
     in_flight: u64,
     pub(super) pace: Pace,
+    guard: Guard,
     /// Where the scan of the bitmap goes on.
     cursor: u64,
     /// Bytes that were dirty when the scan last began anew.
@@ -118,6 +120,11 @@ impl<'a> Body<'a> {
             window_used: 0,
             in_flight: 0,
             pace: Pace::new(floor, buf_size, Instant::now()),
+            guard: Guard::new(
+                driver.settings().deadline,
+                driver.settings().stall_after,
+                Instant::now(),
+            ),
             cursor: 0,
             pass_began_with: state.dirty.count_bytes(),
             passes: 0,
@@ -147,6 +154,7 @@ impl<'a> Body<'a> {
     pub(super) async fn run(mut self) -> Result<(), JobFailure> {
         self.initialize().await?;
         self.count_anew();
+        self.skip_time();
         loop {
             if self.ctx.is_force_cancelled() {
                 self.quiesce().await;
@@ -164,6 +172,7 @@ impl<'a> Body<'a> {
                 self.quiesce().await;
                 self.report_progress();
                 self.ctx.pause_point().await;
+                self.skip_time();
                 continue;
             }
             if self.driver.take_user_resumed() {
@@ -175,6 +184,10 @@ impl<'a> Body<'a> {
                 self.ending = true;
                 self.count_anew();
                 self.pace.hurry();
+            }
+            self.watch_over();
+            if self.failure.is_some() {
+                continue;
             }
             self.look_for_hang();
             self.ensure_progress();
@@ -238,10 +251,10 @@ impl<'a> Body<'a> {
         if !self.ready {
             let flushed = self.flush().await;
             // Much may have come while the target was flushed.
-            if flushed && self.state.dirty.is_clean() && !self.ctx.is_force_cancelled() {
-                self.become_ready();
+            if !flushed || !self.state.dirty.is_clean() || self.ctx.is_force_cancelled() {
+                return;
             }
-            return;
+            self.become_ready();
         }
         if self.state.copy_mode() == CopyMode::WriteBlocking && !self.state.is_actively_synced() {
             self.state.set_actively_synced(true);
@@ -328,6 +341,72 @@ impl<'a> Body<'a> {
                 false
             }
         }
+    }
+
+    /// What is dirty, being copied, or being mirrored by the guest's own requests.
+    fn left(&self) -> u64 {
+        self.state.dirty_bytes() + self.in_flight + self.state.active_bytes()
+    }
+
+    /// The time until now says nothing about how the mirror gets on.
+    fn skip_time(&mut self) {
+        let done = self.ctx.progress().snapshot().current;
+        self.guard.skip(self.left(), done, Instant::now());
+    }
+
+    /// Looks how the mirror gets on: clients are told if it does not, and it fails if
+    /// its time is over.
+    fn watch_over(&mut self) {
+        let now = Instant::now();
+        if self.guard.is_due(now) {
+            let sight = Sight {
+                left: self.left(),
+                done: self.ctx.progress().snapshot().current,
+                waits: !self.ready || self.should_end(),
+                is_limited: self.ctx.speed() > 0,
+            };
+            let stalled = self.guard.look(sight, now);
+            self.driver.show_rates(self.guard.rates());
+            if stalled {
+                self.tell_of_stall();
+                if self.driver.settings().switches && !self.hung {
+                    self.switch();
+                }
+            }
+        }
+        if self.ready || self.failure.is_some() {
+            return;
+        }
+        if let Some(deadline) = self.guard.missed(now) {
+            self.tell_of_stall();
+            // What it waits for there does not matter any more.
+            self.places.target.cancel_in_flight();
+            let rates = self.guard.rates();
+            self.failure = Some(JobFailure::new(
+                libc::ETIMEDOUT,
+                format!(
+                    "The mirror was not ready within {} s: {} bytes are left, {} bytes/s are \
+                     dirtied and {} bytes/s copied; use copy-mode 'auto' or 'write-blocking', \
+                     a higher speed or a longer deadline",
+                    deadline.as_secs(),
+                    self.left(),
+                    rates.dirty,
+                    rates.copy
+                ),
+            ));
+        }
+    }
+
+    fn tell_of_stall(&self) {
+        let rates = self.guard.rates();
+        tracing::warn!(
+            job = self.ctx.id(),
+            left = self.left(),
+            dirty_rate = rates.dirty,
+            copy_rate = rates.copy,
+            "mirror: what is left gets no less"
+        );
+        self.ctx.stalled(rates.dirty, rates.copy);
     }
 
     /// A target that hangs does not hold the guest of a mirror that only catches up.
@@ -546,8 +625,7 @@ impl<'a> Body<'a> {
     /// Tells what is left: dirty, being copied, or being mirrored by the guest's
     /// own requests.
     pub(super) fn report_progress(&self) {
-        let left = self.state.dirty_bytes() + self.in_flight + self.state.active_bytes();
-        self.ctx.progress().set_remaining(left);
+        self.ctx.progress().set_remaining(self.left());
     }
 }
 

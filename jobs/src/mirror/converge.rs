@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use block::{Drained, Graph, GraphError, runtime};
 use futures_util::future::{Either, select};
 
-use crate::{JobContext, JobFailure};
+use crate::{CopyMode, JobContext, JobFailure};
 
 use super::body::{Body, account, with_patience};
 use super::copy::{Copied, Side};
@@ -66,7 +66,8 @@ impl Body<'_> {
     /// writes of its own than for large copies in a section.
     pub(super) fn ensure_progress(&self) {
         let state = &self.state;
-        if !self.ready && self.ctx.speed() > 0 {
+        let switches = self.driver.settings().switches;
+        if !self.ready && self.ctx.speed() > 0 && !switches {
             // It is the user who wants this to take long, not the guest.
             if state.is_catching_up() {
                 state.set_catching_up(false);
@@ -82,6 +83,10 @@ impl Body<'_> {
             self.passes >= PASSES_BEFORE_CATCHING_UP
         };
         if helps && state.dirty_bytes() > 0 {
+            if switches {
+                self.switch();
+                return;
+            }
             tracing::info!(
                 job = self.ctx.id(),
                 dirty = state.dirty_bytes(),
@@ -89,6 +94,18 @@ impl Body<'_> {
                  well until the mirror has caught up"
             );
             state.set_catching_up(true);
+        }
+    }
+
+    /// From now on the guest's requests write the target as well, for good.
+    pub(super) fn switch(&self) {
+        if self.state.copy_mode() == CopyMode::Background {
+            tracing::info!(
+                job = self.ctx.id(),
+                dirty = self.state.dirty_bytes(),
+                "mirror: the guest keeps pace with the copier; copy mode is write-blocking now"
+            );
+            self.state.set_copy_mode(CopyMode::WriteBlocking);
         }
     }
 

@@ -8,8 +8,8 @@ use std::time::Duration;
 use block::{Backend, BoxFuture, Drained, Graph, Node};
 
 use crate::{
-    CopyMode, JobChange, JobContext, JobDetails, JobDriver, JobFailure, JobKind, JobWatch, OnError,
-    OwnDrain, SoftCancel,
+    CopyMode, CopyRates, JobChange, JobContext, JobDetails, JobDriver, JobFailure, JobKind,
+    JobWatch, OnError, OwnDrain, SoftCancel,
 };
 
 use super::body::{Body, buffer_pool};
@@ -34,6 +34,9 @@ pub(super) struct Settings {
     pub(super) auto_finalize: bool,
     pub(super) section_limit: Duration,
     pub(super) initial: Initial,
+    pub(super) switches: bool,
+    pub(super) deadline: Option<Duration>,
+    pub(super) stall_after: Duration,
 }
 
 /// The job's places in the graph: known when it starts.
@@ -106,6 +109,9 @@ pub(super) struct MirrorDriver {
     settings: Settings,
     state: Arc<MirrorState>,
     places: OnceLock<Places>,
+    /// How the mirror gets on. A leaf lock, taken for a copy only: by the body, and for
+    /// queries.
+    rates: Mutex<CopyRates>,
     /// Set when the body begins.
     watch: OnceLock<JobWatch>,
     /// The user has resumed the job since the body last looked. Atomic; set on main.
@@ -121,6 +127,7 @@ impl MirrorDriver {
             settings,
             state,
             places: OnceLock::new(),
+            rates: Mutex::default(),
             watch: OnceLock::new(),
             user_resumed: AtomicBool::new(false),
             finish: Mutex::default(),
@@ -153,6 +160,21 @@ impl MirrorDriver {
     pub(super) fn take_user_resumed(&self) -> bool {
         self.user_resumed.load(Ordering::Relaxed)
             && self.user_resumed.swap(false, Ordering::Relaxed)
+    }
+
+    pub(super) fn rates(&self) -> CopyRates {
+        *self
+            .rates
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// For the next queries.
+    pub(super) fn show_rates(&self, rates: CopyRates) {
+        *self
+            .rates
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner()) = rates;
     }
 
     /// Operations that copy from the source, with up to `buffers` buffers kept.
@@ -257,6 +279,8 @@ impl JobDriver for MirrorDriver {
     fn query(&self) -> JobDetails {
         JobDetails {
             actively_synced: Some(self.state.is_actively_synced()),
+            copy_mode: self.settings.switches.then(|| self.state.copy_mode()),
+            rates: Some(self.rates()),
         }
     }
 

@@ -9,12 +9,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::{IoError, Node, ZeroFlags, runtime};
+use block::{Node, ZeroFlags, runtime};
 
 use crate::JobFailure;
 
 use super::body::Body;
-use super::copy::{Entered, Side};
+use super::copy::Entered;
 
 /// Bytes zeroed by one request, so that a cancel is not kept waiting.
 const ZERO_STEP: u64 = 64 << 20;
@@ -64,7 +64,8 @@ impl Body<'_> {
                 Ok(extent) => (extent.depth > 0, extent.len),
                 // The base is not below the source any more: better too much.
                 Err(error) if error.errno == libc::EINVAL && base.is_some() => (true, left),
-                Err(error) => return Err(self.status_failure(&error)),
+                // Whatever the policy: what is not known cannot be copied.
+                Err(error) => return Err(JobFailure::from(&error)),
             };
             let end = offset + len.clamp(1, left);
             if allocated {
@@ -123,13 +124,5 @@ impl Body<'_> {
                 None => runtime::sleep(BUSY).await,
             }
         }
-    }
-
-    fn status_failure(&mut self, error: &IoError) -> JobFailure {
-        self.failed(Side::Source, error);
-        // Whatever the policy: what is not known cannot be copied.
-        self.failure
-            .take()
-            .unwrap_or_else(|| JobFailure::from(error))
     }
 }

@@ -6,6 +6,7 @@
 //! - `state`: what filter and copier share, and the rules they follow;
 //! - `init`: what is to be copied at first;
 //! - `body`, `copy`, `plan`, `pool`: the copier;
+//! - `guard`: whether it gets on, and what is done if not;
 //! - `pace`: why the guest does not suffer from it;
 //! - `sweep`, `converge`, `complete`: the moments in which the guest is held, and
 //!   the pivot;
@@ -40,6 +41,7 @@ mod copy;
 mod driver;
 mod error;
 mod filter;
+mod guard;
 mod init;
 mod pace;
 mod plan;

@@ -10,6 +10,7 @@ use crate::{CopyMode, OnError};
 
 use super::converge::SECTION_LIMIT;
 use super::error::MirrorError;
+use super::guard::STALL;
 
 /// Smallest granularity in bytes.
 const MIN_GRANULARITY: u32 = 512;
@@ -81,6 +82,13 @@ pub struct MirrorSpec {
     /// How long the first attempt to end may hold the guest while the rest is copied
     /// and flushed. Each further attempt may take twice as long, to a limit.
     pub section_limit: Duration,
+    /// Switch to write-blocking, for good, when the guest keeps the mirror from getting
+    /// on (`copy-mode` `auto`).
+    pub switches: bool,
+    /// Time from the start after which a mirror that is not ready fails.
+    pub deadline: Option<Duration>,
+    /// Time without progress after which clients are told.
+    pub stall_after: Duration,
     /// Where the job runs; `None`: an iothread of its own.
     pub home: Option<IothreadHandle>,
 }
@@ -106,6 +114,9 @@ impl MirrorSpec {
             auto_finalize: true,
             auto_dismiss: true,
             section_limit: SECTION_LIMIT,
+            switches: false,
+            deadline: None,
+            stall_after: STALL,
             home: None,
         }
     }

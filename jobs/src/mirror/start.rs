@@ -241,6 +241,9 @@ fn set_up(
             auto_finalize: spec.auto_finalize,
             section_limit: spec.section_limit,
             initial: plan.initial,
+            switches: spec.switches,
+            deadline: spec.deadline,
+            stall_after: spec.stall_after,
         },
         Arc::clone(&state),
     ));

@@ -51,6 +51,8 @@ pub(crate) enum Event {
     Looked,
     /// The body has converged.
     Ready,
+    /// The body makes no progress; bytes per second that are dirtied and copied.
+    Stalled { dirty: u64, copy: u64 },
     /// A request of the body failed.
     IoFailed {
         side: IoSide,
@@ -92,6 +94,7 @@ pub(crate) enum Effect {
 pub(crate) enum Announcement {
     Status(JobStatus),
     Ready { speed: u64 },
+    Stalled { dirty: u64, copy: u64 },
     Pending,
     Error { side: IoSide, action: ErrorAction },
     Completed { speed: u64, error: Option<String> },
@@ -231,6 +234,9 @@ impl Machine {
             Event::WakeSelf => self.wake_self(key),
             Event::Looked => self.with(key, |job| job.kicked = false),
             Event::Ready => self.ready(key),
+            Event::Stalled { dirty, copy } => {
+                self.announce(key, Announcement::Stalled { dirty, copy });
+            }
             Event::IoFailed {
                 side,
                 errno,
@@ -561,7 +567,8 @@ impl Machine {
         let Some(job) = self.jobs.get_mut(&key) else {
             return;
         };
-        if job.status != JobStatus::Running {
+        // A cancel may have come since the body last looked.
+        if job.status != JobStatus::Running || job.force_cancel {
             return;
         }
         let first = !std::mem::replace(&mut job.ready_announced, true);

@@ -268,7 +268,9 @@ impl World {
                     }
                     Announcement::Ready { .. } => ready += 1,
                     Announcement::Completed { .. } | Announcement::Cancelled { .. } => ends += 1,
-                    Announcement::Pending | Announcement::Error { .. } => {}
+                    Announcement::Pending
+                    | Announcement::Stalled { .. }
+                    | Announcement::Error { .. } => {}
                 }
             }
             assert_eq!(status, JobStatus::Null);

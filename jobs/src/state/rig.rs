@@ -130,6 +130,7 @@ impl Rig {
             .map(|(_, what)| match what {
                 Announcement::Status(status) => status.name().to_owned(),
                 Announcement::Ready { .. } => "READY".to_owned(),
+                Announcement::Stalled { .. } => "STALLED".to_owned(),
                 Announcement::Pending => "PENDING".to_owned(),
                 Announcement::Error { side, action } => {
                     format!("ERROR({},{})", side.name(), action.name())

@@ -318,6 +318,18 @@ fn a_forced_cancel_ends_a_job_in_every_status() {
 }
 
 #[test]
+fn a_body_that_is_ready_just_after_a_forced_cancel_is_not_told_to_be() {
+    let mut rig = Rig::default();
+    let key = rig.start(mirror("j0"));
+    rig.step(key, Event::Cancel { force: true });
+    rig.step(key, Event::Ready);
+    rig.body_ok(key);
+    rig.main();
+    let told = rig.told(key);
+    assert!(!told.to_lowercase().contains("ready"), "{told}");
+}
+
+#[test]
 fn a_soft_cancel_lets_a_ready_mirror_finish_and_stops_any_other() {
     use JobStatus::*;
     let table = [

@@ -2,7 +2,7 @@
 //! chosen requests.
 //!
 //! Lives here: the rig. `begin` has what is copied at first, `life` has starts, ends and refusals, `race` the staged
-//! races, `failure` failing storages, `hang` storages that hang, `stress` the random runs.
+//! races, `progress` mirrors that do not get on, `failure` failing storages, `hang` storages that hang, `stress` the random runs.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -25,6 +25,7 @@ mod begin;
 mod failure;
 mod hang;
 mod life;
+mod progress;
 mod race;
 mod stress;
 
