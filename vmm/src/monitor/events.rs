@@ -54,6 +54,15 @@ impl Event {
                 "BLOCK_JOB_PENDING",
                 json!({"type": event.job_type, "id": id}),
             ),
+            JobEventKind::Stalled { dirty, copy } => (
+                "BLOCK_JOB_NOT_CONVERGING",
+                json!({
+                    "type": event.job_type,
+                    "device": id,
+                    "dirty-rate": dirty,
+                    "copy-rate": copy,
+                }),
+            ),
             JobEventKind::Error { operation, action } => (
                 "BLOCK_JOB_ERROR",
                 json!({"device": id, "operation": operation.name(), "action": action.name()}),

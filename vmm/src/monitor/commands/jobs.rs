@@ -150,7 +150,7 @@ pub(super) async fn block_job_change(monitor: Rc<Monitor>, mut args: Args) -> Ou
 }
 
 /// `copy-mode`
-pub(super) const COPY_MODES: &[(&str, CopyMode)] = &[
+const COPY_MODES: &[(&str, CopyMode)] = &[
     ("background", CopyMode::Background),
     ("write-blocking", CopyMode::WriteBlocking),
 ];
@@ -206,6 +206,23 @@ fn block_job_info(job: &JobInfo) -> Value {
     });
     if let Some(error) = &job.error {
         info["error"] = Value::from(error.as_str());
+    }
+    if let Some(rates) = job
+        .rates
+        .filter(|rates| rates.dirty > 0 || rates.is_stalled)
+    {
+        // Not QEMU's: shown where there is something to say, since the guest writes.
+        info["dirty-rate"] = Value::from(rates.dirty);
+        info["copy-rate"] = Value::from(rates.copy);
+        if let Some(eta) = rates.eta {
+            info["eta"] = Value::from(eta);
+        }
+        if rates.is_stalled {
+            info["converging"] = Value::from(false);
+        }
+    }
+    if let Some(mode) = job.copy_mode {
+        info["copy-mode"] = Value::from(mode.name());
     }
     // QEMU 7.2 does not know it: shown only where it says something.
     if job.actively_synced == Some(true) {

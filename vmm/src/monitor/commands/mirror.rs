@@ -1,6 +1,7 @@
 //! `blockdev-mirror` and `drive-mirror`
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use block::{BackendInfo, Graph, Node};
 use jobs::mirror::{MirrorError, MirrorSpec, SyncMode, start_mirror};
@@ -36,6 +37,13 @@ const ON_ERROR: &[(&str, OnError)] = &[
     ("auto", OnError::Enospc),
 ];
 
+/// The copy mode to begin with, and whether the mirror may change it by itself.
+const START_MODES: &[(&str, (CopyMode, bool))] = &[
+    ("background", (CopyMode::Background, false)),
+    ("write-blocking", (CopyMode::WriteBlocking, false)),
+    ("auto", (CopyMode::Background, true)),
+];
+
 /// What both commands take after `sync` and `mode`.
 struct Tuning {
     speed: Option<i64>,
@@ -45,10 +53,11 @@ struct Tuning {
     on_target_error: Option<OnError>,
     unmap: Option<bool>,
     filter_node_name: Option<String>,
-    copy_mode: Option<CopyMode>,
+    copy_mode: Option<(CopyMode, bool)>,
     auto_finalize: Option<bool>,
     auto_dismiss: Option<bool>,
     target_is_zero: Option<bool>,
+    deadline: Option<u32>,
 }
 
 impl Tuning {
@@ -65,14 +74,18 @@ impl Tuning {
                 true => args.optional_str("filter-node-name")?,
                 false => None,
             },
-            copy_mode: args.optional_enum("copy-mode", super::jobs::COPY_MODES)?,
+            copy_mode: args.optional_enum("copy-mode", START_MODES)?,
             auto_finalize: args.optional_bool("auto-finalize")?,
             auto_dismiss: args.optional_bool("auto-dismiss")?,
             target_is_zero: args.optional_bool("target-is-zero")?,
+            deadline: args
+                .optional_u32("deadline")?
+                .filter(|seconds| *seconds > 0),
         })
     }
 
     fn apply(self, spec: MirrorSpec) -> MirrorSpec {
+        let (copy_mode, switches) = self.copy_mode.unwrap_or((spec.copy_mode, false));
         MirrorSpec {
             speed: self.speed.unwrap_or(spec.speed),
             granularity: self.granularity.unwrap_or(spec.granularity),
@@ -81,7 +94,11 @@ impl Tuning {
             on_target_error: self.on_target_error.unwrap_or(spec.on_target_error),
             unmap: self.unmap.unwrap_or(spec.unmap),
             filter_node_name: self.filter_node_name,
-            copy_mode: self.copy_mode.unwrap_or(spec.copy_mode),
+            copy_mode,
+            switches,
+            deadline: self
+                .deadline
+                .map(|seconds| Duration::from_secs(seconds.into())),
             auto_finalize: self.auto_finalize.unwrap_or(spec.auto_finalize),
             auto_dismiss: self.auto_dismiss.unwrap_or(spec.auto_dismiss),
             target_is_zero: self.target_is_zero.unwrap_or(spec.target_is_zero),
