@@ -13,7 +13,6 @@ DRIVERS = {"file", "raw", "null-co", "null-aio", "blkdebug", "copy-on-read", "nb
 # Scenarios that cannot be judged from their commands and drivers.
 WAITING = {
     "mirror-drive-mirror": "creating qcow2 images",
-    "mirror-replaces": "`replaces` of a node below a filter",
 }
 
 
