@@ -234,14 +234,17 @@ class Writer(threading.Thread):
         self.wanted = threading.Event()
         self.wanted.set()
         self.quiet = threading.Event()
+        self.quiet_since = None
         self.acked = self.failed = self.cuts = self.reads = 0
 
     def pause(self):
         """Returns once nothing is in flight, or the writer has given up."""
         self.wanted.clear()
-        self.quiet.wait(self.patience * 2)
+        if self.quiet.wait(self.patience * 2):
+            self.quiet_since = time.monotonic()
 
     def resume(self):
+        self.quiet_since = None
         self.quiet.clear()
         self.wanted.set()
 

@@ -475,6 +475,8 @@ class Lane:
             options |= file | options
         elif kind in ("raw", "qcow2"):
             options |= {"driver": kind, "file": file}
+        elif kind == "copy-on-read":
+            options |= {"driver": kind, "file": file}
         elif kind == "throttle":
             options |= {"driver": "throttle", "file": file,
                         "throttle-group": self.chance.choice(("fast", "slow"))}
@@ -528,7 +530,7 @@ class Lane:
 
     def remove(self, target):
         """Takes a node that nobody needs out; others may be using it for a while."""
-        deadline = time.monotonic() + PATIENCE
+        deadline, pause = time.monotonic() + PATIENCE, 0.05
         while True:
             try:
                 self.qmp.execute("blockdev-del", node_name=target.node)
@@ -540,9 +542,11 @@ class Lane:
                 if export["node-name"].startswith(target.node) and export["id"][0] == "x":
                     self.qmp.tries("block-export-del", id=export["id"], mode="hard")
             if time.monotonic() > deadline:
-                self.soak.complain(f"{self.name}: {target.node} cannot be deleted")
+                self.soak.complain(f"{self.name}: {target.node} cannot be deleted: "
+                                   f"{self.qmp.execute('query-named-block-nodes')}")
                 raise Stopped
-            time.sleep(0.05)
+            time.sleep(pause)
+            pause = min(pause * 1.5, 2)
 
     def remove_files(self, target):
         if target.on_peer:
@@ -572,7 +576,7 @@ class Lane:
         writer.start()
         try:
             while not soak.ending.is_set():
-                kinds = ["file", "raw", "throttle", "blkdebug", "blkdebug"]
+                kinds = ["file", "raw", "throttle", "blkdebug", "blkdebug", "copy-on-read"]
                 kinds += ["qcow2"] * soak.has_qcow2
                 kinds += ["nbd"] * (not disk.on_peer) + ["small"] * (
                     soak.mounted and "small" not in str(disk.path))
@@ -694,7 +698,8 @@ class Lane:
         soak = self.soak
         decided = min(at for at, _ in soak.decisions[job])
         ended = over.times["concluded"]
-        quiet = writer.quiet.is_set()
+        # Somebody else may have ended the job while the writer was still at work.
+        quiet = writer.quiet_since is not None and writer.quiet_since < decided
         if quiet and not (disk.qcow2 or target.qcow2):
             one, other = (x.path.read_bytes()[:self.size] for x in (disk, target))
             if one != other:
@@ -871,7 +876,8 @@ class Chaos:
             node = self.node()
             qmp.tries("blockdev-mirror", device=node, target=node, sync="full", job_id="same")
         elif what == 2:
-            qmp.tries("blockdev-add", driver="raw", node_name=self.node(), file=self.node())
+            qmp.tries("blockdev-add", driver="raw", node_name="lane0", file="nowhere")
+            qmp.tries("blockdev-add", driver="null-co", node_name="no name")
         elif what == 3:
             qmp.tries("block-export-add", type="nbd", id="lane0", node_name=self.node())
         else:
