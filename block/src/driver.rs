@@ -306,9 +306,7 @@ pub trait BlockDriver: Send + Sync + 'static {
     ///
     /// Called on main. [`reopen_commit`](Self::reopen_commit) or
     /// [`reopen_abort`](Self::reopen_abort) follows, also after an error, and when
-    /// the future was dropped. If
-    /// [`check_permissions`](Self::check_permissions) comes in between, it is about
-    /// the node as it will be.
+    /// the future was dropped.
     fn reopen_prepare<'a>(
         &'a self,
         to: Reopen<'a>,
@@ -320,6 +318,11 @@ pub trait BlockDriver: Send + Sync + 'static {
             })
         })
     }
+
+    /// From here to [`reopen_commit`](Self::reopen_commit) or
+    /// [`reopen_abort`](Self::reopen_abort), in the same turn of main, permissions
+    /// are those of the node as it will be.
+    fn reopen_begin(&self) {}
 
     /// What was prepared holds from now on. Cannot fail. Called on main with no
     /// request in flight, after the permissions were checked and the children
@@ -335,12 +338,17 @@ pub trait BlockDriver: Send + Sync + 'static {
         false
     }
 
-    /// From now on the node has this backing image, where it had none, or none any
-    /// more. (Another one in place of the one it has comes by its edge.) Called on
-    /// main with no request in flight, for drivers that
+    /// From now on the node has this backing image, or none. Called on main with no
+    /// request in flight, after the graph was changed, for drivers that
     /// [have layers](Self::has_layers).
     fn set_backing(&self, backing: Option<Child>) {
         drop(backing);
+    }
+
+    /// Bytes that the image takes on its storage; `None` if that cannot be told. Cancel:
+    /// nothing happens.
+    fn allocated_size(&self) -> BoxFuture<'_, Option<u64>> {
+        Box::pin(async { None })
     }
 
     /// Called after the last user has gone, before the driver is dropped; gives up

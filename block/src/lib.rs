@@ -54,8 +54,8 @@ pub use export::{
     Exports, ListenAddress, ListenError, NbdServerOptions,
 };
 pub use graph::{
-    BackendInfo, BitmapInfo, BusyBackend, DEFAULT_DRAIN_TIMEOUT, Drained, Graph, GraphError,
-    GraphHandle, NodeChild, NodeInfo,
+    BackendInfo, BitmapInfo, BusyBackend, DEFAULT_DRAIN_TIMEOUT, Drained, DumpEdge, DumpNode,
+    Graph, GraphDump, GraphError, GraphHandle, NodeChild, NodeInfo,
 };
 pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{

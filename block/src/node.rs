@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 
 use crate::buffer::{AlignedBuffer, IoVec};
 use crate::debug_event::DebugEvent;
@@ -114,6 +114,14 @@ pub struct Node {
     options: AtomicU8,
     /// Bitmaps that record writes. Replaced as a whole; read when a write ends.
     bitmaps: ArcSwap<Vec<Arc<DirtyBitmap>>>,
+    /// Taken out by the first write that goes past it.
+    write_threshold: ArcSwapOption<WriteThreshold>,
+}
+
+/// An offset past which somebody wants to hear of a write.
+struct WriteThreshold {
+    offset: u64,
+    tell: Box<dyn Fn(u64) + Send + Sync>,
 }
 
 impl Node {
@@ -127,6 +135,7 @@ impl Node {
             driver,
             options: AtomicU8::new(options.pack()),
             bitmaps: ArcSwap::default(),
+            write_threshold: ArcSwapOption::empty(),
         })
     }
 
@@ -188,6 +197,42 @@ impl Node {
         &*self.driver
     }
 
+    /// `tell` is called once, by the first write or write of zeroes from now on that
+    /// ends past `offset`, with the number of bytes by which it does: on its thread,
+    /// before it is carried out. It must not block. 0 asks for nothing. What was
+    /// asked for before is forgotten. Any thread.
+    pub fn set_write_threshold(&self, offset: u64, tell: impl Fn(u64) + Send + Sync + 'static) {
+        let threshold = (offset > 0).then(|| {
+            Arc::new(WriteThreshold {
+                offset,
+                tell: Box::new(tell),
+            })
+        });
+        self.write_threshold.store(threshold);
+    }
+
+    /// The offset that a write has to go past to be told of; 0 if none.
+    pub fn write_threshold(&self) -> u64 {
+        let threshold = self.write_threshold.load();
+        threshold.as_ref().map_or(0, |threshold| threshold.offset)
+    }
+
+    fn check_write_threshold(&self, end: u64) {
+        let set = self.write_threshold.load();
+        let Some(threshold) = set.as_ref().filter(|threshold| end > threshold.offset) else {
+            return;
+        };
+        let none = None::<Arc<WriteThreshold>>;
+        let before = self.write_threshold.compare_and_swap(&*set, none);
+        // Of several such writes, the one that took it out tells.
+        if before
+            .as_ref()
+            .is_some_and(|before| Arc::ptr_eq(before, threshold))
+        {
+            (threshold.tell)(end - threshold.offset);
+        }
+    }
+
     /// From now on each write that ends marks its range in `bitmap`, including
     /// those in flight. Any thread.
     pub fn attach_bitmap(&self, bitmap: &Arc<DirtyBitmap>) {
@@ -245,6 +290,7 @@ impl Node {
         if len == 0 {
             return Ok(());
         }
+        self.check_write_threshold(offset + len);
         let _mark = Mark {
             node: self,
             offset,
@@ -317,6 +363,7 @@ impl Node {
         if len == 0 {
             return Ok(());
         }
+        self.check_write_threshold(offset + len);
         let _mark = Mark {
             node: self,
             offset,

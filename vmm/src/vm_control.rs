@@ -182,6 +182,9 @@ pub trait VmControl {
     /// The guest's disks, in the order they were given.
     fn disks(&self) -> Vec<DiskInfo>;
 
+    /// Tells the guest of disks whose size has changed.
+    fn refresh_disks(&self) {}
+
     /// The machine's iothreads (those of jobs are not among them).
     fn iothreads(&self) -> Vec<IothreadInfo>;
 }

@@ -90,6 +90,10 @@ impl BlockDriver for NullDriver {
         Box::pin(self.done())
     }
 
+    fn allocated_size(&self) -> BoxFuture<'_, Option<u64>> {
+        Box::pin(async { Some(0) })
+    }
+
     /// Nothing of its own can be changed.
     fn reopen_prepare<'a>(
         &'a self,

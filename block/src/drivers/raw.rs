@@ -1,6 +1,6 @@
 //! `raw`: the bytes of another node, or a part of them.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::buffer::IoVec;
@@ -27,6 +27,8 @@ pub struct RawDriver {
     size: AtomicU64,
     /// The window that was prepared. Main only.
     pending: Mutex<Option<Window>>,
+    /// It is about to take effect. Main only.
+    reopening: AtomicBool,
 }
 
 /// No window is that long.
@@ -77,6 +79,7 @@ impl RawDriver {
             offset: AtomicU64::new(window.offset),
             size: AtomicU64::new(window.size.unwrap_or(TO_THE_END)),
             pending: Mutex::default(),
+            reopening: AtomicBool::new(false),
         })
     }
 
@@ -207,7 +210,11 @@ impl BlockDriver for RawDriver {
     /// A window that does not move with the end of the node below must not lose
     /// what it shows.
     fn child_permissions(&self, _: ChildRole, users: Permissions) -> Permissions {
-        let window = self.pending().unwrap_or_else(|| self.window());
+        let pending = match self.reopening.load(Ordering::Relaxed) {
+            true => *self.pending(),
+            false => None,
+        };
+        let window = pending.unwrap_or_else(|| self.window());
         if window.offset == 0 && window.size.is_none() {
             return users;
         }
@@ -237,7 +244,12 @@ impl BlockDriver for RawDriver {
         })
     }
 
+    fn reopen_begin(&self) {
+        self.reopening.store(true, Ordering::Relaxed);
+    }
+
     fn reopen_commit(&self) {
+        self.reopening.store(false, Ordering::Relaxed);
         let window = self.pending().take();
         if let Some(window) = window {
             self.offset.store(window.offset, Ordering::Relaxed);
@@ -247,6 +259,7 @@ impl BlockDriver for RawDriver {
     }
 
     fn reopen_abort(&self) {
+        self.reopening.store(false, Ordering::Relaxed);
         *self.pending() = None;
     }
 

@@ -30,6 +30,9 @@ impl Graph {
     ) -> Result<Removed, GraphError> {
         let old = self.topology.borrow().clone();
         let removed = new.remove_orphans();
+        for node in reopened {
+            node.driver().reopen_begin();
+        }
         new.update_permissions()?;
 
         let order = new.order()?;

@@ -214,6 +214,21 @@ pub enum GraphError {
         /// For whom.
         busy: Vec<BusyBackend>,
     },
+    /// A size past what any node can have.
+    #[error("offset({0}) exceeds maximum(9223372035781033984)")]
+    TooLarge(u64),
+    /// Resizing a read-only node.
+    #[error("Image is read-only")]
+    ImageReadOnly,
+    /// Resizing a window of fixed size.
+    #[error("Cannot resize fixed-size raw disks")]
+    FixedRaw,
+    /// Resizing what has no size of its own.
+    #[error("Image format driver does not support resize")]
+    NoResize,
+    /// Resizing an image to what is not of whole sectors.
+    #[error("The new size must be a multiple of 512")]
+    UnalignedSize,
     /// The storage cannot be resized, or not to that size.
     #[error(transparent)]
     Io(#[from] IoError),

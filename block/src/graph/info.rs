@@ -7,13 +7,16 @@ use std::time::Duration;
 use futures_util::future::{Either, join_all, select};
 
 use super::Graph;
+use super::topology::Topology;
+use crate::backend::AttachmentKind;
 use crate::driver::ChildRole;
 use crate::node::Node;
 use crate::options::{CacheOptions, DetectZeroes, DiscardMode};
+use crate::permissions::Permissions;
 use crate::runtime::sleep;
 
 /// A node, for `query-named-block-nodes` and `query-block`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct NodeInfo {
     /// `node-name`.
     pub name: String,
@@ -33,8 +36,15 @@ pub struct NodeInfo {
     pub discard: DiscardMode,
     /// `image.cluster-size` in bytes, if there are clusters.
     pub cluster_size: Option<u32>,
-    /// `backing_file_depth`.
-    pub backing_depth: u64,
+    /// `write_threshold` in bytes; 0 if nobody wants to hear.
+    pub write_threshold: u64,
+    /// The node that this one shows, or that shows through it: a filter's child, or
+    /// the backing image.
+    pub below: Option<Arc<Node>>,
+    /// `backing_file`: what is behind the backing image.
+    pub backing_filename: Option<String>,
+    /// Whether the driver knows more of the image than its size (`dirty-flag`).
+    pub has_details: bool,
     /// Whether the node is a filter.
     pub is_filter: bool,
     /// Whether `blockdev-del` may remove it, were it unused.
@@ -76,6 +86,68 @@ pub struct BackendInfo {
     pub in_flight: usize,
 }
 
+/// A graph as `x-debug-query-block-graph` shows it.
+#[derive(Clone, Debug, Default)]
+pub struct GraphDump {
+    /// Users and nodes.
+    pub nodes: Vec<DumpNode>,
+    /// Who stands on whom.
+    pub edges: Vec<DumpEdge>,
+    /// Who has which number: the first that was mentioned has 1.
+    numbers: Vec<Vertex>,
+}
+
+/// A user or a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DumpNode {
+    /// Its number in this dump.
+    pub id: u64,
+    /// `block-backend`, `block-job` or `block-driver`.
+    pub kind: &'static str,
+    /// Name of the node or device, or who the job is. May be empty.
+    pub name: String,
+}
+
+/// A user of a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DumpEdge {
+    /// Number of the user.
+    pub parent: u64,
+    /// Number of the node.
+    pub child: u64,
+    /// As what it uses the node: `root`, `file`, …
+    pub name: &'static str,
+    /// What it needs and shares.
+    pub permissions: Permissions,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Vertex {
+    Backend(u64),
+    Node(u64),
+}
+
+impl GraphDump {
+    fn number(&mut self, vertex: Vertex) -> u64 {
+        let known = self.numbers.iter().position(|v| *v == vertex);
+        let index = known.unwrap_or_else(|| {
+            self.numbers.push(vertex);
+            self.numbers.len() - 1
+        });
+        index as u64 + 1
+    }
+}
+
+/// Files and formats do, and what shows them does.
+fn has_details(topology: &Topology, node: &Arc<Node>) -> bool {
+    match node.driver_name() {
+        "file" | "host_device" | "qcow2" => true,
+        _ => topology
+            .child(node.id(), ChildRole::File)
+            .is_some_and(|below| has_details(topology, below)),
+    }
+}
+
 impl Graph {
     /// Flushes all nodes that are written, so that the program may end: formats keep
     /// tables in memory. One that hangs keeps nobody else, and a server that is away
@@ -111,12 +183,8 @@ impl Graph {
     pub fn info(&self, node: &Arc<Node>) -> Option<NodeInfo> {
         let topology = self.topology.borrow();
         let entry = topology.node(node.id())?;
-        let mut backing_depth = 0;
-        let mut at = node;
-        while let Some(backing) = topology.child(at.id(), ChildRole::Backing) {
-            backing_depth += 1;
-            at = backing;
-        }
+        let backing = topology.child(node.id(), ChildRole::Backing);
+        let filtered = node.driver().filtered();
         let options = node.options();
         Some(NodeInfo {
             name: node.name().to_owned(),
@@ -128,7 +196,10 @@ impl Graph {
             detect_zeroes: options.detect_zeroes,
             discard: options.discard,
             cluster_size: node.limits().cluster_size,
-            backing_depth,
+            write_threshold: node.write_threshold(),
+            backing_filename: backing.map(|node| node.driver().filename()),
+            has_details: has_details(&topology, node),
+            below: filtered.or_else(|| backing.map(Arc::clone)),
             is_filter: node.driver().is_filter(),
             monitor_owned: entry.owner == super::Owner::Monitor,
             children: entry
@@ -148,6 +219,72 @@ impl Graph {
                 })
                 .collect(),
         })
+    }
+
+    /// Bytes that the node's image takes on its storage, backing images left out;
+    /// `None` if that cannot be told. Cancel: nothing happens.
+    pub async fn allocated_size(&self, node: &Arc<Node>) -> Option<u64> {
+        let mut sum = 0u64;
+        let mut nodes = vec![Arc::clone(node)];
+        while let Some(node) = nodes.pop() {
+            let children: Vec<Arc<Node>> = {
+                let topology = self.topology.borrow();
+                let edges = topology.node(node.id())?.children.iter();
+                edges
+                    .filter(|edge| edge.child.role() != ChildRole::Backing)
+                    .map(|edge| Arc::clone(&edge.target))
+                    .collect()
+            };
+            if children.is_empty() {
+                sum = sum.saturating_add(node.driver().allocated_size().await?);
+            }
+            nodes.extend(children);
+        }
+        Some(sum)
+    }
+
+    /// The whole graph, for debugging: who uses what, and with what rights.
+    pub fn dump(&self) -> GraphDump {
+        let topology = self.topology.borrow();
+        let mut dump = GraphDump::default();
+        for entry in &topology.backends {
+            let backend = &entry.backend;
+            let (kind, name, role) = match (backend.kind(), backend.user()) {
+                (AttachmentKind::Job, Some(user)) => ("block-job", user.describe(), "main node"),
+                _ => ("block-backend", backend.name().to_owned(), "root"),
+            };
+            let parent = dump.number(Vertex::Backend(backend.id()));
+            dump.nodes.push(DumpNode {
+                id: parent,
+                kind,
+                name,
+            });
+            let child = dump.number(Vertex::Node(entry.target.id()));
+            dump.edges.push(DumpEdge {
+                parent,
+                child,
+                name: role,
+                permissions: entry.permissions,
+            });
+        }
+        for entry in &topology.nodes {
+            let parent = dump.number(Vertex::Node(entry.node.id()));
+            dump.nodes.push(DumpNode {
+                id: parent,
+                kind: "block-driver",
+                name: entry.node.name().to_owned(),
+            });
+            for edge in &entry.children {
+                let child = dump.number(Vertex::Node(edge.target.id()));
+                dump.edges.push(DumpEdge {
+                    parent,
+                    child,
+                    name: edge.child.role().as_str(),
+                    permissions: edge.permissions,
+                });
+            }
+        }
+        dump
     }
 
     /// All backends, in the order in which they came.

@@ -45,7 +45,7 @@ mod topology;
 pub use drain::Drained;
 pub use error::{BusyBackend, GraphError};
 pub use handle::GraphHandle;
-pub use info::{BackendInfo, BitmapInfo, NodeChild, NodeInfo};
+pub use info::{BackendInfo, BitmapInfo, DumpEdge, DumpNode, GraphDump, NodeChild, NodeInfo};
 
 use drain::Section;
 use topology::{BackendEntry, NodeEntry, Owner, Topology};

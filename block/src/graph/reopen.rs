@@ -358,7 +358,7 @@ impl Wanted {
     }
 }
 
-/// Nodes that get a backing image, with the driver's edge to it, or lose theirs.
+/// Nodes that get another backing image, with the driver's edge to it, or lose theirs.
 fn backing_changes(
     old: &Topology,
     new: &Topology,
@@ -369,16 +369,17 @@ fn backing_changes(
         let mut edges = children.into_iter().flatten();
         edges
             .find(|edge| edge.child.role() == ChildRole::Backing)
-            .map(|edge| edge.child.share())
+            .map(|edge| (edge.child.share(), edge.target.id()))
     };
     entries
         .iter()
         .filter_map(|wanted| {
             let id = wanted.node.id();
             match (edge(old, id), edge(new, id)) {
-                (None, Some(child)) => Some((Arc::clone(&wanted.node), Some(child))),
+                (Some((_, old)), Some((_, new))) if old == new => None,
+                (_, Some((child, _))) => Some((Arc::clone(&wanted.node), Some(child))),
                 (Some(_), None) => Some((Arc::clone(&wanted.node), None)),
-                _ => None,
+                (None, None) => None,
             }
         })
         .collect()

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use super::{Graph, GraphError};
 use crate::backend::Backend;
-use crate::node::Node;
+use crate::error::IoError;
+use crate::node::{Node, SECTOR_SIZE};
 use crate::permissions::{Perm, Permissions};
 
 /// Whoever resizes a node: shares everything.
@@ -12,6 +13,17 @@ const RESIZER: Permissions = Permissions {
     need: Perm::RESIZE,
     share: Perm::ALL,
 };
+
+/// Largest size of a node, in bytes: QEMU's.
+const MAX_SIZE: u64 = (1 << 63) - (1 << 30);
+
+fn resize_error(node: &Arc<Node>, error: IoError) -> GraphError {
+    match error.errno {
+        libc::EOPNOTSUPP if node.driver_name() == "raw" => GraphError::FixedRaw,
+        libc::EOPNOTSUPP => GraphError::NoResize,
+        _ => error.into(),
+    }
+}
 
 impl Graph {
     /// Changes the size of `node` to `size` bytes, in a drained section, and tells
@@ -27,12 +39,21 @@ impl Graph {
             graph: self,
             backend: self.attach("", node, RESIZER, None)?,
         };
+        if size > MAX_SIZE {
+            return Err(GraphError::TooLarge(size));
+        }
+        if node.read_only() {
+            return Err(GraphError::ImageReadOnly);
+        }
+        if node.limits().cluster_size.is_some() && !size.is_multiple_of(SECTOR_SIZE) {
+            return Err(GraphError::UnalignedSize);
+        }
         let drained = self.drain(node, &[&resizer.backend]).await?;
         let resized = node.resize(size).await;
         // A size that was changed in spite of an error is told, too.
         self.tell_resized(node);
         drop(drained);
-        Ok(resized?)
+        resized.map_err(|error| resize_error(node, error))
     }
 
     /// Tells all who may send requests to `node` that its size has changed.

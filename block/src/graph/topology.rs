@@ -328,8 +328,9 @@ impl Topology {
 }
 
 fn check_conflicts(node: &str, parents: &[Parent]) -> Result<(), GraphError> {
-    for (i, unshares) in parents.iter().enumerate() {
-        for (j, requires) in parents.iter().enumerate() {
+    // The newest first, as QEMU names them.
+    for (i, unshares) in parents.iter().enumerate().rev() {
+        for (j, requires) in parents.iter().enumerate().rev() {
             let perms = requires
                 .permissions
                 .need

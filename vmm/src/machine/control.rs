@@ -5,11 +5,11 @@
 use std::cell::{Cell, RefCell};
 use std::io::Write;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use block::BoxFuture;
 use block::runtime::{AsyncFd, Interest, spawn_local, unblock};
-use devices::{Serial, VirtioBlk};
+use devices::{Serial, VirtioBlk, VirtioMmio};
 use futures_channel::{mpsc, oneshot};
 use futures_util::StreamExt;
 use kvm_ioctls::Kvm;
@@ -106,6 +106,7 @@ pub struct Machine {
     state: Rc<Cell<RunState>>,
     crashed: Rc<Cell<bool>>,
     disks: Vec<DiskInfo>,
+    transports: Vec<Weak<VirtioMmio>>,
     iothreads: Vec<IothreadInfo>,
     serial: Arc<Serial>,
     #[cfg(test)]
@@ -173,6 +174,11 @@ impl Machine {
             state: Rc::clone(&state),
             crashed: Rc::clone(&crashed),
             disks: board.disk_infos(),
+            transports: board
+                .virtio
+                .iter()
+                .map(|slot| Arc::downgrade(&slot.transport))
+                .collect(),
             iothreads: spec.iothreads,
             serial: Arc::clone(&board.serial),
             #[cfg(test)]
@@ -286,6 +292,12 @@ impl VmControl for Machine {
 
     fn disks(&self) -> Vec<DiskInfo> {
         self.disks.clone()
+    }
+
+    fn refresh_disks(&self) {
+        for transport in self.transports.iter().filter_map(Weak::upgrade) {
+            transport.refresh_config();
+        }
     }
 
     fn iothreads(&self) -> Vec<IothreadInfo> {

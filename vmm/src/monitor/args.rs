@@ -189,11 +189,12 @@ impl Args {
 
     /// An unsigned integer of 64 bits, if given.
     pub(crate) fn optional_u64(&mut self, name: &str) -> Result<Option<u64>, QmpError> {
-        if let (Form::Json, Some(Value::Number(value))) = (self.form, self.members.get(name)) {
-            let value = value.as_u64();
+        if let (Form::Json, Some(value)) = (self.form, self.members.get(name)) {
+            // QEMU takes a negative number for what it is modulo 2^64.
+            let number = value.as_u64().or(value.as_i64().map(i64::cast_unsigned));
             self.members.remove(name);
-            return match value {
-                Some(value) => Ok(Some(value)),
+            return match number {
+                Some(number) => Ok(Some(number)),
                 None => Err(QmpError::expects(&self.path(name), "uint64")),
             };
         }

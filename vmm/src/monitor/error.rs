@@ -79,7 +79,7 @@ impl QmpError {
         }
     }
 
-    pub(super) fn missing(path: &str) -> Self {
+    pub(crate) fn missing(path: &str) -> Self {
         Self::generic(format!("Parameter '{path}' is missing"))
     }
 

@@ -37,6 +37,8 @@ pub(super) enum Step {
 pub struct StorageDaemonArgs {
     /// In the order of the command line.
     pub(super) steps: Vec<Step>,
+    /// Where headers of images may name backing files, besides their own directory.
+    pub(super) backing_directories: Vec<PathBuf>,
     /// Where the process' number goes.
     pub(super) pidfile: Option<PathBuf>,
     /// Go on in the background.
@@ -81,6 +83,11 @@ struct Flags {
     /// what is nested and doubled commas in values (may be given several times)
     #[arg(long, value_name = "OPTIONS", value_parser = blockdev_parser)]
     blockdev: Vec<BlockdevOptions>,
+
+    /// Let the headers of images name backing files in this directory, or below it,
+    /// besides the image's own (may be given several times)
+    #[arg(long, value_name = "DIRECTORY")]
+    backing_directory: Vec<PathBuf>,
 
     /// Start the NBD server, as nbd-server-start does: JSON, or
     /// addr.type=unix,addr.path=PATH or addr.type=inet,addr.host=HOST,addr.port=PORT
@@ -151,6 +158,7 @@ impl FromArgMatches for StorageDaemonArgs {
         steps.sort_by_key(|(place, _)| *place);
         Ok(Self {
             steps: steps.into_iter().map(|(_, step)| step).collect(),
+            backing_directories: flags.backing_directory,
             pidfile: flags.pidfile,
             daemonize: flags.daemonize,
         })

@@ -56,6 +56,7 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
     // Taken before any image is opened: a socket in use is the cheaper mistake.
     let Sockets { monitors, chardevs } = bind_sockets(&args.steps)?;
     let graph = Graph::new();
+    graph.set_backing_directories(args.backing_directories);
     let jobs = Jobs::new(graph.handle());
     let monitor = Monitor::new(&graph, &jobs);
     for step in args.steps {

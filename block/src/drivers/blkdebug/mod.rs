@@ -11,10 +11,13 @@ use std::sync::Arc;
 
 use crate::buffer::{AlignedBuffer, IoVec};
 use crate::debug_event::DebugEvent;
-use crate::driver::{BlockDriver, BoxFuture, ChildRole, Extent, Limits, WriteFlags, ZeroFlags};
+use crate::driver::{
+    BlockDriver, BoxFuture, ChildRole, Extent, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
+};
+use crate::drivers::ReopenError;
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node, SECTOR_SIZE};
-use crate::options::BlkdebugOptions;
+use crate::options::{BlkdebugOptions, DriverOptions};
 use crate::permissions::{Perm, Permissions};
 use crate::runtime::{self, unblock};
 use crate::sync::{Mutex, MutexGuard, lock};
@@ -249,6 +252,31 @@ fn check_limits(options: &BlkdebugOptions, below: Limits) -> Result<u32, Blkdebu
     Ok(own.max(below.request_alignment).max(SECTOR_SIZE as u32))
 }
 
+/// An option that is not the same in both.
+fn changed(new: &BlkdebugOptions, old: &BlkdebugOptions) -> Option<&'static str> {
+    let options = [
+        ("config", new.config == old.config),
+        ("align", new.align == old.align),
+        ("max-transfer", new.max_transfer == old.max_transfer),
+        ("opt-write-zero", new.opt_write_zero == old.opt_write_zero),
+        ("max-write-zero", new.max_write_zero == old.max_write_zero),
+        ("opt-discard", new.opt_discard == old.opt_discard),
+        ("max-discard", new.max_discard == old.max_discard),
+        ("inject-error", new.inject_error == old.inject_error),
+        ("set-state", new.set_state == old.set_state),
+        (
+            "take-child-perms",
+            new.take_child_perms == old.take_child_perms,
+        ),
+        (
+            "unshare-child-perms",
+            new.unshare_child_perms == old.unshare_child_perms,
+        ),
+    ];
+    let mut changed = options.iter().filter(|(_, same)| !same);
+    changed.next().map(|(name, _)| *name)
+}
+
 /// The part of a range that consists of whole units: its start and end.
 fn whole_units(offset: u64, len: u64, unit: u64) -> (u64, u64) {
     let end = offset.saturating_add(len);
@@ -351,6 +379,28 @@ impl BlockDriver for BlkdebugDriver {
         Box::pin(async move {
             self.check(IoOp::BlockStatus, offset, len).await?;
             self.image.node().block_status(offset, len).await
+        })
+    }
+
+    /// Rules and limits stay as they are; the image may be another one.
+    fn reopen_prepare<'a>(
+        &'a self,
+        to: Reopen<'a>,
+    ) -> BoxFuture<'a, Result<Reopened, ReopenError>> {
+        Box::pin(async move {
+            if let (DriverOptions::Blkdebug(new), DriverOptions::Blkdebug(old)) =
+                (to.driver, to.old)
+                && let Some(name) = changed(new, old)
+            {
+                return Err(ReopenError::CannotChange(name.to_owned()));
+            }
+            let image = to
+                .child(ChildRole::Image)
+                .map_or_else(|| self.image.node(), Arc::clone);
+            Ok(Reopened {
+                read_only: to.options.read_only,
+                size: image.size(),
+            })
         })
     }
 

@@ -72,7 +72,7 @@ pub(super) struct Rules {
     /// `None`: it was one that acts once, and has.
     errors: Vec<Option<InjectError>>,
     states: Vec<SetState>,
-    /// Places in `errors`, the one that is looked at first in front.
+    /// Places in `errors`, in order: the first one given is looked at first.
     active: Vec<usize>,
 }
 
@@ -93,7 +93,7 @@ impl Rules {
     pub(super) fn happened(&mut self, event: DebugEvent) {
         let current = self.state;
         let here = |state: i32| state == 0 || state == current;
-        let mut active: Vec<usize> = self
+        let active: Vec<usize> = self
             .errors
             .iter()
             .enumerate()
@@ -102,14 +102,12 @@ impl Rules {
             .map(|(place, _)| place)
             .collect();
         if !active.is_empty() {
-            // The last one that was given is looked at first.
-            active.reverse();
             self.active = active;
         }
         let next = self
             .states
             .iter()
-            .rfind(|rule| rule.event == event && here(rule.state));
+            .find(|rule| rule.event == event && here(rule.state));
         if let Some(rule) = next {
             self.state = rule.new_state;
         }

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -27,6 +28,8 @@ pub struct FileNode {
     current: ArcSwap<FileDriver>,
     /// The one that was prepared to come next. Main only.
     next: Mutex<Option<Arc<FileDriver>>>,
+    /// It is about to come. Main only.
+    reopening: AtomicBool,
 }
 
 impl FileNode {
@@ -36,6 +39,7 @@ impl FileNode {
             options,
             current: ArcSwap::from_pointee(file),
             next: Mutex::default(),
+            reopening: AtomicBool::new(false),
         }
     }
 
@@ -185,7 +189,10 @@ impl BlockDriver for FileNode {
     /// will hold is then locked for it, too: at no moment is anything of it free.
     fn check_permissions(&self, wanted: Permissions) -> Result<(), PermissionError> {
         let current = self.current.load_full();
-        let next = self.next().clone();
+        let next = match self.reopening.load(Ordering::Relaxed) {
+            true => self.next().clone(),
+            false => None,
+        };
         let Some(next) = next else {
             return current.check_permissions(wanted);
         };
@@ -243,7 +250,12 @@ impl BlockDriver for FileNode {
         })
     }
 
+    fn reopen_begin(&self) {
+        self.reopening.store(true, Ordering::Relaxed);
+    }
+
     fn reopen_commit(&self) {
+        self.reopening.store(false, Ordering::Relaxed);
         let next = self.next().take();
         if let Some(next) = next {
             let old = self.current.swap(next);
@@ -256,11 +268,19 @@ impl BlockDriver for FileNode {
     }
 
     fn reopen_abort(&self) {
+        self.reopening.store(false, Ordering::Relaxed);
         let next = self.next().take();
         if let Some(lock) = next.as_ref().and_then(|next| next.lock.as_ref()) {
             lock.release();
         }
         close(next);
+    }
+
+    fn allocated_size(&self) -> BoxFuture<'_, Option<u64>> {
+        let file = Arc::clone(&self.current.load().file);
+        Box::pin(async move {
+            runtime::unblock(move || file.metadata().ok().map(|m| m.blocks() * 512)).await
+        })
     }
 
     fn close(&self) {

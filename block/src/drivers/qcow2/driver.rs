@@ -3,9 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Qcow2Driver, file_permissions};
+use futures_util::FutureExt;
+
+use super::{Qcow2Driver, backing_of, file_permissions};
 use crate::buffer::IoVec;
-use crate::driver::{BlockDriver, BoxFuture, ChildRole, Extent, Limits, WriteFlags, ZeroFlags};
+use crate::driver::{
+    BlockDriver, BoxFuture, ChildRole, Extent, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
+};
+use crate::drivers::ReopenError;
 use crate::error::IoError;
 use crate::node::{Child, Node};
 use crate::permissions::{Perm, Permissions};
@@ -85,7 +90,7 @@ impl BlockDriver for Qcow2Driver {
     }
 
     fn backing(&self) -> Option<Arc<Node>> {
-        self.backing.as_ref().map(Child::node)
+        self.backing.load().as_ref().map(|backing| backing.node())
     }
 
     fn cancel_in_flight(&self) {
@@ -93,14 +98,20 @@ impl BlockDriver for Qcow2Driver {
         if let Some(data_file) = &self.data_file {
             data_file.node().cancel_in_flight();
         }
-        if let Some(backing) = &self.backing {
+        if let Some(backing) = self.backing.load_full() {
             backing.node().cancel_in_flight();
         }
     }
 
     fn child_permissions(&self, role: ChildRole, users: Permissions) -> Permissions {
         match role {
-            ChildRole::File | ChildRole::DataFile => file_permissions(self.read_only, users),
+            ChildRole::File | ChildRole::DataFile => {
+                let next = match self.reopening.load(Ordering::Relaxed) {
+                    true => self.next().as_ref().map(|next| next.read_only),
+                    false => None,
+                };
+                file_permissions(next.unwrap_or_else(|| self.is_read_only()), users)
+            }
             _ => Permissions {
                 need: users.need & Perm::CONSISTENT_READ,
                 share: Perm::CONSISTENT_READ
@@ -113,9 +124,59 @@ impl BlockDriver for Qcow2Driver {
         }
     }
 
+    fn has_layers(&self) -> bool {
+        true
+    }
+
+    fn reopen_prepare<'a>(
+        &'a self,
+        to: Reopen<'a>,
+    ) -> BoxFuture<'a, Result<Reopened, ReopenError>> {
+        Box::pin(async move { self.prepare(&to).await })
+    }
+
+    fn reopen_begin(&self) {
+        self.reopening.store(true, Ordering::Relaxed);
+    }
+
+    fn reopen_commit(&self) {
+        self.reopening.store(false, Ordering::Relaxed);
+        let next = self.next().take();
+        let Some(next) = next else {
+            return;
+        };
+        self.read_only.store(next.read_only, Ordering::Relaxed);
+        if let Some(image) = next.image {
+            self.change_image(|current| *current = image);
+            self.writable.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn reopen_abort(&self) {
+        self.reopening.store(false, Ordering::Relaxed);
+        let next = self.next().take();
+        drop(next);
+    }
+
+    fn set_backing(&self, backing: Option<Child>) {
+        let storage = backing.as_ref().map(|backing| {
+            // It asks for the size of the node and waits for nothing.
+            backing_of(backing).now_or_never().and_then(Result::ok)
+        });
+        self.backing.store(backing.map(Arc::new));
+        match storage {
+            None => self.change_image(|image| image.set_backing(None)),
+            Some(Some(storage)) => self.change_image(|image| image.set_backing(Some(storage))),
+            Some(None) => {
+                self.broken.store(true, Ordering::Release);
+                tracing::error!(node = &*self.node, "The backing image cannot be used");
+            }
+        }
+    }
+
     /// Writes out what is left.
     fn close(&self) {
-        if self.read_only || !self.changed.load(Ordering::Acquire) {
+        if self.is_read_only() || !self.changed.load(Ordering::Acquire) {
             return;
         }
         let flushed =

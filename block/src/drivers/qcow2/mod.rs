@@ -40,9 +40,10 @@ use std::any::Any;
 use std::future::Future;
 use std::io;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use arc_swap::ArcSwapOption;
 use futures_util::FutureExt;
 use imago::format::PreallocateMode;
 use imago::format::drivers::FormatDriverInstance;
@@ -60,10 +61,11 @@ use self::file::{GrowingFile, read_or_zero};
 use self::order::WriteOrder;
 use self::storage::NodeStorage;
 use crate::buffer::IoVec;
-use crate::driver::{Extent, ExtentFlags};
-use crate::drivers::OpenError;
+use crate::driver::{ChildRole, Extent, ExtentFlags, Reopen, Reopened};
+use crate::drivers::{OpenError, ReopenError};
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node};
+use crate::options::DriverOptions;
 use crate::permissions::{Perm, Permissions};
 
 /// Requests that change tables at once: half of the tables that `imago` caches.
@@ -89,7 +91,8 @@ pub struct Qcow2Driver {
     file: Arc<GrowingFile>,
     /// `None`: the data is in `file`.
     data_file: Option<Arc<GrowingFile>>,
-    backing: Option<Child>,
+    /// Replaced on main with no request in flight.
+    backing: ArcSwapOption<Child>,
     image: RwLock<Image>,
     tables: RwLock<()>,
     /// Tables were changed since they were last written out. Set before a change;
@@ -103,8 +106,22 @@ pub struct Qcow2Driver {
     cluster_size: u64,
     version: u32,
     snapshots: bool,
-    read_only: bool,
+    /// Written on main with no request in flight, as `writable` is.
+    read_only: AtomicBool,
+    /// `image` was opened for writing, and may be used so.
+    writable: AtomicBool,
+    /// What was prepared to come next. Main only.
+    next: Mutex<Option<Next>>,
+    /// It is about to come. Main only.
+    reopening: AtomicBool,
     pass_discard: bool,
+}
+
+/// What a reopen makes of an image.
+struct Next {
+    read_only: bool,
+    /// Opened for writing, where the present one was not.
+    image: Option<Image>,
 }
 
 /// Where a range is.
@@ -151,6 +168,47 @@ pub(crate) async fn read_start(node: &Arc<Node>, len: usize) -> Result<Vec<u8>, 
     Ok(bytes)
 }
 
+/// What `imago` copies of a backing image, it takes from here.
+async fn backing_of(backing: &Child) -> io::Result<FormatAccess<NodeStorage>> {
+    let storage = NodeStorage::backing(backing.share());
+    Ok(FormatAccess::new(Raw::open_image(storage, false).await?))
+}
+
+async fn open_image(
+    header: &Header,
+    file: &Arc<GrowingFile>,
+    data_file: Option<&Arc<GrowingFile>>,
+    backing: Option<&Child>,
+    writable: bool,
+) -> Result<Image, OpenError> {
+    let opened = async {
+        let order = match writable {
+            false => None,
+            true => Some(
+                WriteOrder::load(header, file)
+                    .await
+                    .map_err(|error| io::Error::from_raw_os_error(error.errno))?,
+            ),
+        };
+        let storage = NodeStorage::image(Arc::clone(file), order);
+        let mut image = Image::open_image(storage, writable).await?;
+        image.set_data_file(data_file.map(Arc::clone).map(NodeStorage::data));
+        image.set_backing(match backing {
+            Some(backing) => Some(backing_of(backing).await?),
+            None => None,
+        });
+        Ok::<_, io::Error>(image)
+    };
+    let failed = |error| OpenError::Image {
+        file: file.node().name().to_owned(),
+        error,
+    };
+    match AssertUnwindSafe(opened).catch_unwind().await {
+        Ok(opened) => opened.map_err(failed),
+        Err(_) => Err(failed(io::Error::other("its tables make no sense"))),
+    }
+}
+
 impl Qcow2Driver {
     /// Opens the image with this header as node `node`. `pass_discard`: what is
     /// discarded in the image is discarded in its file.
@@ -166,45 +224,19 @@ impl Qcow2Driver {
             .data_file
             .map(|child| Arc::new(GrowingFile::new(child)));
         let backing = children.backing;
-        let opened = async {
-            let order = match read_only {
-                true => None,
-                false => Some(
-                    WriteOrder::load(header, &file)
-                        .await
-                        .map_err(|error| io::Error::from_raw_os_error(error.errno))?,
-                ),
-            };
-            let storage = NodeStorage::image(Arc::clone(&file), order);
-            let mut image = Image::open_image(storage, !read_only).await?;
-            let data = data_file.as_ref().map(Arc::clone).map(NodeStorage::data);
-            image.set_data_file(data);
-            image.set_backing(match &backing {
-                Some(backing) => {
-                    let storage = NodeStorage::backing(backing.share());
-                    Some(FormatAccess::new(Raw::open_image(storage, false).await?))
-                }
-                None => None,
-            });
-            Ok::<_, io::Error>(image)
-        };
-        let image = match AssertUnwindSafe(opened).catch_unwind().await {
-            Ok(opened) => opened.map_err(|error| OpenError::Image {
-                file: file.node().name().to_owned(),
-                error,
-            })?,
-            Err(_) => {
-                return Err(OpenError::Image {
-                    file: file.node().name().to_owned(),
-                    error: io::Error::other("its tables make no sense"),
-                });
-            }
-        };
+        let image = open_image(
+            header,
+            &file,
+            data_file.as_ref(),
+            backing.as_ref(),
+            !read_only,
+        )
+        .await?;
         Ok(Self {
             node: node.into(),
             file,
             data_file,
-            backing,
+            backing: ArcSwapOption::from(backing.map(Arc::new)),
             image: RwLock::new(image),
             tables: RwLock::with_max_readers((), MAX_CHANGES),
             changed: AtomicBool::new(false),
@@ -213,9 +245,69 @@ impl Qcow2Driver {
             cluster_size: 1 << header.cluster_bits,
             version: header.version,
             snapshots: header.snapshots > 0,
-            read_only,
+            read_only: AtomicBool::new(read_only),
+            writable: AtomicBool::new(!read_only),
+            next: Mutex::default(),
+            reopening: AtomicBool::new(false),
             pass_discard,
         })
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Relaxed)
+    }
+
+    fn next(&self) -> MutexGuard<'_, Option<Next>> {
+        self.next.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Prepares for a reopen. An image that was opened for writing stays open so; one
+    /// that was not is opened once more, since nobody can have changed it.
+    async fn prepare(&self, to: &Reopen<'_>) -> Result<Reopened, ReopenError> {
+        let changed = |option: &str| ReopenError::CannotChange(option.to_owned());
+        for (role, file) in [
+            (ChildRole::File, Some(&self.file)),
+            (ChildRole::DataFile, self.data_file.as_ref()),
+        ] {
+            let now = file.map(|file| file.node().skip_filters().id());
+            let then = to.child(role).map(|node| node.skip_filters().id());
+            // Its tables are known, and would not be those of another file.
+            if now != then {
+                return Err(changed(role.as_str()));
+            }
+        }
+        if let (DriverOptions::Qcow2(old), DriverOptions::Qcow2(new)) = (to.old, to.driver)
+            && old.pass_discard_request != new.pass_discard_request
+        {
+            return Err(changed("pass-discard-request"));
+        }
+        let read_only = to.options.read_only;
+        let mut image = None;
+        if !read_only && !self.writable.load(Ordering::Relaxed) {
+            let header = read_header(&self.file.node(), false).await?;
+            let backing = self.backing.load_full();
+            let (data_file, backing) = (self.data_file.as_ref(), backing.as_deref());
+            image = Some(open_image(&header, &self.file, data_file, backing, true).await?);
+        }
+        *self.next() = Some(Next { read_only, image });
+        Ok(Reopened {
+            read_only,
+            size: self.size.load(Ordering::Relaxed),
+        })
+    }
+
+    /// The image, when nobody can have it: no request is in flight.
+    fn change_image(&self, change: impl FnOnce(&mut Image)) {
+        match self.image.try_write() {
+            Ok(mut image) => change(&mut image),
+            Err(_) => {
+                self.broken.store(true, Ordering::Release);
+                tracing::error!(
+                    node = &*self.node,
+                    "The image cannot be used any more: it was changed with requests in flight"
+                );
+            }
+        }
     }
 
     fn error(&self, op: IoOp, offset: u64, len: u64, errno: i32) -> IoError {
@@ -307,7 +399,7 @@ impl Qcow2Driver {
                     done += unpacked;
                     continue;
                 }
-                Place::Unallocated => match &self.backing {
+                Place::Unallocated => match self.backing.load_full() {
                     Some(backing) => read_or_zero(&backing.node(), at, part).await?,
                     None => part.fill(0),
                 },
@@ -424,7 +516,7 @@ impl Qcow2Driver {
     }
 
     async fn flush_all(&self) -> Result<(), IoError> {
-        if self.read_only {
+        if self.is_read_only() {
             return Ok(());
         }
         if self.changed.load(Ordering::Acquire) {
@@ -472,7 +564,7 @@ impl Qcow2Driver {
             },
             Place::Unallocated => ExtentFlags {
                 data: false,
-                zero: self.backing.is_none(),
+                zero: self.backing.load().is_none(),
                 allocated: false,
             },
         }
@@ -489,7 +581,8 @@ impl Qcow2Driver {
         let _alone = self.tables.write().await;
         self.changed.store(true, Ordering::Release);
         if size > old {
-            let shows = self.backing.as_ref().is_some_and(|b| b.node().size() > old);
+            let backing = self.backing.load_full();
+            let shows = backing.is_some_and(|b| b.node().size() > old);
             // What is new reads as zeroes, whatever the backing image has there.
             let mode = match shows {
                 true => PreallocateMode::Zero,

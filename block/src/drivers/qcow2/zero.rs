@@ -121,7 +121,7 @@ impl Qcow2Driver {
 
     pub(super) async fn discard_all(&self, offset: u64, len: u64) -> Result<(), IoError> {
         let request = (IoOp::Discard, offset, len);
-        if self.version < 3 && self.backing.is_some() {
+        if self.version < 3 && self.backing.load().is_some() {
             // Version 2 cannot say that a cluster is zero and not the backing image's.
             return Ok(());
         }

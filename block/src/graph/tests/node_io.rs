@@ -229,3 +229,34 @@ fn flushes_and_fua_stop_at_a_node_that_ignores_them() {
         assert_eq!(storage.ended()[0].op, IoOp::Flush);
     });
 }
+
+#[test]
+fn a_write_threshold_is_told_once_by_the_first_write_past_it() {
+    on_main(|graph| async move {
+        let (_storage, node) = disk(&graph, "a");
+        let backend = attach(&graph, "vda", &node);
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let tell = {
+            let told = Arc::clone(&told);
+            move |bytes| told.lock().unwrap().push(bytes)
+        };
+        node.set_write_threshold(4096, tell.clone());
+        write(&backend, 4096 - 512, 1).await.unwrap();
+        assert_eq!(
+            (told.lock().unwrap().len(), node.write_threshold()),
+            (0, 4096)
+        );
+        write(&backend, 4096, 1).await.unwrap();
+        write(&backend, 8192, 1).await.unwrap();
+        assert_eq!(*told.lock().unwrap(), [512]);
+        assert_eq!(node.write_threshold(), 0);
+        node.set_write_threshold(4096, tell.clone());
+        let zeroes = ZeroFlags::default();
+        backend.write_zeroes(8192, 4096, zeroes).await.unwrap();
+        assert_eq!(*told.lock().unwrap(), [512, 8192]);
+        node.set_write_threshold(4096, tell.clone());
+        node.set_write_threshold(0, tell);
+        write(&backend, 8192, 1).await.unwrap();
+        assert_eq!(told.lock().unwrap().len(), 2);
+    });
+}

@@ -68,7 +68,7 @@ fn a_wrong_type_is_named_with_what_was_expected() {
 #[test]
 fn integers_outside_their_type_are_refused() {
     let mut given = args(json!({
-        "speed": 9_223_372_036_854_775_808_u64, "a": -1, "b": 1_u64 << 32, "c": -1, "d": -1
+        "speed": 9_223_372_036_854_775_808_u64, "a": -1, "b": 1_u64 << 32, "c": 0.5, "d": -1
     }));
     assert_eq!(
         text(given.required_i64("speed")),

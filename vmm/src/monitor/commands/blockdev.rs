@@ -51,9 +51,11 @@ pub(super) async fn blockdev_reopen(monitor: Rc<Monitor>, mut args: Args) -> Out
     let options = options.collect::<Result<Vec<_>, _>>()?;
     args.finish()?;
     let _alone = monitor.graph_commands.lock().await;
-    bounded("Reopening the nodes", monitor.graph.reopen(options))
-        .await?
-        .map_err(QmpError::from)?;
+    let reopened = bounded("Reopening the nodes", monitor.graph.reopen(options)).await;
+    if let Some(machine) = monitor.machine() {
+        machine.refresh_disks();
+    }
+    reopened?.map_err(QmpError::from)?;
     done()
 }
 

@@ -9,6 +9,7 @@ mod control;
 mod exports;
 mod jobs;
 mod mirror;
+mod nodes;
 mod objects;
 mod query;
 mod vm;
@@ -72,6 +73,8 @@ static COMMANDS: &[Command] = commands! {
     "block-job-pause" => jobs::block_job_pause,
     "block-job-resume" => jobs::block_job_resume,
     "block-job-set-speed" => jobs::block_job_set_speed,
+    "block-set-write-threshold" => nodes::block_set_write_threshold,
+    "block_resize" => nodes::block_resize,
     "blockdev-add" => blockdev::blockdev_add,
     "blockdev-del" => blockdev::blockdev_del,
     "blockdev-mirror" => mirror::blockdev_mirror,
@@ -109,6 +112,7 @@ static COMMANDS: &[Command] = commands! {
     "quit" => control::quit,
     "stop" (machine) => vm::stop,
     "system_reset" (machine) => vm::system_reset,
+    "x-debug-query-block-graph" => query::query_block_graph,
 };
 
 /// The commands that this program has.

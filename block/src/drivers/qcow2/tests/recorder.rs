@@ -43,6 +43,7 @@ struct State {
     content: Vec<u8>,
     events: Vec<Event>,
     seed: u64,
+    fail_writes_after: Option<usize>,
 }
 
 /// Clones share the storage.
@@ -83,6 +84,17 @@ impl Recorder {
         self.state().content.clone()
     }
 
+    /// All writes fail after so many events more.
+    pub(super) fn fail_writes_after(&self, events: usize) {
+        let mut state = self.state();
+        state.fail_writes_after = Some(state.events.len() + events);
+    }
+
+    /// Writes fail no more.
+    pub(super) fn heal(&self) {
+        self.state().fail_writes_after = None;
+    }
+
     fn random(&self) -> u64 {
         let mut state = self.state();
         state.seed = state
@@ -99,10 +111,22 @@ impl Recorder {
         }
     }
 
-    fn record(&self, event: Event) {
-        let mut state = self.state();
+    fn record(&self, event: Event) -> Result<(), IoError> {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        let failing = |after: usize| state.events.len() >= after;
+        if matches!(event, Event::Write { .. }) && state.fail_writes_after.is_some_and(failing) {
+            return Err(IoError {
+                op: IoOp::Write,
+                node: "recorder".into(),
+                offset: 0,
+                len: 0,
+                errno: libc::EIO,
+            });
+        }
         event.apply(&mut state.content);
         state.events.push(event);
+        Ok(())
     }
 }
 
@@ -144,7 +168,7 @@ impl BlockDriver for Recorder {
             let mut bytes = vec![0; iov.len()];
             iov.copy_to(0, &mut bytes);
             let offset = offset as usize;
-            self.record(Event::Write { offset, bytes });
+            self.record(Event::Write { offset, bytes })?;
             self.pause().await;
             Ok(())
         })
@@ -171,16 +195,14 @@ impl BlockDriver for Recorder {
             self.pause().await;
             let bytes = vec![0xdd; len as usize];
             let offset = offset as usize;
-            self.record(Event::Write { offset, bytes });
-            Ok(())
+            self.record(Event::Write { offset, bytes })
         })
     }
     fn flush<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
             let covers = self.position();
             self.pause().await;
-            self.record(Event::Flush { covers });
-            Ok(())
+            self.record(Event::Flush { covers })
         })
     }
     fn block_status<'a>(&'a self, _: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {
@@ -192,9 +214,6 @@ impl BlockDriver for Recorder {
         Box::pin(async move { Ok(Extent { len, flags }) })
     }
     fn resize<'a>(&'a self, size: u64) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async move {
-            self.record(Event::Resize(size as usize));
-            Ok(())
-        })
+        Box::pin(async move { self.record(Event::Resize(size as usize)) })
     }
 }
