@@ -23,7 +23,7 @@ pub struct JobInfo {
     pub total_progress: u64,
     /// Why it failed, if it did.
     pub error: Option<String>,
-    /// Whether the body runs just now.
+    /// Whether the body is at work just now.
     pub busy: bool,
     /// Whether anything wants it parked, a drained section included.
     pub paused: bool,
@@ -60,7 +60,7 @@ impl JobInfo {
             current_progress: progress.current,
             total_progress: progress.total,
             error: job.failure.as_ref().map(|failure| failure.message.clone()),
-            busy: job.busy,
+            busy: job.shows_busy(),
             paused: job.pause_count > 0,
             speed: job.limit.speed(),
             io_status: job.io_status,

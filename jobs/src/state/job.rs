@@ -64,6 +64,8 @@ pub(crate) struct JobState {
     pub(crate) complete_requested: bool,
     /// BLOCK_JOB_READY was sent.
     pub(crate) ready_announced: bool,
+    /// The body has become ready and was not woken since: nothing is left to do.
+    pub(crate) settled: bool,
     /// Drained sections that the job itself holds: these do not wait for it.
     pub(crate) own_drains: u32,
     pub(crate) io_status: IoStatus,
@@ -92,6 +94,7 @@ impl JobState {
             force_cancel: false,
             complete_requested: false,
             ready_announced: false,
+            settled: false,
             own_drains: 0,
             io_status: IoStatus::Ok,
             limit: RateLimit::new(speed),
@@ -102,6 +105,12 @@ impl JobState {
     /// Whether a pause point has to park the body.
     pub(crate) fn should_pause(&self) -> bool {
         self.pause_count > 0 && !self.force_cancel
+    }
+
+    /// Whether clients see the body at work. One that has just said that it is ready
+    /// goes to sleep next, and who asks at that news is not to see how soon.
+    pub(crate) fn shows_busy(&self) -> bool {
+        self.busy && !(self.settled && self.status == JobStatus::Ready)
     }
 
     /// Whether a drained section has to wait for this job.

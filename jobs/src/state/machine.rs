@@ -509,6 +509,7 @@ impl Machine {
         };
         job.busy = true;
         job.sleeping = false;
+        job.settled = false;
         if std::mem::take(&mut job.parked) {
             let back = match job.status {
                 JobStatus::Standby => JobStatus::Ready,
@@ -571,6 +572,7 @@ impl Machine {
         if job.status != JobStatus::Running || job.force_cancel {
             return;
         }
+        job.settled = true;
         let first = !std::mem::replace(&mut job.ready_announced, true);
         let speed = job.limit.speed();
         self.set_status(key, JobStatus::Ready);

@@ -174,6 +174,20 @@ fn a_mirror_is_ready_once_and_completes_when_asked() {
 }
 
 #[test]
+fn a_body_that_has_just_become_ready_is_not_shown_at_work_until_it_is_woken() {
+    let mut rig = Rig::default();
+    let key = rig.start(mirror("j0"));
+    assert!(rig.job(key).shows_busy());
+    rig.step(key, Event::Ready);
+    assert!(rig.job(key).busy && !rig.job(key).shows_busy());
+    rig.step(key, Event::Sleep { timer: false });
+    assert!(!rig.job(key).shows_busy());
+    rig.step(key, Event::Complete);
+    rig.step(key, Event::WakeSelf);
+    assert!(rig.job(key).shows_busy());
+}
+
+#[test]
 fn a_failed_body_is_aborted_and_completed_with_its_error() {
     let mut rig = Rig::default();
     let key = rig.start(settings("j0"));
