@@ -40,6 +40,16 @@ def check(path):
     return report.get("leaks", 0)
 
 
+def wait_unlocked(path):
+    """The kernel ends what a killed process has in flight, and gives up its locks, a
+    little after the process is gone."""
+    deadline = time.monotonic() + 20
+    while subprocess.run(["qemu-img", "info", str(path)], capture_output=True, text=True,
+                         timeout=120, check=False).returncode:
+        assert time.monotonic() < deadline, f"{path} is still locked"
+        time.sleep(0.05)
+
+
 def same(first, second):
     run("qemu-img", "compare", first, second)
 
@@ -359,6 +369,7 @@ def test_a_killed_process_leaves_a_consistent_image(program, tmp_path, round_):
     time.sleep(chance.random() * 0.4)
     process.popen.kill()
     process.wait()
+    wait_unlocked(target)
     check(target)
     # It is of use again.
     process, qmp = program.storage_daemon()

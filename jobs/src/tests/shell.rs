@@ -155,12 +155,12 @@ fn settle_ends_after_its_limit_when_a_hook_hangs_and_a_cancel_still_gets_through
         stage.verb("j0", |guard, key| guard.cancel(key, true));
         release.send(()).unwrap();
         stage.until("j0", JobStatus::Null).await;
+        assert_eq!(stage.jobs.cancel_all(LIMIT).await, Vec::<String>::new());
         assert!(driver.called().ends_with(&[
             "abort".to_owned(),
             "clean".to_owned(),
             "free".to_owned()
         ]));
-        assert_eq!(stage.jobs.cancel_all(LIMIT).await, Vec::<String>::new());
     });
 }
 
