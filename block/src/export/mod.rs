@@ -20,7 +20,7 @@ use std::cell::{Cell, RefCell};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, join, select};
 
@@ -34,6 +34,12 @@ use crate::wait::LocalWaiters;
 
 pub use crate::nbd::server::{ListenAddress, ListenError, NbdServerOptions};
 pub use error::ExportError;
+
+/// How long a client that may be leaving is waited for, by a deletion that it would
+/// stand against.
+const LEAVING: Duration = Duration::from_millis(500);
+/// Time between two looks whether it has left.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// An export to be made.
 pub struct ExportOptions {
@@ -270,7 +276,23 @@ impl Exports {
 
     /// Deletes an export. It is gone at once if no client is connected, else when
     /// the last request has ended.
-    pub fn delete(self: &Rc<Self>, id: &str, mode: DeleteMode) -> Result<(), ExportError> {
+    ///
+    /// A safe deletion is refused only if clients stay: one that has just closed its
+    /// connection counts until the connection's thread has seen that. Cancel: it may
+    /// or may not have been deleted.
+    pub async fn delete(self: &Rc<Self>, id: &str, mode: DeleteMode) -> Result<(), ExportError> {
+        let deadline = Instant::now() + LEAVING;
+        loop {
+            match self.try_delete(id, mode) {
+                Err(ExportError::InUse { .. }) if Instant::now() < deadline => {
+                    runtime::sleep(LOOK_AGAIN).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn try_delete(self: &Rc<Self>, id: &str, mode: DeleteMode) -> Result<(), ExportError> {
         let entry = self.find(id)?;
         if entry.shutting_down.get() {
             return Err(ExportError::ShuttingDown { id: id.to_owned() });

@@ -282,6 +282,18 @@ fn replies_come_when_they_are_ready() {
 }
 
 #[test]
+fn a_client_that_has_just_left_stands_against_no_safe_deletion() {
+    with_export(|rig| async move {
+        let client = rig.client(SIMPLE).await;
+        drop(client);
+        rig.exports
+            .delete("e", DeleteMode::Safe)
+            .await
+            .expect("its client has left");
+    });
+}
+
+#[test]
 fn an_export_is_gone_when_its_last_request_has_ended() {
     with_export(|rig| async move {
         let client = rig.client(SIMPLE).await;
@@ -289,10 +301,11 @@ fn an_export_is_gone_when_its_last_request_has_ended() {
         let out = compact(&[request(command::WRITE, 1, 0, 512)]);
         client.run(move |client| client.send(&out)).await;
         rig.storage.wait_held(1).await;
-        let safe = rig.exports.delete("e", DeleteMode::Safe);
+        let safe = rig.exports.delete("e", DeleteMode::Safe).await;
         assert!(matches!(safe, Err(ExportError::InUse { .. })), "{safe:?}");
         rig.exports
             .delete("e", DeleteMode::Hard)
+            .await
             .expect("it is there");
         assert_eq!(rig.shutting_down(), [true]);
         let again = rig.add("e");
@@ -300,7 +313,7 @@ fn an_export_is_gone_when_its_last_request_has_ended() {
             matches!(again, Err(ExportError::IdInUse { .. })),
             "{again:?}"
         );
-        let twice = rig.exports.delete("e", DeleteMode::Hard);
+        let twice = rig.exports.delete("e", DeleteMode::Hard).await;
         let shutting_down = matches!(twice, Err(ExportError::ShuttingDown { .. }));
         assert!(shutting_down, "{twice:?}");
         let used = rig.graph.blockdev_del("disk").await;

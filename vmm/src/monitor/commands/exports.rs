@@ -185,7 +185,8 @@ pub(super) async fn block_export_del(monitor: Rc<Monitor>, mut args: Args) -> Ou
     let id = args.required_str("id")?;
     let mode = args.optional_enum("mode", DELETE_MODES)?;
     args.finish()?;
-    monitor.exports().delete(&id, mode.unwrap_or_default())?;
+    let exports = Rc::clone(monitor.exports());
+    exports.delete(&id, mode.unwrap_or_default()).await?;
     done()
 }
 
@@ -237,7 +238,8 @@ pub(super) async fn nbd_server_remove(monitor: Rc<Monitor>, mut args: Args) -> O
     let name = args.required_str("name")?;
     let mode = args.optional_enum("mode", DELETE_MODES)?;
     args.finish()?;
-    monitor.exports().delete(&name, mode.unwrap_or_default())?;
+    let exports = Rc::clone(monitor.exports());
+    exports.delete(&name, mode.unwrap_or_default()).await?;
     done()
 }
 
