@@ -1,7 +1,7 @@
 //! `throttle`: limits the rate of the requests to the node below, together with
 //! the other members of its group.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
@@ -12,6 +12,7 @@ use crate::driver::{
 use crate::drivers::ReopenError;
 use crate::error::IoError;
 use crate::node::{Child, Node};
+use crate::sync::{Mutex, lock};
 use crate::throttle::{Direction, ThrottleGroup, ThrottleMember};
 
 /// Reads, writes, zeroes and discards wait here until their group lets them go.
@@ -37,11 +38,6 @@ impl ThrottleDriver {
             next: Mutex::default(),
         }
     }
-}
-
-/// Locks what is consistent whenever its holder may panic.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl BlockDriver for ThrottleDriver {
@@ -126,9 +122,13 @@ impl BlockDriver for ThrottleDriver {
     }
 
     fn drained_begin(&self) {
-        let mut sections = lock(&self.sections);
-        *sections += 1;
-        self.member.load().drained_begin();
+        let wakes = {
+            let mut sections = lock(&self.sections);
+            *sections += 1;
+            self.member.load().drained_begin()
+        };
+        // Nobody is woken under a lock.
+        wakes.wake();
     }
 
     fn drained_end(&self) {
@@ -163,11 +163,15 @@ impl BlockDriver for ThrottleDriver {
         let Some(next) = next else {
             return;
         };
-        let sections = lock(&self.sections);
-        for _ in 0..*sections {
-            next.drained_begin();
-        }
-        self.member.swap(next).leave();
+        let before = {
+            let sections = lock(&self.sections);
+            for _ in 0..*sections {
+                // Nobody can be waiting for it yet.
+                next.drained_begin().wake();
+            }
+            self.member.swap(next)
+        };
+        before.leave();
     }
 
     fn reopen_abort(&self) {

@@ -38,7 +38,7 @@ mod tests;
 pub(crate) use limiter::Direction;
 pub use limits::{LimitsError, RateLimit, ThrottleLimits};
 
-use schedule::{Schedule, Turn};
+use schedule::{Schedule, Turn, Wakes};
 
 /// Limits that its members share.
 #[derive(Debug)]
@@ -135,10 +135,10 @@ impl ThrottleMember {
         }
     }
 
-    /// A drained section begins: nobody waits until it has ended.
-    pub(crate) fn drained_begin(&self) {
-        let wakes = self.group.lock().release(self.key);
-        wakes.wake();
+    /// A drained section begins: nobody waits until it has ended. Those who did are
+    /// to be woken, with no lock held.
+    pub(crate) fn drained_begin(&self) -> Wakes {
+        self.group.lock().release(self.key)
     }
 
     /// The section has ended.

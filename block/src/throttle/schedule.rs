@@ -57,10 +57,10 @@ pub(super) enum Turn {
 /// Who has to look again. Wake them without the lock.
 #[must_use]
 #[derive(Debug, Default)]
-pub(super) struct Wakes(Vec<Waker>);
+pub(crate) struct Wakes(Vec<Waker>);
 
 impl Wakes {
-    pub(super) fn wake(self) {
+    pub(crate) fn wake(self) {
         for waker in self.0 {
             waker.wake();
         }
