@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::buffer::IoVec;
-use crate::driver::{Extent, WriteFlags, ZeroFlags};
+use crate::driver::{Extent, FileRange, WriteFlags, ZeroFlags};
 use crate::error::{IoError, IoOp};
 use crate::gate::{Gate, ShardIndex};
 use crate::node::Node;
@@ -307,6 +307,12 @@ impl InFlight {
         let len = iov.len() as u64;
         self.check_right(IoOp::Write, offset, len, flags.unchanged)?;
         self.node.write(offset, iov, flags).await
+    }
+
+    /// As [`Node::copy_from`], if the backend has the right to.
+    pub async fn copy_from(&self, offset: u64, from: FileRange) -> bool {
+        let may = self.check_right(IoOp::Write, offset, from.len, false);
+        may.is_ok() && self.node.copy_from(offset, from).await
     }
 
     /// As [`Node::write_zeroes`], if the backend has the right to.

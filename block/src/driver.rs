@@ -3,6 +3,7 @@
 //! Drivers are called by `Node` only, which has checked bounds
 //! and rights before.
 
+use std::fs::File;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -50,6 +51,15 @@ pub struct ExtentFlags {
     pub zero: bool,
     /// Allocated in this layer (not taken from a backing image).
     pub allocated: bool,
+}
+
+/// A range of an open file of the host.
+#[derive(Clone, Debug)]
+pub struct FileRange {
+    pub(crate) file: Arc<File>,
+    /// In bytes, as the length is.
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
 }
 
 /// A run of bytes of one kind, from the start of the range that was asked for.
@@ -202,6 +212,24 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// Kind of the extent that begins at `offset`, as far as it is the same, at
     /// most `len` bytes (`len` is at least 1).
     fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>>;
+
+    /// The range of a file that reading this range reads, if it does that and nothing
+    /// else: drivers that count, delay, change or compose what is read have none, which
+    /// is the default. Never blocks. It holds as long as a request counts.
+    fn file_range(&self, offset: u64, len: u64) -> Option<FileRange> {
+        let _ = (offset, len);
+        None
+    }
+
+    /// Writes what `from` holds at `offset`, with no memory of the caller's between.
+    /// `false`: it cannot be done so, or failed, and any part of it may have been
+    /// written; who reads and writes instead learns why. The default cannot.
+    ///
+    /// Cancel: as for a write, which may go on; the files stay open until it ends.
+    fn copy_from<'a>(&'a self, offset: u64, from: FileRange) -> BoxFuture<'a, bool> {
+        let _ = (offset, from);
+        Box::pin(async { false })
+    }
 
     /// Changes the size to `size` bytes. What is new then reads as zeroes, and
     /// [`size`](Self::size) gives the new size. A size that is not of whole sectors

@@ -44,8 +44,8 @@ pub use chain::ChainExtent;
 pub use debug_event::DebugEvent;
 pub use dirty_bitmap::{BitmapError, DirtyBitmap};
 pub use driver::{
-    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, Reopen, Reopened, WriteFlags,
-    ZeroFlags,
+    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, FileRange, Limits, Reopen, Reopened,
+    WriteFlags, ZeroFlags,
 };
 pub use drivers::{OpenError, ReopenError};
 pub use error::{IoError, IoErrorKind, IoOp};

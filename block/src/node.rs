@@ -12,7 +12,9 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use crate::buffer::{AlignedBuffer, IoVec};
 use crate::debug_event::DebugEvent;
 use crate::dirty_bitmap::DirtyBitmap;
-use crate::driver::{BlockDriver, ChildRole, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags};
+use crate::driver::{
+    BlockDriver, ChildRole, Extent, ExtentFlags, FileRange, Limits, WriteFlags, ZeroFlags,
+};
 use crate::error::{IoError, IoOp};
 use crate::options::{CacheOptions, DetectZeroes, DiscardMode};
 
@@ -347,6 +349,34 @@ impl Node {
             done += piece;
         }
         Ok(())
+    }
+
+    /// The range of a file that a read of this range reads, if it does nothing else:
+    /// for [`copy_from`](Self::copy_from), as long as the request counts.
+    pub fn file_range(&self, offset: u64, len: u64) -> Option<FileRange> {
+        self.check_range(IoOp::Read, offset, len).ok()?;
+        self.driver.file_range(offset, len)
+    }
+
+    /// Writes the content of a range of a file at `offset`: less work than reading and
+    /// writing it. `false`: not possible here, or it failed, and any part may have been
+    /// written; read and write it instead, which tells why. Bitmaps as in
+    /// [`write`](Self::write).
+    pub async fn copy_from(&self, offset: u64, from: FileRange) -> bool {
+        let len = from.len;
+        let may = self
+            .check_writable(IoOp::Write, offset, len)
+            .and_then(|()| self.check_range(IoOp::Write, offset, len));
+        if may.is_err() || self.options().detect_zeroes != DetectZeroes::Off {
+            return false;
+        }
+        self.check_write_threshold(offset + len);
+        let _mark = Mark {
+            node: self,
+            offset,
+            len,
+        };
+        self.driver.copy_from(offset, from).await
     }
 
     /// Makes `len` bytes at `offset` read as zeroes; writes them as data where

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::buffer::IoVec;
 use crate::debug_event::DebugEvent;
 use crate::driver::{
-    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, Reopen, Reopened, WriteFlags,
-    ZeroFlags,
+    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, FileRange, Limits, Reopen, Reopened,
+    WriteFlags, ZeroFlags,
 };
 use crate::drivers::{OpenError, ReopenError};
 use crate::error::{IoError, IoOp};
@@ -151,6 +151,20 @@ impl BlockDriver for RawDriver {
             let file = self.file.node();
             file.debug_event(DebugEvent::WRITE_AIO);
             file.write(at, iov, flags).await
+        })
+    }
+
+    fn file_range(&self, offset: u64, len: u64) -> Option<FileRange> {
+        let at = self.below(IoOp::Read, offset, len).ok()?;
+        self.file.node().file_range(at, len)
+    }
+
+    fn copy_from<'a>(&'a self, offset: u64, from: FileRange) -> BoxFuture<'a, bool> {
+        Box::pin(async move {
+            match self.below(IoOp::Write, offset, from.len) {
+                Ok(at) => self.file.node().copy_from(at, from).await,
+                Err(_) => false,
+            }
         })
     }
 

@@ -20,7 +20,7 @@ use super::converge::HOLD_RETRY;
 use super::copy::{Copied, Copier, CopyError, Entered, Look, Side};
 use super::driver::{MirrorDriver, Places};
 use super::guard::{Guard, Sight};
-use super::pace::Pace;
+use super::pace::{INTERVAL, Pace};
 use super::pool::BufferPool;
 use super::state::MirrorState;
 use super::sweep::{Flushes, Sweep, Swept};
@@ -433,6 +433,9 @@ impl<'a> Body<'a> {
         loop {
             if let Some(left) = self.wait_left() {
                 return left.min(SLICE);
+            }
+            if self.pace.is_calm() {
+                return INTERVAL;
             }
             if self.operations.len() >= self.max_operations {
                 return SLICE;

@@ -9,9 +9,12 @@
 //! baseline. Up to [`TOLERANCE`] times the baseline (plus a little slack) the
 //! window grows, past it it is halved, and at its floor the copier also rests
 //! between requests. The baseline is measured, not guessed: now and then, and at
-//! the start, the window goes to its floor for two intervals (a *calm*) and the
-//! second one's mean is the new baseline. A guest that does nothing costs
-//! nothing: the window doubles up to its limit.
+//! the start, nothing is copied for two intervals (a *calm*) and the second one's
+//! mean is the new baseline. A guest that does nothing costs nothing: the window
+//! doubles up to its limit.
+//!
+//! A mirror that is ready has time: it is to be felt hardly at all
+//! ([`READY_TOLERANCE`]), rests longer, and knows no pressure, until it is to end.
 //!
 //! Copying still ends: the floor moves data at a rate of its own, and each pass
 //! over the disk that leaves about as much dirty as it found doubles the
@@ -27,14 +30,20 @@ use super::converge::SECTION_BYTES;
 pub(crate) const INTERVAL: Duration = Duration::from_millis(10);
 /// Mean latency over baseline that is put up with, without pressure.
 pub(crate) const TOLERANCE: u64 = 2;
-/// Latency over the baseline that is never held against the copier.
+/// What is put up with beyond the baseline when the mirror is ready: 1/8 of it.
+const READY_TOLERANCE: u64 = 8;
+/// Latency over the baseline that is never held against the copier; and when the
+/// mirror is ready.
 const SLACK_NS: u64 = 50_000;
+const READY_SLACK_NS: u64 = 10_000;
 /// Time between two calms while the guest is active.
 const CALM_EVERY: Duration = Duration::from_secs(2);
 /// Length of a calm in intervals; the last one is measured.
 const CALM_INTERVALS: u8 = 2;
-/// Longest rest between two requests at the floor.
+/// Longest rest between two requests at the floor; and when the mirror is ready, which
+/// leaves it 32 MiB/s.
 const MAX_REST: Duration = Duration::from_millis(1);
+const MAX_READY_REST: Duration = Duration::from_millis(8);
 /// Shortest rest that is worth a timer.
 const MIN_REST: Duration = Duration::from_millis(1);
 /// Pressure when somebody waits for the copier: 16 times the tolerance.
@@ -78,15 +87,16 @@ pub(crate) struct Pace {
     rest: Duration,
     baseline_ns: Option<u64>,
     pressure: u32,
+    ready: bool,
     hurries: bool,
     calm_left: u8,
-    window_before_calm: u64,
     next_calm: Instant,
     next_decision: Instant,
 }
 
 impl Pace {
-    /// A controller for a window of `floor..=ceiling` bytes; begins with a calm.
+    /// A controller for a window of `floor..=ceiling` bytes; a guest that turns out to
+    /// be active gets a calm at once.
     pub(crate) fn new(floor: u64, ceiling: u64, now: Instant) -> Self {
         let floor = floor.min(ceiling);
         Self {
@@ -96,12 +106,17 @@ impl Pace {
             rest: Duration::ZERO,
             baseline_ns: None,
             pressure: 0,
+            ready: false,
             hurries: false,
-            calm_left: CALM_INTERVALS,
-            window_before_calm: ceiling.min(floor.saturating_mul(4)),
-            next_calm: now + CALM_EVERY,
+            calm_left: 0,
+            next_calm: now,
             next_decision: now + INTERVAL,
         }
+    }
+
+    /// Whether nothing is to be started, so that the guest can be measured alone.
+    pub(crate) fn is_calm(&self) -> bool {
+        self.calm_left > 0
     }
 
     /// Bytes that may be in flight. One request may always be, whatever its size.
@@ -144,22 +159,20 @@ impl Pace {
             self.calm_left -= 1;
             if self.calm_left == 0 {
                 self.baseline_ns = Some(mean);
-                self.window = self.window_before_calm;
             }
             return;
         }
         if now >= self.next_calm {
             self.next_calm = now + CALM_EVERY;
             self.calm_left = CALM_INTERVALS;
-            self.window_before_calm = self.window;
-            self.window = self.floor;
             return;
         }
         if mean > self.limit_ns() {
             if self.window > self.floor {
                 self.window = (self.window / 2).max(self.floor);
             } else {
-                self.rest = (self.rest * 2).clamp(MIN_REST, MAX_REST);
+                let most = if self.ready { MAX_READY_REST } else { MAX_REST };
+                self.rest = (self.rest * 2).clamp(MIN_REST, most);
             }
         } else if !self.rest.is_zero() {
             self.rest = match self.rest / 2 {
@@ -180,6 +193,7 @@ impl Pace {
     /// is measured anew.
     pub(crate) fn relax(&mut self, now: Instant) {
         self.pressure = 0;
+        self.ready = true;
         self.next_calm = now;
     }
 
@@ -189,9 +203,7 @@ impl Pace {
         self.pressure = self.pressure.max(HURRY_PRESSURE);
         self.rest = Duration::ZERO;
         self.hurries = true;
-        if std::mem::take(&mut self.calm_left) > 0 {
-            self.window = self.window_before_calm;
-        }
+        self.calm_left = 0;
     }
 
     /// Notes the end of a pass over the disk: it began with `before` dirty
@@ -222,6 +234,11 @@ impl Pace {
 
     fn limit_ns(&self) -> u64 {
         let baseline = self.baseline_ns.unwrap_or(u64::MAX);
+        if self.ready && !self.hurries {
+            return baseline
+                .saturating_add(baseline / READY_TOLERANCE)
+                .saturating_add(READY_SLACK_NS);
+        }
         baseline
             .saturating_mul(TOLERANCE << self.pressure)
             .saturating_add(SLACK_NS)
@@ -238,7 +255,8 @@ mod tests {
     fn run(pace: &mut Pace, intervals: usize, latency: impl Fn(u64) -> Option<u64>) {
         let mut now = pace.next_decision;
         for _ in 0..intervals {
-            pace.decide(latency(pace.window()), now);
+            let in_flight = if pace.is_calm() { 0 } else { pace.window() };
+            pace.decide(latency(in_flight), now);
             now += INTERVAL;
         }
     }
@@ -265,14 +283,14 @@ mod tests {
         run(&mut pace, 1000, |window| {
             Some(100_000 + 100_000 * window / (1024 * KIB))
         });
-        let window = pace.window().max(pace.window_before_calm);
+        let window = pace.window();
         assert!((256 * KIB..=4096 * KIB).contains(&window), "{window}");
     }
 
     #[test]
     fn at_the_floor_the_copier_rests_and_recovers() {
         let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
-        run(&mut pace, 2, |_| Some(100_000));
+        run(&mut pace, 3, |_| Some(100_000));
         run(&mut pace, 20, |_| Some(1_000_000));
         assert_eq!(pace.window(), 256 * KIB);
         assert_eq!(pace.rest(), MAX_REST);
@@ -287,7 +305,7 @@ mod tests {
         run(&mut pace, 10, |_| Some(100_000));
         // Ten times as slow by itself, whatever the copier does.
         run(&mut pace, 600, |_| Some(1_000_000));
-        assert_eq!(pace.window().max(pace.window_before_calm), 16384 * KIB);
+        assert_eq!(pace.window(), 16384 * KIB);
     }
 
     #[test]
@@ -298,7 +316,7 @@ mod tests {
         }
         assert!(pace.is_at_full_pressure());
         run(&mut pace, 400, |window| Some(100_000 + window / 10));
-        assert_eq!(pace.window().max(pace.window_before_calm), 16384 * KIB);
+        assert_eq!(pace.window(), 16384 * KIB);
         for _ in 0..20 {
             pace.pass_ended(1024 * KIB, 100 * KIB);
         }
@@ -322,7 +340,7 @@ mod tests {
         }
         let latency = |window: u64| Some(100_000 + 100_000 * window / (1024 * KIB));
         run(&mut pace, 1000, latency);
-        assert_eq!(pace.window().max(pace.window_before_calm), 16384 * KIB);
+        assert_eq!(pace.window(), 16384 * KIB);
         pace.relax(pace.next_decision);
         run(&mut pace, 100, latency);
         let window = pace.window();
@@ -338,11 +356,54 @@ mod tests {
         // Somewhere in a calm.
         pace.next_calm = pace.next_decision;
         run(&mut pace, 1, |_| Some(100_000));
-        assert_eq!(pace.window(), 256 * KIB);
+        assert!(pace.is_calm());
         pace.hurry();
+        assert!(!pace.is_calm());
         run(&mut pace, 1000, |_| Some(1_000_000_000));
         assert_eq!(pace.window(), window);
         assert_eq!(pace.rest(), Duration::ZERO);
+    }
+
+    #[test]
+    fn the_guest_is_measured_while_nothing_is_copied() {
+        let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
+        assert!(!pace.is_calm(), "nothing is known of the guest yet");
+        // Slow as long as anything is copied.
+        for _ in 0..3 {
+            let mean = if pace.is_calm() { 100_000 } else { 900_000 };
+            run(&mut pace, 1, |_| Some(mean));
+        }
+        assert_eq!(pace.baseline_ns, Some(100_000));
+        assert!(!pace.is_calm());
+    }
+
+    #[test]
+    fn an_idle_guest_ends_a_calm() {
+        let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
+        run(&mut pace, 1, |_| Some(100_000));
+        assert!(pace.is_calm());
+        run(&mut pace, 1, |_| None);
+        assert!(!pace.is_calm());
+    }
+
+    #[test]
+    fn a_ready_mirror_is_hardly_felt_until_it_is_to_end() {
+        let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
+        let latency = |window: u64| Some(200_000 + 100_000 * window / (1024 * KIB));
+        run(&mut pace, 3, |_| Some(200_000));
+        run(&mut pace, 150, latency);
+        assert!(pace.window() > 1024 * KIB);
+        pace.relax(pace.next_decision);
+        run(&mut pace, 3, |_| Some(200_000));
+        run(&mut pace, 50, |_| Some(300_000));
+        assert_eq!(
+            (pace.window(), pace.rest()),
+            (256 * KIB, MAX_READY_REST),
+            "half as slow again is too much"
+        );
+        pace.hurry();
+        run(&mut pace, 50, |_| Some(300_000));
+        assert!(pace.window() > 1024 * KIB && pace.rest().is_zero());
     }
 
     #[test]

@@ -19,6 +19,7 @@
 //! once, so a later success would claim what is not true. So each sync of the
 //! file goes through one place, that of a durable write (FUA) included.
 
+mod copy;
 mod data_region;
 mod lock;
 mod open;
@@ -35,6 +36,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
+use self::copy::Copies;
 use self::data_region::DataRegion;
 pub use self::reopen::FileNode;
 
@@ -43,7 +45,7 @@ use self::open::{Kind, Opened};
 use self::sys::DirectAlignment;
 use self::zero::Support;
 use crate::buffer::{AlignedBuffer, IoVec};
-use crate::driver::{BlockDriver, BoxFuture, Extent, Limits, WriteFlags, ZeroFlags};
+use crate::driver::{BlockDriver, BoxFuture, Extent, FileRange, Limits, WriteFlags, ZeroFlags};
 use crate::drivers::OpenError;
 use crate::error::{IoError, IoOp};
 use crate::options::{CacheOptions, FileOptions};
@@ -54,6 +56,8 @@ use crate::uring::{self, Hold};
 
 /// Unit of requests that nodes know.
 const SECTOR: u32 = 512;
+/// Largest request to a file in memory that the calling thread carries out itself.
+const AT_ONCE: usize = 64 << 10;
 /// Bounce buffers are at most this large.
 const BOUNCE: u64 = 1 << 20;
 
@@ -79,6 +83,8 @@ pub struct FileDriver {
     file: Arc<File>,
     filename: String,
     kind: Kind,
+    /// Lies in memory (tmpfs): nothing is waited for.
+    in_memory: bool,
     host_device: bool,
     read_only: bool,
     /// Bytes; where the file ended when it was opened or resized. Written by a
@@ -94,6 +100,8 @@ pub struct FileDriver {
     /// Where data was found last.
     data_region: DataRegion,
     flushes: Arc<Flushes>,
+    /// What is to be copied into it from other files.
+    copies: Arc<Copies>,
 }
 
 /// Blocks that are locked as long as the kernel may write them.
@@ -190,6 +198,7 @@ impl FileDriver {
             .then(|| ImageLock::new(Arc::clone(&file), filename.clone()));
         Ok(Self {
             node: node.into(),
+            in_memory: sys::is_in_memory(&file),
             file,
             filename,
             kind: opened.kind,
@@ -203,6 +212,7 @@ impl FileDriver {
             support: Support::all(),
             data_region: DataRegion::default(),
             flushes: Arc::default(),
+            copies: Arc::default(),
         })
     }
 
@@ -263,7 +273,18 @@ impl FileDriver {
         }))
     }
 
+    /// Whether a request is done best on the spot: there is nothing to wait for, and the
+    /// kernel would have a thread of its own do it.
+    fn is_at_once(&self, iov: &IoVec) -> bool {
+        self.in_memory && self.direct.is_none() && iov.len() <= AT_ONCE
+    }
+
     async fn read_into(&self, offset: u64, iov: &IoVec) -> io::Result<()> {
+        if self.is_at_once(iov) {
+            let count = sys::read(&self.file, offset, iov)?;
+            iov.slice(count, iov.len() - count).fill(0);
+            return Ok(());
+        }
         let ring = current_ring();
         let Some(direct) = self.direct else {
             let count = uring::read(&ring, &self.file, offset, iov, 1).await?;
@@ -321,6 +342,9 @@ impl FileDriver {
         iov: IoVec,
         hold: Option<&Rc<dyn Hold>>,
     ) -> io::Result<()> {
+        if self.is_at_once(&iov) {
+            return sys::write(&self.file, offset, &iov);
+        }
         let ring = current_ring();
         let Some(direct) = self.direct else {
             return uring::write(&ring, &self.file, offset, &iov, 1, hold).await;
@@ -483,6 +507,14 @@ impl BlockDriver for FileDriver {
                 .await
                 .map_err(|error| self.error(IoOp::Write, offset, len, &error))
         })
+    }
+
+    fn file_range(&self, offset: u64, len: u64) -> Option<FileRange> {
+        self.copyable_range(offset, len)
+    }
+
+    fn copy_from<'a>(&'a self, offset: u64, from: FileRange) -> BoxFuture<'a, bool> {
+        Box::pin(self.copy(offset, from))
     }
 
     fn write_zeroes<'a>(

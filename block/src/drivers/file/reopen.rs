@@ -12,7 +12,7 @@ use arc_swap::ArcSwap;
 use super::{FileDriver, OpenFlags, open};
 use crate::buffer::IoVec;
 use crate::driver::{
-    BlockDriver, BoxFuture, Extent, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, Extent, FileRange, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
 };
 use crate::drivers::{OpenError, ReopenError};
 use crate::error::{IoError, IoOp};
@@ -153,6 +153,15 @@ impl BlockDriver for FileNode {
                 .await
                 .map_err(|error| file.error(IoOp::Write, offset, len, &error))
         })
+    }
+
+    fn file_range(&self, offset: u64, len: u64) -> Option<FileRange> {
+        self.current.load().file_range(offset, len)
+    }
+
+    fn copy_from<'a>(&'a self, offset: u64, from: FileRange) -> BoxFuture<'a, bool> {
+        let file = self.current.load_full();
+        Box::pin(async move { file.copy_from(offset, from).await })
     }
 
     fn write_zeroes<'a>(

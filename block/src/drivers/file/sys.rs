@@ -6,6 +6,8 @@ use std::os::fd::AsRawFd;
 
 use libc::c_int;
 
+use crate::buffer::IoVec;
+
 /// What O_DIRECT wants, in bytes (`statx(2)`, `STATX_DIOALIGN`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct DirectAlignment {
@@ -113,6 +115,86 @@ pub(super) fn seek(file: &File, offset: u64, whence: c_int) -> io::Result<Option
             error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
             error => Err(error),
         },
+    }
+}
+
+/// Whether a file is in memory only: on tmpfs.
+pub(super) fn is_in_memory(file: &File) -> bool {
+    // SAFETY: statfs is plain data, for which zeroes are a value.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes no more than `stat`.
+    let result = unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) };
+    result == 0 && stat.f_type == libc::TMPFS_MAGIC
+}
+
+/// Reads until `iov` is full or the file ends; gives the bytes read. Blocks.
+pub(super) fn read(file: &File, offset: u64, iov: &IoVec) -> io::Result<usize> {
+    transfer(offset, iov, |iovecs, at| {
+        // SAFETY: the segments are memory of the IoVec.
+        unsafe { libc::preadv(file.as_raw_fd(), iovecs.as_ptr(), count(iovecs), at) }
+    })
+}
+
+/// Writes all of `iov`. Blocks.
+pub(super) fn write(file: &File, offset: u64, iov: &IoVec) -> io::Result<()> {
+    let written = transfer(offset, iov, |iovecs, at| {
+        // SAFETY: the segments are memory of the IoVec.
+        unsafe { libc::pwritev(file.as_raw_fd(), iovecs.as_ptr(), count(iovecs), at) }
+    })?;
+    if written < iov.len() {
+        return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+    }
+    Ok(())
+}
+
+/// Segments that the kernel takes in one request (`IOV_MAX`).
+const MAX_SEGMENTS: usize = 1024;
+
+fn count(iovecs: &[libc::iovec]) -> c_int {
+    // It fits: see MAX_SEGMENTS.
+    iovecs.len().min(MAX_SEGMENTS) as c_int
+}
+
+/// Repeats `call` until all of `iov` is done or it gives 0; gives the bytes done.
+fn transfer(
+    offset: u64,
+    iov: &IoVec,
+    call: impl Fn(&[libc::iovec], libc::off64_t) -> isize,
+) -> io::Result<usize> {
+    let mut done = 0;
+    while done < iov.len() {
+        let at = libc::off64_t::try_from(offset + done as u64)
+            .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+        match usize::try_from(call(&iov.slice(done, iov.len() - done).to_iovecs(), at)) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+    Ok(done)
+}
+
+/// Tells the kernel that a range is about to be read (`POSIX_FADV_WILLNEED`). A hint.
+pub(super) fn will_need(file: &File, offset: u64, len: u64) {
+    let (Ok(offset), Ok(len)) = (offset.try_into(), len.try_into()) else {
+        return;
+    };
+    // SAFETY: touches no memory of ours.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), offset, len, libc::POSIX_FADV_WILLNEED) };
+}
+
+/// Begins to write a range of the page cache to the storage (`sync_file_range(2)`).
+/// A hint: what fails is found by the flush. May block while the storage is busy.
+pub(super) fn begin_writeback(file: &File, offset: u64, len: u64) {
+    let (Ok(offset), Ok(len)) = (offset.try_into(), len.try_into()) else {
+        return;
+    };
+    // SAFETY: touches no memory of ours.
+    unsafe {
+        libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE);
     }
 }
 

@@ -2,6 +2,7 @@
 //! the build directory.
 
 mod content;
+mod copying;
 mod locking;
 mod opening;
 mod storage;

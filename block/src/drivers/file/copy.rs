@@ -1,0 +1,142 @@
+//! Copying from file to file, through the page cache.
+//!
+//! A thread that reads and writes by a small buffer finds what it has read in the
+//! processor's cache when it writes it. Many large requests in flight do not: each
+//! byte then comes from memory twice more.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use futures_channel::oneshot;
+
+use super::{FileDriver, sys};
+use crate::driver::FileRange;
+use crate::runtime;
+use crate::sync::{Mutex, lock};
+
+/// Bytes that are read before they are written. Measured: docs/performance.md.
+const PIECE: usize = 128 << 10;
+/// What the buffer is aligned to: the kernel copies by pages, far faster to where each
+/// begins as it does in the page cache.
+const PAGE: usize = 4096;
+/// Threads that copy into one file: one waits for storage while the other works. More
+/// would wait for the file system's lock of the file.
+const THREADS: usize = 2;
+
+thread_local! {
+    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; PIECE + PAGE].into_boxed_slice());
+}
+
+/// Ranges that are to be copied into one file. Any thread.
+#[derive(Default)]
+pub(super) struct Copies {
+    /// A leaf lock, held to put one in or to take one out.
+    queue: Mutex<Queue>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Copy>,
+    /// Threads that take from it.
+    threads: usize,
+}
+
+struct Copy {
+    from: FileRange,
+    into: Arc<File>,
+    offset: u64,
+    done: oneshot::Sender<bool>,
+}
+
+impl FileDriver {
+    pub(super) fn copyable_range(&self, offset: u64, len: u64) -> Option<FileRange> {
+        self.direct.is_none().then(|| FileRange {
+            file: Arc::clone(&self.file),
+            offset,
+            len,
+        })
+    }
+
+    /// See [`BlockDriver::copy_from`](crate::BlockDriver::copy_from).
+    pub(super) async fn copy(&self, offset: u64, from: FileRange) -> bool {
+        if self.direct.is_some() || self.read_only {
+            return false;
+        }
+        let (done, copied) = oneshot::channel();
+        let copy = Copy {
+            from,
+            into: Arc::clone(&self.file),
+            offset,
+            done,
+        };
+        // In memory there is no storage to wait for.
+        let threads = if self.in_memory { 1 } else { THREADS };
+        if self.copies.push(copy, threads) {
+            let copies = Arc::clone(&self.copies);
+            runtime::unblock_detached(move || copies.run());
+        }
+        copied.await.unwrap_or(false)
+    }
+}
+
+impl Copies {
+    /// Whether another thread is to [`run`](Self::run).
+    fn push(&self, copy: Copy, threads: usize) -> bool {
+        let mut queue = lock(&self.queue);
+        queue.waiting.push_back(copy);
+        let another = queue.threads < threads;
+        queue.threads += usize::from(another);
+        another
+    }
+
+    fn pop(&self) -> Option<Copy> {
+        let mut queue = lock(&self.queue);
+        let next = queue.waiting.pop_front();
+        if next.is_none() {
+            queue.threads -= 1;
+        }
+        next
+    }
+
+    /// Copies until there is no more to be copied. Blocks.
+    ///
+    /// One thread does all that has gathered: to wake one for each would take as long
+    /// as copying some of it.
+    fn run(&self) {
+        while let Some(copy) = self.pop() {
+            // Who has gone does not want it any more, or not there.
+            if !copy.done.is_canceled() {
+                let copied = copy_range(&copy.from, &copy.into, copy.offset).is_ok();
+                let _ = copy.done.send(copied);
+            }
+        }
+    }
+}
+
+/// Blocks. A range that goes past the end of its file fails.
+fn copy_range(from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
+    // All of it is on its way from the storage while the first piece is waited for.
+    sys::will_need(&from.file, from.offset, from.len);
+    BUFFER.with_borrow_mut(|buffer| {
+        let page = buffer.as_ptr().align_offset(PAGE).min(PAGE);
+        let buffer = &mut buffer[page..page + PIECE];
+        let mut done = 0;
+        while done < from.len {
+            // At most a piece, so it fits.
+            let len = (from.len - done).min(PIECE as u64) as usize;
+            let piece = &mut buffer[..len];
+            from.file.read_exact_at(piece, from.offset + done)?;
+            into.write_all_at(piece, offset + done)?;
+            done += len as u64;
+        }
+        io::Result::Ok(())
+    })?;
+    // The flush that follows such copying, and those of others on the same file
+    // system, would else wait for all of it.
+    sys::begin_writeback(into, offset, from.len);
+    Ok(())
+}

@@ -1,0 +1,107 @@
+//! Ranges that are copied from file to file.
+
+use super::*;
+use crate::dirty_bitmap::DirtyBitmap;
+use crate::node::{Node, NodeOptions};
+use crate::options::DetectZeroes;
+use crate::runtime::EventLoop;
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|at| (at / 512 * 7 + at) as u8).collect()
+}
+
+#[test]
+fn a_range_is_copied_and_nothing_beside_it() {
+    let len = 3 * (128 << 10) + 1536;
+    for place in places() {
+        let source = image_in(&place, 0);
+        std::fs::write(source.path(), pattern(len + 4096)).unwrap();
+        let target = image_in(&place, 1 << 20);
+        std::fs::write(target.path(), vec![0xee; 1 << 20]).unwrap();
+        let (from, into) = (
+            open_image(source.path(), false),
+            open_image(target.path(), false),
+        );
+        let copied = EventLoop::new("test").unwrap().block_on(async {
+            let range = from.file_range(512, len as u64).unwrap();
+            into.copy_from(2048, range).await
+        });
+        assert!(copied);
+        let after = std::fs::read(target.path()).unwrap();
+        assert!(after[..2048].iter().all(|byte| *byte == 0xee));
+        assert_eq!(after[2048..2048 + len], pattern(len + 4096)[512..512 + len]);
+        assert!(after[2048 + len..].iter().all(|byte| *byte == 0xee));
+    }
+}
+
+#[test]
+fn many_ranges_at_once_all_arrive() {
+    const RANGE: u64 = 64 << 10;
+    for place in places() {
+        let source = image_in(&place, 0);
+        std::fs::write(source.path(), pattern(4 << 20)).unwrap();
+        let target = image_in(&place, 4 << 20);
+        let (from, into) = (
+            open_image(source.path(), false),
+            open_image(target.path(), false),
+        );
+        EventLoop::new("test").unwrap().block_on(async {
+            let copies = (0..64).map(|n| {
+                let range = from.file_range(n * RANGE, RANGE).unwrap();
+                into.copy_from(n * RANGE, range)
+            });
+            let copied = futures_util::future::join_all(copies).await;
+            assert!(copied.iter().all(|copied| *copied));
+        });
+        assert_eq!(std::fs::read(target.path()).unwrap(), pattern(4 << 20));
+    }
+}
+
+#[test]
+fn what_cannot_be_copied_is_left_to_who_asked() {
+    let source = image_in(&disk(), 64 << 10);
+    let target = image_in(&disk(), 64 << 10);
+    let from = open_image(source.path(), false);
+    let into = open_image(target.path(), false);
+    let direct = open_image(target.path(), true);
+    let read_only = OpenFlags {
+        read_only: true,
+        ..flags(false)
+    };
+    let read_only = open("node", &file_options(target.path()), read_only).unwrap();
+    assert!(direct.file_range(0, 512).is_none());
+    EventLoop::new("test").unwrap().block_on(async {
+        let range = from.file_range(0, 4096).unwrap();
+        assert!(!direct.copy_from(0, range.clone()).await, "O_DIRECT");
+        assert!(!read_only.copy_from(0, range).await, "read-only");
+        let past_the_end = from.file_range((64 << 10) - 512, 1024).unwrap();
+        assert!(!into.copy_from(0, past_the_end).await);
+    });
+}
+
+#[test]
+fn a_copied_range_counts_as_written_and_detected_zeroes_are_not_passed_by() {
+    let source = image_in(&disk(), 64 << 10);
+    let target = image_in(&disk(), 64 << 10);
+    let from = open_image(source.path(), false);
+    let node = |detect_zeroes| {
+        let options = NodeOptions {
+            detect_zeroes,
+            ..NodeOptions::default()
+        };
+        Node::new("n", Box::new(open_image(target.path(), false)), options)
+    };
+    EventLoop::new("test").unwrap().block_on(async {
+        let range = from.file_range(0, 8192).unwrap();
+        let into = node(DetectZeroes::Off);
+        let bitmap = Arc::new(DirtyBitmap::new(64 << 10, 4096).unwrap());
+        into.attach_bitmap(&bitmap);
+        assert!(into.copy_from(4096, range.clone()).await);
+        assert_eq!(bitmap.next_dirty_area(0, 64 << 10), Some(4096..12288));
+        assert!(
+            !into.copy_from(60 << 10, range.clone()).await,
+            "past the end"
+        );
+        assert!(!node(DetectZeroes::On).copy_from(0, range).await);
+    });
+}
