@@ -423,7 +423,7 @@ impl<'a> Body<'a> {
     fn adapt(&mut self) {
         let now = Instant::now();
         if self.pace.is_due(now) {
-            self.pace.decide(self.state.latency.take_mean_ns(), now);
+            self.pace.decide(self.state.latency.take(), now);
         }
     }
 

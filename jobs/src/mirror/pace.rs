@@ -5,12 +5,17 @@
 //! here: the speed limit a user sets (the job core's), and the copying itself.
 //!
 //! The controller is additive increase, multiplicative decrease. Every
-//! [`INTERVAL`] it compares the mean latency of the guest's requests with a
-//! baseline. Up to [`TOLERANCE`] times the baseline (plus a little slack) the
-//! window grows, past it it is halved, and at its floor the copier also rests
-//! between requests. The baseline is measured, not guessed: now and then, and at
-//! the start, nothing is copied for two intervals (a *calm*) and the second one's
-//! mean is the new baseline. A guest that does nothing costs nothing: the window
+//! [`INTERVAL`] it compares what the guest's requests take, and how many there
+//! are, with a baseline. As long as the guest keeps what [`TOLERANCE`] grants it
+//! the window grows; if not it is halved, and at its floor the copier also rests
+//! between requests. Latency alone would not do: where processors are what is
+//! scarce, a guest gets fewer requests done, and each is as fast as before. A
+//! guest that asks less of its own accord slows the copier for no reason, but
+//! not for longer than until the next calm, and never below the floor.
+//!
+//! The baseline is measured, not guessed: now and then, and at the start, nothing
+//! is copied for three intervals (a *calm*), and what the guest does in the last
+//! two is the new baseline. A guest that does nothing costs nothing: the window
 //! doubles up to its limit.
 //!
 //! A mirror that is ready has time: it is to be felt hardly at all
@@ -28,18 +33,21 @@ use super::converge::SECTION_BYTES;
 
 /// Time between two decisions.
 pub(crate) const INTERVAL: Duration = Duration::from_millis(10);
-/// Mean latency over baseline that is put up with, without pressure.
-pub(crate) const TOLERANCE: u64 = 2;
-/// What is put up with beyond the baseline when the mirror is ready: 1/8 of it.
-const READY_TOLERANCE: u64 = 8;
+/// How many times the baseline's latency, and what part of its rate, is put up with
+/// without pressure, in eighths: the guest keeps two thirds.
+const TOLERANCE: u64 = 12;
+/// The same when the mirror is ready: the guest keeps eight ninths.
+const READY_TOLERANCE: u64 = 9;
 /// Latency over the baseline that is never held against the copier; and when the
 /// mirror is ready.
 const SLACK_NS: u64 = 50_000;
 const READY_SLACK_NS: u64 = 10_000;
 /// Time between two calms while the guest is active.
 const CALM_EVERY: Duration = Duration::from_secs(2);
-/// Length of a calm in intervals; the last one is measured.
-const CALM_INTERVALS: u8 = 2;
+/// Intervals of a calm that are measured, after one in which what is in flight ends.
+const CALM_MEASURED: u32 = 2;
+/// Requests per second weigh a quarter of what they were before.
+const RATE_WEIGHT: u64 = 4;
 /// Longest rest between two requests at the floor; and when the mirror is ready, which
 /// leaves it 32 MiB/s.
 const MAX_REST: Duration = Duration::from_millis(1);
@@ -48,8 +56,17 @@ const MAX_READY_REST: Duration = Duration::from_millis(8);
 const MIN_REST: Duration = Duration::from_millis(1);
 /// Pressure when somebody waits for the copier: 16 times the tolerance.
 const HURRY_PRESSURE: u32 = 4;
-/// Pressure at which the tolerance has no effect any more (2 << 8 times).
+/// Pressure at which the tolerance has no effect any more (1.5 << 8 times).
 const MAX_PRESSURE: u32 = 8;
+
+/// What the guest felt for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Felt {
+    /// Mean latency of its requests in nanoseconds.
+    mean_ns: u64,
+    /// How many there were: at least 1.
+    count: u64,
+}
 
 /// Latency of the guest's requests since it was last asked for.
 ///
@@ -69,13 +86,30 @@ impl GuestLatency {
         self.count.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Mean latency in nanoseconds of the requests since the last call; `None`
-    /// if there were none.
-    pub(crate) fn take_mean_ns(&self) -> Option<u64> {
+    /// What the guest felt since the last call; `None` if it asked for nothing.
+    pub(crate) fn take(&self) -> Option<Felt> {
         let count = self.count.swap(0, Ordering::Relaxed);
         let sum = self.sum_ns.swap(0, Ordering::Relaxed);
-        sum.checked_div(count)
+        let mean_ns = sum.checked_div(count)?;
+        Some(Felt { mean_ns, count })
     }
+}
+
+/// What the guest gets when nothing is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Baseline {
+    mean_ns: u64,
+    /// Requests per second.
+    rate: u64,
+}
+
+/// Where a calm has got to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Calm {
+    /// What was in flight ends.
+    Begins,
+    /// The guest is measured.
+    Measures,
 }
 
 /// The controller. Used by the job's body only.
@@ -85,12 +119,15 @@ pub(crate) struct Pace {
     ceiling: u64,
     window: u64,
     rest: Duration,
-    baseline_ns: Option<u64>,
+    baseline: Option<Baseline>,
+    /// Requests of the guest per second, smoothed.
+    rate: u64,
     pressure: u32,
     ready: bool,
     hurries: bool,
-    calm_left: u8,
+    calm: Option<Calm>,
     next_calm: Instant,
+    last_decision: Instant,
     next_decision: Instant,
 }
 
@@ -104,19 +141,21 @@ impl Pace {
             ceiling,
             window: floor,
             rest: Duration::ZERO,
-            baseline_ns: None,
+            baseline: None,
+            rate: 0,
             pressure: 0,
             ready: false,
             hurries: false,
-            calm_left: 0,
+            calm: None,
             next_calm: now,
+            last_decision: now,
             next_decision: now + INTERVAL,
         }
     }
 
     /// Whether nothing is to be started, so that the guest can be measured alone.
     pub(crate) fn is_calm(&self) -> bool {
-        self.calm_left > 0
+        self.calm.is_some()
     }
 
     /// Bytes that may be in flight. One request may always be, whatever its size.
@@ -139,35 +178,49 @@ impl Pace {
         now >= self.next_decision
     }
 
-    /// Adapts to the mean latency of the guest's requests in the last interval.
-    pub(crate) fn decide(&mut self, guest_mean_ns: Option<u64>, now: Instant) {
+    /// Adapts to what the guest felt since the last decision.
+    pub(crate) fn decide(&mut self, felt: Option<Felt>, now: Instant) {
+        let took = now.saturating_duration_since(self.last_decision);
+        self.last_decision = now;
         self.next_decision = now + INTERVAL;
-        let Some(mean) = guest_mean_ns else {
-            self.calm_left = 0;
+        let Some(felt) = felt else {
+            self.calm = None;
             self.next_calm = now;
             self.rest = Duration::ZERO;
             self.window = self.window.saturating_mul(2).min(self.ceiling);
             return;
         };
+        let rate = per_second(felt.count, took);
+        self.rate = (self.rate.saturating_mul(RATE_WEIGHT - 1)).saturating_add(rate) / RATE_WEIGHT;
         if self.hurries {
-            if mean <= self.limit_ns() {
+            if self.is_fine(felt.mean_ns) {
                 self.grow();
             }
             return;
         }
-        if self.calm_left > 0 {
-            self.calm_left -= 1;
-            if self.calm_left == 0 {
-                self.baseline_ns = Some(mean);
+        match self.calm {
+            Some(Calm::Begins) => {
+                self.calm = Some(Calm::Measures);
+                self.next_decision = now + INTERVAL * CALM_MEASURED;
+                return;
             }
-            return;
+            Some(Calm::Measures) => {
+                self.calm = None;
+                self.rate = rate;
+                self.baseline = Some(Baseline {
+                    mean_ns: felt.mean_ns,
+                    rate,
+                });
+                return;
+            }
+            None => {}
         }
         if now >= self.next_calm {
             self.next_calm = now + CALM_EVERY;
-            self.calm_left = CALM_INTERVALS;
+            self.calm = Some(Calm::Begins);
             return;
         }
-        if mean > self.limit_ns() {
+        if !self.is_fine(felt.mean_ns) {
             if self.window > self.floor {
                 self.window = (self.window / 2).max(self.floor);
             } else {
@@ -203,7 +256,7 @@ impl Pace {
         self.pressure = self.pressure.max(HURRY_PRESSURE);
         self.rest = Duration::ZERO;
         self.hurries = true;
-        self.calm_left = 0;
+        self.calm = None;
     }
 
     /// Notes the end of a pass over the disk: it began with `before` dirty
@@ -232,17 +285,26 @@ impl Pace {
         self.pressure == MAX_PRESSURE
     }
 
-    fn limit_ns(&self) -> u64 {
-        let baseline = self.baseline_ns.unwrap_or(u64::MAX);
-        if self.ready && !self.hurries {
-            return baseline
-                .saturating_add(baseline / READY_TOLERANCE)
-                .saturating_add(READY_SLACK_NS);
-        }
-        baseline
-            .saturating_mul(TOLERANCE << self.pressure)
-            .saturating_add(SLACK_NS)
+    /// Whether the guest keeps what it is to keep, at this mean latency.
+    fn is_fine(&self, mean_ns: u64) -> bool {
+        let Some(baseline) = self.baseline else {
+            return true;
+        };
+        let (eighths, slack) = match self.ready && !self.hurries {
+            true => (READY_TOLERANCE, READY_SLACK_NS),
+            false => (TOLERANCE << self.pressure, SLACK_NS),
+        };
+        let limit_ns = (baseline.mean_ns / 8)
+            .saturating_mul(eighths)
+            .saturating_add(slack);
+        let least = baseline.rate.saturating_mul(8) / eighths;
+        mean_ns <= limit_ns && self.rate >= least
     }
+}
+
+fn per_second(count: u64, took: Duration) -> u64 {
+    let ns = took.as_nanos().max(1);
+    u64::try_from(u128::from(count) * 1_000_000_000 / ns).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -256,8 +318,27 @@ mod tests {
         let mut now = pace.next_decision;
         for _ in 0..intervals {
             let in_flight = if pace.is_calm() { 0 } else { pace.window() };
-            pace.decide(latency(in_flight), now);
-            now += INTERVAL;
+            let felt = latency(in_flight).map(|mean_ns| Felt {
+                mean_ns,
+                // Always the same rate.
+                count: now.duration_since(pace.last_decision).as_millis() as u64 * 10,
+            });
+            pace.decide(felt, now);
+            now = pace.next_decision;
+        }
+    }
+
+    /// A guest that gets ever fewer requests done the more is copied, each as fast.
+    fn run_starved(pace: &mut Pace, intervals: usize, count: impl Fn(u64) -> u64) {
+        for _ in 0..intervals {
+            let copying = !pace.is_calm() && pace.rest() < Duration::from_millis(4);
+            let now = pace.next_decision;
+            let ms = now.duration_since(pace.last_decision).as_millis() as u64;
+            let felt = Felt {
+                mean_ns: 5_000,
+                count: count(if copying { pace.window() } else { 0 }) * ms / 10,
+            };
+            pace.decide(Some(felt), now);
         }
     }
 
@@ -373,7 +454,7 @@ mod tests {
             let mean = if pace.is_calm() { 100_000 } else { 900_000 };
             run(&mut pace, 1, |_| Some(mean));
         }
-        assert_eq!(pace.baseline_ns, Some(100_000));
+        assert_eq!(pace.baseline.map(|alone| alone.mean_ns), Some(100_000));
         assert!(!pace.is_calm());
     }
 
@@ -407,12 +488,28 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_gets_less_done_holds_the_window_down_however_fast_its_requests_are() {
+        let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
+        // Half as much with 4 MiB in flight.
+        let count = |window: u64| 700 - 350 * window.min(8192 * KIB) / (8192 * KIB);
+        run_starved(&mut pace, 600, count);
+        let window = pace.window();
+        assert!((2048 * KIB..=8192 * KIB).contains(&window), "{window}");
+        // When it is ready, any copying is felt too much.
+        pace.relax(pace.next_decision);
+        run_starved(&mut pace, 60, |window| if window > 0 { 500 } else { 700 });
+        assert_eq!(pace.window(), 256 * KIB);
+        assert!(pace.rest() >= Duration::from_millis(2), "{:?}", pace.rest());
+    }
+
+    #[test]
     fn latency_is_a_mean_and_starts_anew() {
         let latency = GuestLatency::default();
-        assert_eq!(latency.take_mean_ns(), None);
+        assert_eq!(latency.take(), None);
         latency.record(Duration::from_nanos(100));
         latency.record(Duration::from_nanos(300));
-        assert_eq!(latency.take_mean_ns(), Some(200));
-        assert_eq!(latency.take_mean_ns(), None);
+        let (mean_ns, count) = (200, 2);
+        assert_eq!(latency.take(), Some(Felt { mean_ns, count }));
+        assert_eq!(latency.take(), None);
     }
 }
