@@ -1,7 +1,11 @@
 //! Copying from file to file, through the page cache.
 //!
-//! A thread that reads and writes by a small buffer finds what it has read in the
-//! processor's cache when it writes it. Many large requests in flight do not: each
+//! On file systems that move pages of their own to each other's files, the kernel is
+//! asked to (`copy_file_range`). Not on those that would let both files share their
+//! blocks: the copy has to be one, with blocks of its own and on its own.
+//!
+//! Elsewhere a thread reads and writes by a small buffer, and finds what it has read in
+//! the processor's cache when it writes it. Many large requests in flight do not: each
 //! byte then comes from memory twice more.
 
 use std::cell::RefCell;
@@ -23,6 +27,8 @@ const PIECE: usize = 128 << 10;
 /// What the buffer is aligned to: the kernel copies by pages, far faster to where each
 /// begins as it does in the page cache.
 const PAGE: usize = 4096;
+/// Bytes after which what was written is sent to the storage.
+const WRITEBACK: u64 = 8 << 20;
 /// Threads that copy into one file: one waits for storage while the other works. More
 /// would wait for the file system's lock of the file.
 const THREADS: usize = 2;
@@ -73,9 +79,7 @@ impl FileDriver {
             offset,
             done,
         };
-        // In memory there is no storage to wait for.
-        let threads = if self.in_memory { 1 } else { THREADS };
-        if self.copies.push(copy, threads) {
+        if self.copies.push(copy) {
             let copies = Arc::clone(&self.copies);
             runtime::unblock_detached(move || copies.run());
         }
@@ -85,10 +89,10 @@ impl FileDriver {
 
 impl Copies {
     /// Whether another thread is to [`run`](Self::run).
-    fn push(&self, copy: Copy, threads: usize) -> bool {
+    fn push(&self, copy: Copy) -> bool {
         let mut queue = lock(&self.queue);
         queue.waiting.push_back(copy);
-        let another = queue.threads < threads;
+        let another = queue.threads < THREADS;
         queue.threads += usize::from(another);
         another
     }
@@ -121,6 +125,34 @@ impl Copies {
 fn copy_range(from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
     // All of it is on its way from the storage while the first piece is waited for.
     sys::will_need(&from.file, from.offset, from.len);
+    if sys::copies_pages(&from.file, into) {
+        copy_pages(from, into, offset)?;
+    } else {
+        copy_bytes(from, into, offset)?;
+    }
+    // The flush that follows such copying, and those of others on the same file
+    // system, would else wait for all of it.
+    let end = offset + from.len;
+    let whole = end - end % WRITEBACK;
+    if whole > offset {
+        sys::begin_writeback(into, whole - WRITEBACK, WRITEBACK);
+    }
+    Ok(())
+}
+
+fn copy_pages(from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
+    let mut done = 0;
+    while done < from.len {
+        let left = from.len - done;
+        match sys::copy(&from.file, from.offset + done, into, offset + done, left)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            copied => done += copied,
+        }
+    }
+    Ok(())
+}
+
+fn copy_bytes(from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
     BUFFER.with_borrow_mut(|buffer| {
         let page = buffer.as_ptr().align_offset(PAGE).min(PAGE);
         let buffer = &mut buffer[page..page + PIECE];
@@ -133,10 +165,6 @@ fn copy_range(from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
             into.write_all_at(piece, offset + done)?;
             done += len as u64;
         }
-        io::Result::Ok(())
-    })?;
-    // The flush that follows such copying, and those of others on the same file
-    // system, would else wait for all of it.
-    sys::begin_writeback(into, offset, from.len);
-    Ok(())
+        Ok(())
+    })
 }

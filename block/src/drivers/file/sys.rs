@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 
 use libc::c_int;
 
@@ -118,13 +119,66 @@ pub(super) fn seek(file: &File, offset: u64, whence: c_int) -> io::Result<Option
     }
 }
 
-/// Whether a file is in memory only: on tmpfs.
-pub(super) fn is_in_memory(file: &File) -> bool {
+/// Kind of the file system that a file is on (`fstatfs(2)`); `None` if that is not told.
+fn file_system(file: &File) -> Option<libc::__fsword_t> {
     // SAFETY: statfs is plain data, for which zeroes are a value.
     let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the kernel writes no more than `stat`.
     let result = unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) };
-    result == 0 && stat.f_type == libc::TMPFS_MAGIC
+    (result == 0).then_some(stat.f_type)
+}
+
+/// Whether a file is in memory only: on tmpfs.
+pub(super) fn is_in_memory(file: &File) -> bool {
+    file_system(file) == Some(libc::TMPFS_MAGIC)
+}
+
+/// Whether [`copy`] moves data between these two, and nothing else: both are regular
+/// files on one file system, of a kind that cannot let files share blocks.
+pub(super) fn copies_pages(from: &File, into: &File) -> bool {
+    let (Ok(from), Ok(to)) = (from.metadata(), into.metadata()) else {
+        return false;
+    };
+    let copies = || {
+        let kind = file_system(into);
+        matches!(kind, Some(libc::TMPFS_MAGIC | libc::EXT4_SUPER_MAGIC))
+    };
+    from.is_file() && to.is_file() && from.dev() == to.dev() && copies()
+}
+
+/// Copies at most `len` bytes (`copy_file_range(2)`); gives how many, 0 at the end of
+/// `from`. Blocks.
+pub(super) fn copy(
+    from: &File,
+    from_offset: u64,
+    into: &File,
+    into_offset: u64,
+    len: u64,
+) -> io::Result<u64> {
+    let too_large = |_| io::Error::from_raw_os_error(libc::EOVERFLOW);
+    let mut from_offset = libc::off64_t::try_from(from_offset).map_err(too_large)?;
+    let mut into_offset = libc::off64_t::try_from(into_offset).map_err(too_large)?;
+    let len = usize::try_from(len).unwrap_or(usize::MAX);
+    loop {
+        // SAFETY: the kernel reads and writes the two offsets.
+        let copied = unsafe {
+            libc::copy_file_range(
+                from.as_raw_fd(),
+                &mut from_offset,
+                into.as_raw_fd(),
+                &mut into_offset,
+                len,
+                0,
+            )
+        };
+        match u64::try_from(copied) {
+            Ok(copied) => return Ok(copied),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
 }
 
 /// Reads until `iov` is full or the file ends; gives the bytes read. Blocks.

@@ -13,10 +13,11 @@ fn pattern(len: usize) -> Vec<u8> {
 #[test]
 fn a_range_is_copied_and_nothing_beside_it() {
     let len = 3 * (128 << 10) + 1536;
-    for place in places() {
-        let source = image_in(&place, 0);
+    let [memory, disk] = places();
+    for (one, other) in [(&memory, &memory), (&disk, &disk), (&memory, &disk)] {
+        let source = image_in(one, 0);
         std::fs::write(source.path(), pattern(len + 4096)).unwrap();
-        let target = image_in(&place, 1 << 20);
+        let target = image_in(other, 1 << 20);
         std::fs::write(target.path(), vec![0xee; 1 << 20]).unwrap();
         let (from, into) = (
             open_image(source.path(), false),
