@@ -52,7 +52,7 @@ impl Environment for RuntimeEnvironment {
         if let Some(handle) = given {
             return Ok(Box::new(GivenHome(handle.clone())));
         }
-        match Iothread::spawn(name) {
+        match Iothread::spawn_background(name) {
             Ok(iothread) => Ok(Box::new(OwnHome(Some(iothread)))),
             Err(error) => {
                 let chain = error_chain(&error);

@@ -22,23 +22,47 @@ pub struct Iothread {
     thread: Option<JoinHandle<()>>,
 }
 
+/// How much a background thread stands back (`nice(2)`): it gets a quarter of a processor
+/// that others want wholly, and all of one that nobody wants.
+const BACKGROUND: i32 = 5;
+
+/// Lets the calling thread stand back behind the others, for good.
+pub(crate) fn stand_back() {
+    if let Err(error) = rustix::process::nice(BACKGROUND) {
+        tracing::debug!("Cannot lower a thread's priority: {error}");
+    }
+}
+
 impl Iothread {
     /// Starts a thread with a loop. Linux shows the first 15 bytes of `name`.
     pub fn spawn(name: &str) -> Result<Self, RuntimeError> {
+        Self::spawn_with(name, || {})
+    }
+
+    /// As [`spawn`](Self::spawn), for work that is not to take processors from those
+    /// whom a guest waits for.
+    pub fn spawn_background(name: &str) -> Result<Self, RuntimeError> {
+        Self::spawn_with(name, stand_back)
+    }
+
+    fn spawn_with(name: &str, prepare: fn()) -> Result<Self, RuntimeError> {
         let (ready_sender, ready) = mpsc::channel();
         let (stop, stopped) = oneshot::channel();
         let owned_name = name.to_owned();
         let thread = std::thread::Builder::new()
             // The standard library panics at NUL.
             .name(name.replace('\0', " "))
-            .spawn(move || match EventLoop::new(&owned_name) {
-                Ok(event_loop) => {
-                    let _ = ready_sender.send(Ok(event_loop.handle()));
-                    // Ends when asked to, or when the Iothread is leaked away.
-                    let _ = event_loop.block_on(stopped);
-                }
-                Err(error) => {
-                    let _ = ready_sender.send(Err(error));
+            .spawn(move || {
+                prepare();
+                match EventLoop::new(&owned_name) {
+                    Ok(event_loop) => {
+                        let _ = ready_sender.send(Ok(event_loop.handle()));
+                        // Ends when asked to, or when the Iothread is leaked away.
+                        let _ = event_loop.block_on(stopped);
+                    }
+                    Err(error) => {
+                        let _ = ready_sender.send(Err(error));
+                    }
                 }
             })
             .map_err(|source| RuntimeError::Thread {

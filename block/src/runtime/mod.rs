@@ -29,6 +29,7 @@ mod wake_queue;
 pub use async_fd::{AsyncFd, Interest};
 pub use error::RuntimeError;
 pub use event_loop::{EventLoop, current};
+pub(crate) use iothread::stand_back;
 pub use iothread::{Iothread, IothreadHandle};
 pub(crate) use task::unblock_detached;
 pub use task::{LocalTask, spawn_local, unblock, yield_now};

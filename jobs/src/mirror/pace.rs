@@ -207,9 +207,11 @@ impl Pace {
             Some(Calm::Measures) => {
                 self.calm = None;
                 self.rate = rate;
+                // One calm may have been disturbed by others.
+                let before = self.baseline.map_or(0, |before| before.rate);
                 self.baseline = Some(Baseline {
                     mean_ns: felt.mean_ns,
-                    rate,
+                    rate: rate.max(before / 8 * 7),
                 });
                 return;
             }
@@ -228,9 +230,15 @@ impl Pace {
                 self.rest = (self.rest * 2).clamp(MIN_REST, most);
             }
         } else if !self.rest.is_zero() {
-            self.rest = match self.rest / 2 {
-                rest if rest < MIN_REST => Duration::ZERO,
-                rest => rest,
+            let rest = match self.ready {
+                // There is time: it is felt out slowly.
+                true => self.rest / 8 * 7,
+                false => self.rest / 2,
+            };
+            self.rest = if rest < MIN_REST {
+                Duration::ZERO
+            } else {
+                rest
             };
         } else {
             self.grow();

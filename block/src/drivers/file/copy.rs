@@ -7,26 +7,31 @@
 //! Elsewhere a thread reads and writes by a small buffer, and finds what it has read in
 //! the processor's cache when it writes it. Many large requests in flight do not: each
 //! byte then comes from memory twice more.
+//!
+//! It is done by threads of its own, which stand back behind those that the guest waits
+//! for.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use futures_channel::oneshot;
 
 use super::{FileDriver, sys};
 use crate::driver::FileRange;
 use crate::runtime;
-use crate::sync::{Mutex, lock};
 
 /// Bytes that are read before they are written. Measured: docs/performance.md.
 const PIECE: usize = 128 << 10;
 /// What the buffer is aligned to: the kernel copies by pages, far faster to where each
 /// begins as it does in the page cache.
 const PAGE: usize = 4096;
+/// How long a thread waits for more before it ends.
+const LINGER: Duration = Duration::from_millis(500);
 /// Bytes after which what was written is sent to the storage.
 const WRITEBACK: u64 = 8 << 20;
 /// Threads that copy into one file: one waits for storage while the other works. More
@@ -42,13 +47,16 @@ thread_local! {
 pub(super) struct Copies {
     /// A leaf lock, held to put one in or to take one out.
     queue: Mutex<Queue>,
+    /// Rung when one was put in.
+    more: Condvar,
 }
 
 #[derive(Default)]
 struct Queue {
     waiting: VecDeque<Copy>,
-    /// Threads that take from it.
+    /// Threads that take from it, and those of them that have nothing to do.
     threads: usize,
+    idle: usize,
 }
 
 struct Copy {
@@ -56,6 +64,10 @@ struct Copy {
     into: Arc<File>,
     offset: u64,
     done: oneshot::Sender<bool>,
+}
+
+fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
+    queue.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl FileDriver {
@@ -81,7 +93,18 @@ impl FileDriver {
         };
         if self.copies.push(copy) {
             let copies = Arc::clone(&self.copies);
-            runtime::unblock_detached(move || copies.run());
+            let thread = std::thread::Builder::new().name("copy".to_owned());
+            let started = thread.spawn(move || {
+                runtime::stand_back();
+                copies.run();
+            });
+            if let Err(error) = started {
+                tracing::warn!(
+                    node = &*self.node,
+                    "Cannot start a thread that copies: {error}"
+                );
+                self.copies.give_up();
+            }
         }
         copied.await.unwrap_or(false)
     }
@@ -92,13 +115,40 @@ impl Copies {
     fn push(&self, copy: Copy) -> bool {
         let mut queue = lock(&self.queue);
         queue.waiting.push_back(copy);
-        let another = queue.threads < THREADS;
+        let another = queue.waiting.len() > queue.idle && queue.threads < THREADS;
         queue.threads += usize::from(another);
+        drop(queue);
+        self.more.notify_one();
         another
     }
 
+    /// The thread that was to run does not. If there is no other, nothing that waits is
+    /// copied.
+    fn give_up(&self) {
+        let mut queue = lock(&self.queue);
+        queue.threads -= 1;
+        let left = match queue.threads {
+            0 => std::mem::take(&mut queue.waiting),
+            _ => VecDeque::new(),
+        };
+        drop(queue);
+        // Who waits for one of them is woken.
+        drop(left);
+    }
+
+    /// The next one; `None` if there was none for a while. Blocks.
     fn pop(&self) -> Option<Copy> {
         let mut queue = lock(&self.queue);
+        if queue.waiting.is_empty() {
+            queue.idle += 1;
+            let empty = |queue: &mut Queue| queue.waiting.is_empty();
+            let (woken, _) = self
+                .more
+                .wait_timeout_while(queue, LINGER, empty)
+                .unwrap_or_else(PoisonError::into_inner);
+            queue = woken;
+            queue.idle -= 1;
+        }
         let next = queue.waiting.pop_front();
         if next.is_none() {
             queue.threads -= 1;
