@@ -163,6 +163,12 @@ pub enum GraphError {
         /// Node that would be above.
         parent: String,
     },
+    /// More nodes on one another than requests can pass.
+    #[error(
+        "Node '{0}' would be under more than {max} others; merge some of the images above it",
+        max = super::topology::MAX_DEPTH - 1
+    )]
+    TooDeep(String),
     /// A replacement of another size, which a device would see.
     #[error(
         "Cannot replace node '{old}' of {old_size} bytes by '{new}' of {new_size} bytes: a device \

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use self::hold::Holds;
 use super::commit::Removed;
 use super::names::ReservedName;
-use super::topology::{BackendEntry, ChildEntry, NodeEntry, Owner};
+use super::topology::{BackendEntry, ChildEntry, MAX_DEPTH, NodeEntry, Owner};
 use super::{Graph, GraphError, LocalFuture, above_inserted_filters};
 use crate::backend::{AttachmentKind, Backend, BackendUser};
 use crate::driver::{BlockDriver, ChildRole};
@@ -76,6 +76,7 @@ impl Graph {
             nodes: Vec::new(),
             names: Vec::new(),
             named: Vec::new(),
+            depth: 0,
             holds: Holds::new(self),
         };
         match opening.open(options.clone(), options, owner).await {
@@ -162,6 +163,8 @@ struct Opening<'a> {
     /// Files that are being opened because the header of an image names them,
     /// symbolic links resolved.
     named: Vec<PathBuf>,
+    /// Nodes whose children are being opened, each above the next.
+    depth: usize,
     holds: Holds<'a>,
 }
 
@@ -221,7 +224,13 @@ impl<'a> Opening<'a> {
             let common = options.node_options();
             check_detect_zeroes(common)?;
             let first_child = self.nodes.len();
-            let opened = self.open_driver(&node_name, &options).await?;
+            if self.depth >= MAX_DEPTH {
+                return Err(GraphError::TooDeep(node_name));
+            }
+            self.depth += 1;
+            let opened = self.open_driver(&node_name, &options).await;
+            self.depth -= 1;
+            let opened = opened?;
             let node = Node::new(
                 &node_name,
                 opened.driver,
@@ -452,6 +461,7 @@ mod tests {
                 nodes: Vec::new(),
                 names: Vec::new(),
                 named: Vec::new(),
+                depth: 0,
                 holds: Holds::new(&graph),
             };
             let opened = opening

@@ -4,6 +4,7 @@
 //! in place. Nothing here touches a driver or a request, except to ask a driver
 //! what it wants of its children.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::GraphError;
@@ -12,6 +13,10 @@ use crate::driver::ChildRole;
 use crate::node::{Child, Node, NodeOptions};
 use crate::options::BlockdevOptions;
 use crate::permissions::{Perm, PermissionError, Permissions};
+
+/// Nodes that may stand on one another. A request passes all of them on the stack of
+/// one thread, and is opened on that of another.
+pub(super) const MAX_DEPTH: usize = 100;
 
 /// What keeps a node alive when nothing stands on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -250,6 +255,24 @@ impl Topology {
         Ok(order)
     }
 
+    /// Refuses more than [`MAX_DEPTH`] nodes on one another; `order` is that of
+    /// [`order`](Self::order).
+    fn check_depth(&self, order: &[usize]) -> Result<(), GraphError> {
+        // How many nodes stand on each another up to each, itself included.
+        let mut depths: HashMap<u64, usize> = HashMap::new();
+        for entry in order.iter().filter_map(|index| self.nodes.get(*index)) {
+            let depth = *depths.entry(entry.node.id()).or_insert(1);
+            if depth > MAX_DEPTH {
+                return Err(GraphError::TooDeep(entry.node.name().to_owned()));
+            }
+            for edge in &entry.children {
+                let below = depths.entry(edge.target.id()).or_insert(1);
+                *below = (*below).max(depth + 1);
+            }
+        }
+        Ok(())
+    }
+
     /// Names an edge of a cycle: nodes not in `order` are in one or below one,
     /// and following parents from there ends in one.
     fn cycle(&self, order: &[usize]) -> GraphError {
@@ -276,7 +299,9 @@ impl Topology {
     /// Works out what each edge and node needs and shares from the backends
     /// down, and checks that it goes together. Asks drivers, changes none.
     pub(super) fn update_permissions(&mut self) -> Result<(), GraphError> {
-        for index in self.order()? {
+        let order = self.order()?;
+        self.check_depth(&order)?;
+        for index in order {
             let parents = self.parent_edges(&self.nodes[index].node);
             check_conflicts(self.nodes[index].node.name(), &parents)?;
             let entry = &mut self.nodes[index];

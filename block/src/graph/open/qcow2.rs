@@ -16,9 +16,6 @@ use crate::options::{
 use crate::permissions::Permissions;
 use crate::runtime::unblock;
 
-/// Images that headers name one after another. More are a mistake, or an attack.
-const MAX_NAMED: usize = 200;
-
 impl Opening<'_> {
     pub(super) async fn open_qcow2(
         &mut self,
@@ -50,7 +47,11 @@ impl Opening<'_> {
         let backing = self
             .open_backing(&below, &header, image, options)
             .await
-            .map_err(|error| GraphError::Backing(Box::new(error)))?;
+            .map_err(|error| match error {
+                // Said as often as there are images, it would hide what is wrong.
+                GraphError::TooDeep(_) => error,
+                error => GraphError::Backing(Box::new(error)),
+            })?;
         let backing = backing.map(|(backing, entry)| {
             children.push(entry);
             backing
@@ -103,10 +104,6 @@ impl Opening<'_> {
         if driver.driver_name() != "file" || filename.is_empty() {
             let name = name.to_owned();
             return Err(OpenError::from(BackingFileError::NoDirectory { name }).into());
-        }
-        if self.named.len() >= MAX_NAMED {
-            let name = name.to_owned();
-            return Err(OpenError::from(BackingFileError::Loop { name }).into());
         }
         let allowed = self.graph.backing_directories.borrow().clone();
         let (name, above) = (name.to_owned(), self.named.clone());

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::*;
+use crate::graph::topology::MAX_DEPTH;
 use crate::options::{
     BlockdevOptions, BlockdevRef, DetectZeroes, DriverOptions, FileOptions, NullCoOptions,
     RawOptions,
@@ -235,5 +236,42 @@ fn nodes_are_closed_where_it_may_block_before_a_deletion_is_reported() {
         // Who still holds a node has it to the end.
         drop(filter);
         assert_eq!(told.recv().unwrap().0, "dropped");
+    });
+}
+
+/// On a stack as large as that of a program's main thread.
+fn on_a_large_stack(test: fn()) {
+    let thread = std::thread::Builder::new().stack_size(8 << 20).spawn(test);
+    thread.unwrap().join().unwrap();
+}
+
+#[test]
+fn nodes_are_stacked_only_so_high_that_requests_can_pass_them() {
+    on_a_large_stack(|| {
+        on_main(|graph| async move {
+            let nested = |levels: usize| {
+                let bottom = blockdev(None, null(SIZE));
+                let options =
+                    (1..levels).fold(bottom, |below, _| blockdev(None, raw(inline(below))));
+                BlockdevOptions {
+                    node_name: Some("top".to_owned()),
+                    ..options
+                }
+            };
+            for levels in [MAX_DEPTH + 1, 3 * MAX_DEPTH] {
+                let error = graph.blockdev_add(nested(levels)).await.unwrap_err();
+                assert!(matches!(error, GraphError::TooDeep(_)), "{error}");
+                assert!(graph.nodes().is_empty());
+            }
+            let top = graph.blockdev_add(nested(MAX_DEPTH)).await.unwrap();
+            let device = attach(&graph, "vda", &top);
+            write(&device, 0, 7).await.unwrap();
+
+            // Neither by name.
+            let over = |name: &str| blockdev(Some("more"), raw(BlockdevRef::Name(name.into())));
+            let error = graph.blockdev_add(over("top")).await.unwrap_err();
+            assert!(matches!(error, GraphError::TooDeep(_)), "{error}");
+            assert_eq!(graph.nodes().len(), MAX_DEPTH);
+        });
     });
 }

@@ -76,11 +76,11 @@ const DRIVERS: &[(&str, ReadDriver)] = &[
     ("throttle", drivers::throttle),
 ];
 
-/// Reads `--blockdev`: JSON if it begins with a brace, else `key=value,…`.
+/// Reads `--blockdev`: JSON if it begins with a brace, else `[driver=]DRIVER,key=value,…`.
 ///
 /// Errors: as `blockdev-add`.
 pub(crate) fn parse_blockdev(text: &str) -> Result<BlockdevOptions, QmpError> {
-    blockdev_options(Args::from_option(text, None)?)
+    blockdev_options(Args::from_option(text, Some("driver"))?)
 }
 
 /// Reads the options of a node that somebody will refer to, so it has to have a
@@ -112,19 +112,27 @@ pub(super) fn inner_options(
 struct Common {
     /// `cache.direct`
     direct: bool,
+    /// How many nodes it is inside of.
+    depth: usize,
 }
+
+/// Options inside options: more than the graph takes, and not too many for the stack.
+const MAX_DEPTH: usize = 128;
 
 /// Reads the options of one node, and of those that are opened with it.
 fn node_options(mut args: Args, parent: &Common) -> Result<BlockdevOptions, QmpError> {
+    if parent.depth >= MAX_DEPTH {
+        return Err(QmpError::generic(format!(
+            "More than {MAX_DEPTH} nodes are inside one another"
+        )));
+    }
     let read_driver = args.required_enum("driver", DRIVERS)?;
     let node_name = args.optional_str("node-name")?;
     let discard = args.optional_enum(
         "discard",
         &[
             ("ignore", DiscardMode::Ignore),
-            ("off", DiscardMode::Ignore),
             ("unmap", DiscardMode::Unmap),
-            ("on", DiscardMode::Unmap),
         ],
     )?;
     let cache = match args.optional_object("cache")? {
@@ -150,6 +158,7 @@ fn node_options(mut args: Args, parent: &Common) -> Result<BlockdevOptions, QmpE
         .unwrap_or_default();
     let common = Common {
         direct: cache.direct.unwrap_or(parent.direct),
+        depth: parent.depth + 1,
     };
     let driver = read_driver(&mut args, &common)?;
     args.finish()?;
