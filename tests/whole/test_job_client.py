@@ -325,6 +325,43 @@ def test_usage_mistakes_exit_with_2(daemon):
     assert done.returncode == USAGE and "--qmp" in done.stderr
 
 
+def test_a_usage_mistake_is_told_in_json_where_that_is_asked_for(daemon):
+    done = daemon.job("--json", "mirror", "disk")
+    assert done.returncode == USAGE and len(lines(done.stdout)) == 1
+    assert result(done)["outcome"] == "usage" and "<TARGET>" in result(done)["error"]
+
+
+def test_a_client_whose_stdout_is_closed_does_not_know_what_became_of_the_job(daemon):
+    read, write = os.pipe()
+    os.close(read)
+    client = subprocess.Popen(
+        [BINARY, "job", "--json", "mirror", "disk", daemon.folder / "new.img", "--create",
+         "--job-id", "j", "--speed", SLOW, "--qmp", f"unix:{daemon.sockets[0]}"],
+        stdin=subprocess.DEVNULL, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    _, errors = client.communicate(timeout=PATIENCE)
+    assert client.returncode == LOST and "goes on" in errors, errors
+    assert daemon.jobs()["j"]["status"] == "running"
+
+
+def test_a_client_whose_stderr_is_full_does_its_work(daemon):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [BINARY, "job", "mirror", "disk", daemon.folder / "new.img", "--create",
+             "--complete", "--qmp", f"unix:{daemon.sockets[0]}"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=full, timeout=PATIENCE,
+            check=False)
+    assert done.returncode == DONE and b"completed" in done.stdout
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_told(daemon):
+    folder = os.path.join(os.fsencode(daemon.folder), b"\xff")
+    os.mkdir(folder)
+    done = daemon.job("mirror", "disk", "new.img", "--create", cwd=folder)
+    assert done.returncode == USAGE and "UTF-8" in done.stderr, done.stderr
+    assert os.listdir(folder) == []
+
+
 def test_no_socket(tmp_path):
     done = run("job", "list", "--qmp", f"unix:{tmp_path}/none", "--json")
     assert done.returncode == LOST and "none" in done.stderr
@@ -376,7 +413,8 @@ def _say_and_close(data):
     (_say(NEGOTIATED + b'{"return": 7, "id": 3}\r\n'), ["query-jobs", "not understood"]),
     (_say(NEGOTIATED + b'{"return": [], "id": "x"}\r\n'), ["Not a QMP message"]),
     (_say(b"[" * 100000 + b"\n"), ["Not a QMP message"]),
-    (_flood(b"x" * 65536), ["line without end", "within"]),
+    (_flood(b"x" * 65536), ["Not a QMP message"]),
+    (_flood(b"{" * 65536), ["line without end", "within"]),
     (_flood(NEGOTIATED + b'{"event": "E", "data": {}}\r\n' * 1000), ["Not a QMP message",
                                                                      "within", "without end"]),
     (_flood(b"\r\n" * 10000), ["No greeting"]),

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from support.program import BINARY, PATIENCE, run
+from support.program import BINARY, PATIENCE, QmpError, run
 
 MIB = 1024 * 1024
 FOR_EVER_NS = 3600 * 10**9
@@ -34,11 +34,15 @@ def end_of(pid):
         time.sleep(0.02)
 
 
-def wait_for(path):
+def wait_until(condition):
     deadline = time.monotonic() + PATIENCE
-    while not path.exists():
-        assert time.monotonic() < deadline, path
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def wait_for(path):
+    wait_until(path.exists)
 
 
 def test_qemus_words_for_a_monitor(program, disk):
@@ -351,3 +355,74 @@ def test_nbd_clients_in_the_middle_of_a_request_do_not_keep_it(program):
         process.popen.terminate()
         assert process.wait() == 1
         assert "'far'" in process.errors()
+
+
+def test_a_stderr_that_takes_nothing_ends_no_daemon(program):
+    path = program.folder / "monitor"
+    with open("/dev/full", "wb") as full:
+        process = subprocess.Popen(
+            [BINARY, "storage-daemon", "--log-level", "debug", "--qmp", f"unix:{path}"],
+            stdin=subprocess.DEVNULL, stderr=full)
+    try:
+        for _ in range(3):
+            # Each client that comes and goes is logged.
+            qmp = program.connect(path)
+            qmp.execute("query-version")
+            qmp.close()
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_main_thread_that_hangs_is_ended_by_a_signal(program):
+    """It hangs in writing its log to a pipe that nobody reads."""
+    path = program.folder / "monitor"
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [BINARY, "storage-daemon", "--log-level", "debug", "--qmp", f"unix:{path}"],
+        stdin=subprocess.DEVNULL, stderr=write)
+    try:
+        # A greeting says that it listens for signals.
+        qmp = program.connect(path)
+        open_files = f"/proc/{process.pid}/fd"
+        connected = len(os.listdir(open_files))
+        qmp.close()
+        wait_until(lambda: len(os.listdir(open_files)) < connected)
+        os.set_blocking(write, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(write, b"x" * 65536)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(write, b"x")
+        os.set_blocking(write, True)
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(path))
+            # Once it is accepted, that is logged before main looks for anything else.
+            wait_until(lambda: len(os.listdir(open_files)) >= connected)
+            process.terminate()
+            assert process.wait(PATIENCE) == 1
+    finally:
+        process.kill()
+        process.wait()
+        os.close(read)
+        os.close(write)
+
+
+def test_nodes_inside_one_another_without_end_are_refused(program):
+    process, qmp = program.storage_daemon()
+    for levels in (110, 130, 900):
+        below = {"driver": "null-co"}
+        for _ in range(levels):
+            below = {"driver": "raw", "file": below}
+        with pytest.raises(QmpError, match="others|inside|depth|nesting"):
+            qmp.execute("blockdev-add", node_name="top", **below)
+    qmp.execute("blockdev-add", driver="null-co", node_name="n0")
+    with pytest.raises(QmpError, match="others"):
+        for number in range(1, 200):
+            qmp.execute("blockdev-add", driver="raw", node_name=f"n{number}",
+                        file=f"n{number - 1}")
+    qmp.execute("quit")
+    assert process.wait() == 0, process.errors()

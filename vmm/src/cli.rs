@@ -9,6 +9,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+use crate::stdio::complain;
 use crate::{demo, guest, job_client, run, storage_daemon};
 
 /// Status of the process when it was told something that it cannot do.
@@ -92,7 +93,11 @@ fn explain(error: &clap::Error) -> ExitCode {
                 .map(|word| word + " ")
                 .unwrap_or_default();
             let message = one_line(&error.render().to_string());
-            eprintln!("diptych: {message}; see diptych {subcommand}--help");
+            let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+            job_client::usage_mistake(&words.collect::<Vec<_>>(), &message);
+            complain(format_args!(
+                "diptych: {message}; see diptych {subcommand}--help"
+            ));
         }
     }
     u8::try_from(error.exit_code()).map_or(ExitCode::from(EXIT_USAGE), ExitCode::from)
@@ -137,6 +142,8 @@ fn init_logging(filter: &str) -> anyhow::Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // It would be told on stderr, and panic if that is what does not work.
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     Ok(())

@@ -304,6 +304,14 @@ impl<W: Watch> Client<W> {
                     .map(Some)
                     .map_err(|_| not_qmp(&String::from_utf8_lossy(&line)));
             }
+            // QMP's messages are objects: what begins otherwise need not end.
+            let first = self
+                .received
+                .iter()
+                .find(|byte| !byte.is_ascii_whitespace());
+            if first.is_some_and(|byte| *byte != b'{') {
+                return Err(not_qmp(&String::from_utf8_lossy(&self.received)));
+            }
             if self.received.len() > MESSAGE_MAX_BYTES {
                 return Err(ClientError::Protocol("a line without end".into()));
             }

@@ -4,6 +4,8 @@
 //! This file only names the modules and turns an outcome into an exit code;
 //! what can be said on the command line is in [`cli`].
 
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 mod cli;
 mod client;
 mod config;
@@ -18,6 +20,7 @@ mod monitor;
 mod run;
 mod serial_backend;
 mod signals;
+mod stdio;
 mod storage_daemon;
 mod terminal;
 mod vm_control;
@@ -29,7 +32,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             // One line, whatever the causes: what, then why.
-            eprintln!("diptych: {error:#}");
+            stdio::complain(format_args!("diptych: {error:#}"));
             match error.downcast_ref::<config::ConfigError>() {
                 Some(error) if error.is_usage() => ExitCode::from(cli::EXIT_USAGE),
                 _ => ExitCode::FAILURE,

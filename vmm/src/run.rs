@@ -18,13 +18,14 @@ use jobs::Jobs;
 
 use crate::config::{DiskSpec, IothreadSpec, MemorySize, SerialSpec, VmSpec};
 use crate::disks::{self, Disk, Iothreads};
-use crate::end_watchdog;
+use crate::end_watchdog::EndWatchdog;
 use crate::machine::{
     BootImages, BootProtocol, CrashPolicy, GuestEnd, MAX_CPUS, Machine, MachineSpec, RebootPolicy,
 };
 use crate::monitor::{Monitor, QmpAddress, QmpSocket};
 use crate::serial_backend::SerialBackend;
 use crate::signals::EndSignals;
+use crate::stdio::complain_at_the_end;
 use crate::vm_control::{IothreadInfo, ShutdownCause, VmControl, VmEvent};
 
 /// How long the end of the process may take in all.
@@ -88,9 +89,15 @@ pub struct RunArgs {
     #[arg(long, value_name = "id=ID", long_help = IothreadSpec::HELP)]
     iothread: Vec<IothreadSpec>,
 
-    /// A monitor socket, as unix:PATH. May be repeated
+    /// A monitor socket, as unix:PATH, or fd:NUMBER or fd:NAME for one that was passed
+    /// (LISTEN_FDNAMES). May be repeated
     #[arg(long, value_name = "ADDRESS")]
     qmp: Vec<QmpAddress>,
+
+    /// Let the headers of images that a monitor opens name backing files in this
+    /// directory, or below it, besides the image's own. May be repeated
+    #[arg(long, value_name = "DIRECTORY")]
+    backing_directory: Vec<PathBuf>,
 
     /// The serial port: stdio, file:PATH, unix:PATH (listens) or null [default: stdio]
     #[arg(long, value_name = "PLACE")]
@@ -131,6 +138,7 @@ impl RunArgs {
             disk: self.disk,
             iothread: self.iothread,
             qmp: self.qmp,
+            backing_directory: self.backing_directory,
             serial: self.serial,
             paused: self.paused.then_some(true),
             on_reboot: self.on_reboot,
@@ -170,6 +178,7 @@ async fn run(spec: VmSpec) -> anyhow::Result<ExitCode> {
         .map(QmpSocket::bind)
         .collect::<Result<Vec<_>, _>>()?;
     let graph = Graph::new();
+    graph.set_backing_directories(spec.backing_directory);
     let jobs = Jobs::new(graph.handle());
     let monitor = Monitor::new(&graph, &jobs);
     let iothreads = Iothreads::start(&spec.iothread)?;
@@ -177,6 +186,7 @@ async fn run(spec: VmSpec) -> anyhow::Result<ExitCode> {
     // From here on there is something to give back at a signal. Before, opening
     // may hang, and a signal just kills.
     let signals = EndSignals::new().context("Cannot listen for signals")?;
+    let watchdog = EndWatchdog::start(END_LIMIT);
     let mut serial = SerialBackend::open(&spec.serial.unwrap_or_default())?;
     let event_monitor = Rc::clone(&monitor);
     let machine = Rc::new(Machine::build(
@@ -216,13 +226,16 @@ async fn run(spec: VmSpec) -> anyhow::Result<ExitCode> {
         machine.cont().await?;
     }
     let end = wait_for_end(&machine, &monitor, &signals, quit_by_user).await;
-    let by_user = matches!(end, End::Signal(_) | End::Quit(ShutdownCause::HostSignal));
-    end_watchdog::start(END_LIMIT, by_user);
+    // It has heard signals itself.
+    let by_user = matches!(end, End::Quit(ShutdownCause::HostSignal));
+    watchdog.begin(by_user);
     let clean = take_down(&end, &machine, &monitor, &graph, disks).await;
     drop(serial);
     if !clean {
         // What hangs would hold the iothreads' end, and main's, for ever.
-        eprintln!("diptych: the guest's disks may lack its last writes; see the log above");
+        complain_at_the_end(
+            "diptych: the guest's disks may lack its last writes; see the log above".to_owned(),
+        );
         std::process::exit(1);
     }
     iothreads.stop();

@@ -95,6 +95,26 @@ fn a_peer_that_speaks_otherwise_is_told() {
 }
 
 #[test]
+fn a_peer_that_greets_in_another_protocol_is_told_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nbd");
+    let listener = UnixListener::bind(&path).unwrap();
+    let thread = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"NBDMAGICIHAVEOPT\0\x03").unwrap();
+        // Until the client has gone.
+        let _ = stream.read(&mut [0; 1]);
+    });
+    let for_ever = Duration::from_secs(3600);
+    let error = Client::connect(&path, for_ever, ()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "Not a QMP message: NBDMAGICIHAVEOPT\\u{0}\\u{3}"
+    );
+    thread.join().unwrap();
+}
+
+#[test]
 fn a_missing_socket_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("none");

@@ -195,6 +195,9 @@ pub struct VmSpec {
     /// Monitor sockets.
     #[serde(deserialize_with = "values::addresses")]
     pub qmp: Vec<QmpAddress>,
+    /// Where headers of images may name backing files, besides their own directory.
+    #[serde(deserialize_with = "values::paths")]
+    pub backing_directory: Vec<PathBuf>,
     /// The serial port.
     pub serial: Option<SerialSpec>,
     /// Start without running the guest.
@@ -262,6 +265,7 @@ impl VmSpec {
             disk: chain(self.disk, flags.disk),
             iothread: chain(self.iothread, flags.iothread),
             qmp: chain(self.qmp, flags.qmp),
+            backing_directory: chain(self.backing_directory, flags.backing_directory),
             serial: flags.serial.or(self.serial),
             paused: flags.paused.or(self.paused),
             on_reboot: flags.on_reboot.or(self.on_reboot),

@@ -214,6 +214,11 @@ pub fn addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<QmpAd
     list(deserializer, "addresses, each as unix:PATH")
 }
 
+/// Paths.
+pub fn paths<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+    list(deserializer, "paths")
+}
+
 /// A list, whose elements are `what` to the user.
 fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
     deserializer: D,

@@ -32,6 +32,7 @@ use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use self::images::Images;
+use crate::stdio::{complain, print_line};
 
 /// Exit status after a signal, as a shell would show SIGINT.
 const EXIT_INTERRUPTED: u8 = 130;
@@ -100,15 +101,17 @@ pub fn main(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let images = Images::create(args.disk.as_deref(), args.size, args.keep)?;
     let outcome = scenario::run(&args, &images, tsc_khz, &interrupted);
     if interrupted.load(Ordering::Relaxed) {
-        eprintln!("diptych: Interrupted; the guest was stopped and temporary files removed");
+        complain(format_args!(
+            "diptych: Interrupted; the guest was stopped and temporary files removed"
+        ));
         return Ok(ExitCode::from(EXIT_INTERRUPTED));
     }
     let summary = outcome?;
-    if args.json {
-        println!("{}", serde_json::to_string(&summary)?);
-    } else {
-        print!("{summary}");
-    }
+    let text = match args.json {
+        true => serde_json::to_string(&summary)?,
+        false => summary.to_string().trim_end().to_owned(),
+    };
+    print_line(&text).context("Cannot print the summary")?;
     Ok(if summary.identical {
         ExitCode::SUCCESS
     } else {

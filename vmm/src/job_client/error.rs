@@ -63,8 +63,11 @@ pub enum JobError {
         /// Their ids.
         jobs: Vec<String>,
     },
+    /// Signals cannot be listened for.
+    #[error("Cannot listen for signals")]
+    Signals(#[source] io::Error),
     /// Nobody reads what is printed.
-    #[error("Cannot print")]
+    #[error("Cannot print; a job that was started or asked for something goes on")]
     Output(#[from] io::Error),
 }
 
@@ -90,8 +93,9 @@ impl JobError {
             | Self::NoSource(_)
             | Self::NoTarget(_)
             | Self::Create { .. }
-            | Self::Output(_) => status::FAILED,
-            Self::Client(_) | Self::Answer { .. } => status::LOST,
+            | Self::Signals(_) => status::FAILED,
+            // What becomes of the job is not known here.
+            Self::Client(_) | Self::Answer { .. } | Self::Output(_) => status::LOST,
             Self::Interrupted { signal } | Self::Left { signal, .. } => {
                 status::SIGNAL_BASE.saturating_add(*signal)
             }

@@ -245,6 +245,13 @@ impl<'a> Follower<'a> {
         }
     }
 
+    /// The jobs have been followed since then already.
+    pub fn set_begun(&mut self, begun: Instant) {
+        for job in &mut self.jobs {
+            job.begun = begun;
+        }
+    }
+
     /// Waits until all have reached `goal`, and tells the user of their progress
     /// and their ends.
     ///

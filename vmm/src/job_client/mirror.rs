@@ -1,5 +1,7 @@
 //! `diptych job mirror`: the target's nodes, the job, and what becomes of both.
 
+use std::time::Instant;
+
 use clap::ValueEnum;
 use serde_json::{Value, json};
 
@@ -197,11 +199,12 @@ pub fn run(args: &MirrorArgs, server: &mut Server, report: &mut Report) -> Resul
         return Ok(status::DONE);
     }
     server.interrupts().heed();
+    let begun = Instant::now();
     let ending = match follow(args, &job_id, added.as_deref(), server, report) {
         Err(JobError::Interrupted { .. }) if args.cancel_on_interrupt => {
             report.note(&format!("Cancelling job '{job_id}'"))?;
             server.interrupts().acknowledge();
-            cancel(&job_id, server, report)?
+            cancel(&job_id, begun, server, report)?
         }
         result => result.map_err(|error| error.leaving([job_id.as_str()]))?,
     };
@@ -350,9 +353,10 @@ fn unless_ended(follower: &mut Follower<'_>, asked: Result<(), JobError>) -> Res
     if is_there { Err(error) } else { Ok(()) }
 }
 
-/// Cancels the job and waits for its end.
+/// Cancels the job, which is followed since `begun`, and waits for its end.
 fn cancel(
     job_id: &str,
+    begun: Instant,
     server: &mut Server,
     report: &mut Report,
 ) -> Result<Option<Ending>, JobError> {
@@ -362,6 +366,7 @@ fn cancel(
         Err(error) => return Err(error),
     }
     let mut follower = Follower::new(server, report, [job_id]);
+    follower.set_begun(begun);
     follower.run(Goal::End)?;
     Ok(ending_of(&follower).map(|ending| match ending {
         // Its last words were heard before the signal came.

@@ -32,6 +32,7 @@ use std::time::Duration;
 use clap::Subcommand;
 
 use crate::monitor::QmpAddress;
+use crate::stdio::print_line;
 use error::JobError;
 use report::Report;
 use server::Server;
@@ -58,7 +59,7 @@ Exit status:
   1      the job failed, or the server refused; a line on stderr says why
   2      a mistake on the command line; nothing was asked of the server
   3      the job was cancelled
-  4      no connection, or it was lost: what became of the job is not known
+  4      no connection, or it or stdout was lost: what became of the job is not known
   128+N  ended by signal N (130: Ctrl-C); the job goes on
 
 A monitor socket serves one client at a time: to watch a job here and pause it
@@ -125,6 +126,17 @@ enum JobCommand {
     Dismiss(verbs::IdArgs),
     /// Limit the speed of a job
     SetSpeed(verbs::SetSpeedArgs),
+}
+
+/// Tells a mistake on the command line that is known before there are arguments, where
+/// `words`, the command line, ask for JSON.
+pub fn usage_mistake(words: &[String], message: &str) {
+    let is_json = words.iter().any(|word| word == "--json");
+    let subcommand = words.iter().skip(1).find(|word| !word.starts_with('-'));
+    if is_json && subcommand.is_some_and(|word| word == "job") {
+        // Its status says the same.
+        let _ = print_line(&report::failure("usage", message).to_string());
+    }
 }
 
 /// Runs a subcommand. Mistakes and failures are told here, since they differ in

@@ -3,7 +3,7 @@
 //! all of JSON goes to stdout.
 
 use std::collections::HashMap;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::error::JobError;
 use super::follow::{Ending, Followed};
 use crate::client::{Event, printable};
+use crate::stdio::{complain, print_line};
 
 /// How often a bar is drawn anew, a line printed, an object printed.
 const BAR_INTERVAL: Duration = Duration::from_millis(200);
@@ -69,8 +70,8 @@ impl Report {
     /// Prints a line of a result; not with JSON.
     pub fn line(&mut self, line: &str) -> Result<(), JobError> {
         match &self.0 {
-            Style::Bars { all, .. } => Ok(all.suspend(|| print(line))?),
-            Style::Lines(_) => Ok(print(line)?),
+            Style::Bars { all, .. } => Ok(all.suspend(|| print_line(line))?),
+            Style::Lines(_) => Ok(print_line(line)?),
             Style::Json => Ok(()),
         }
     }
@@ -78,7 +79,7 @@ impl Report {
     /// Prints an object; only with JSON.
     pub fn object(&mut self, object: &Value) -> Result<(), JobError> {
         if self.is_json() {
-            print(&object.to_string())?;
+            print_line(&object.to_string())?;
         }
         Ok(())
     }
@@ -92,9 +93,11 @@ impl Report {
     pub fn note(&mut self, text: &str) -> Result<(), JobError> {
         let text = clean(text);
         match &self.0 {
-            Style::Bars { all, .. } => all.suspend(|| eprintln!("diptych: {text}")),
-            Style::Lines(_) => eprintln!("diptych: {text}"),
-            Style::Json => print(&json!({"note": text}).to_string())?,
+            Style::Bars { all, .. } => {
+                all.suspend(|| complain(format_args!("diptych: {text}")));
+            }
+            Style::Lines(_) => complain(format_args!("diptych: {text}")),
+            Style::Json => print_line(&json!({"note": text}).to_string())?,
         }
         Ok(())
     }
@@ -122,14 +125,14 @@ impl Report {
                 if is_new || (moves && when.elapsed() >= LINE_INTERVAL) {
                     phase.clone_into(last);
                     *when = Instant::now();
-                    eprintln!(
+                    complain(format_args!(
                         "{}: {} % ({} of {}), {}",
                         clean(&job.id),
                         percent(job.current, job.total),
                         size(job.current),
                         size(job.total),
                         state(followed)
-                    );
+                    ));
                 }
             }
             Style::Json => {
@@ -147,7 +150,7 @@ impl Report {
                 if let Some(rate) = job.dirty_rate {
                     progress["dirty-bytes-per-second"] = Value::from(rate);
                 }
-                print(&json!({"progress": progress}).to_string())?;
+                print_line(&json!({"progress": progress}).to_string())?;
             }
         }
         Ok(())
@@ -191,11 +194,13 @@ impl Report {
             )),
             Ending::Cancelled => self.line(&format!("{id}: cancelled")),
             Ending::Failed(error) => {
-                eprintln!("diptych: Job '{id}' failed: {}", clean(error));
+                complain(format_args!("diptych: Job '{id}' failed: {}", clean(error)));
                 Ok(())
             }
             Ending::Gone => {
-                eprintln!("diptych: Job '{id}' has gone; how it ended is not known");
+                complain(format_args!(
+                    "diptych: Job '{id}' has gone; how it ended is not known"
+                ));
                 Ok(())
             }
         }
@@ -228,10 +233,15 @@ impl Report {
         };
         if !matches!(error, JobError::Output(_)) {
             // Nothing is left to do about an error here.
-            let _ = self.object(&json!({"result": {"outcome": outcome, "error": text}}));
+            let _ = self.object(&failure(outcome, &text));
         }
-        eprintln!("diptych: {text}");
+        complain(format_args!("diptych: {text}"));
     }
+}
+
+/// What JSON says of an error that is not a job's.
+pub fn failure(outcome: &str, error: &str) -> Value {
+    json!({"result": {"outcome": outcome, "error": error}})
 }
 
 /// An error and its causes.
@@ -244,13 +254,6 @@ fn one_line(error: &JobError) -> String {
         source = cause.source();
     }
     text
-}
-
-fn print(line: &str) -> io::Result<()> {
-    let mut stdout = io::stdout().lock();
-    stdout.write_all(line.as_bytes())?;
-    stdout.write_all(b"\n")?;
-    stdout.flush()
 }
 
 fn new_bar(id: &str) -> ProgressBar {

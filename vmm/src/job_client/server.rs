@@ -33,7 +33,7 @@ pub struct Node {
 impl Server {
     /// Connects; each answer may take up to `patience`.
     pub fn connect(path: &Path, patience: Duration) -> Result<Self, JobError> {
-        let interrupts = Interrupts::new()?;
+        let interrupts = Interrupts::new().map_err(JobError::Signals)?;
         let last_signal = interrupts.last();
         let begin = || {
             let mut client = Client::connect(path, patience, interrupts)?;

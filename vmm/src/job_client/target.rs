@@ -58,6 +58,13 @@ impl Target {
             path: text.into(),
             source,
         })?;
+        // Nor can a monitor be told of any other path.
+        if path.to_str().is_none() {
+            return Err(JobError::Usage(format!(
+                "Target '{}' is not in UTF-8, as a monitor wants it: give an absolute path",
+                path.display()
+            )));
+        }
         Ok(Self::File(path))
     }
 

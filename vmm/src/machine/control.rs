@@ -22,6 +22,7 @@ use super::kvm::{self, KvmVm};
 use super::run_control::ParkedNotice;
 use super::vcpu::{Crash, CrashKind, Generation};
 use super::{MachineError, MachineEvent, memory};
+use crate::stdio::complain;
 use crate::vm_control::{
     DiskInfo, IothreadInfo, RunState, ShutdownCause, VmControl, VmError, VmEvent,
 };
@@ -573,10 +574,10 @@ impl Operator {
                 if self.on_crash == CrashPolicy::Exit {
                     self.finish(GuestEnd::Crashed);
                 } else {
-                    eprintln!(
+                    complain(format_args!(
                         "diptych: the guest crashed and is stopped (state '{}'); system_reset or quit over QMP",
                         state.as_str()
-                    );
+                    ));
                 }
             }
         }

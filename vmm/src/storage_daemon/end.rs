@@ -26,14 +26,6 @@ const NODES_TIME: Duration = Duration::from_secs(2);
 /// How much of that flushing may take.
 const FLUSH_TIME: Duration = Duration::from_millis(1500);
 
-/// Who asked for the end.
-pub(super) enum Asked {
-    /// A client.
-    ByQuit,
-    /// The user or the system.
-    BySignal,
-}
-
 /// What could not be ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum EndError {
@@ -48,16 +40,11 @@ pub(super) enum EndError {
     Nodes,
 }
 
-/// Returns when somebody wants the program to end.
-pub(super) async fn asked_for(
-    monitor: &Rc<Monitor>,
-    signals: &EndSignals,
-) -> anyhow::Result<Asked> {
+/// Returns when somebody wants the program to end: a client, the user or the system.
+pub(super) async fn asked_for(monitor: &Rc<Monitor>, signals: &EndSignals) -> anyhow::Result<()> {
     match select(pin!(monitor.quit_requested()), pin!(signals.next())).await {
-        Either::Left(((), _)) => Ok(Asked::ByQuit),
-        Either::Right((result, _)) => result
-            .map(|_| Asked::BySignal)
-            .context("Cannot wait for signals"),
+        Either::Left(((), _)) => Ok(()),
+        Either::Right((result, _)) => result.map(drop).context("Cannot wait for signals"),
     }
 }
 

@@ -22,7 +22,7 @@ use jobs::Jobs;
 
 pub use args::StorageDaemonArgs;
 
-use crate::end_watchdog;
+use crate::end_watchdog::EndWatchdog;
 use crate::monitor::{Monitor, QmpSocket};
 use crate::signals::EndSignals;
 use args::Step;
@@ -64,6 +64,7 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
     }
     // Not before: opening may hang, and a signal just kills then.
     let signals = EndSignals::new().context("Cannot listen for signals")?;
+    let watchdog = EndWatchdog::start(end::LIMIT);
     for socket in monitors {
         monitor
             .listen(socket)
@@ -74,7 +75,7 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
         daemonize::ready()?;
     }
     let asked = end::asked_for(&monitor, &signals).await;
-    end_watchdog::start(end::LIMIT, matches!(asked, Ok(end::Asked::BySignal)));
+    watchdog.begin(false);
     let ended = end::all(&monitor, &graph).await;
     drop((chardevs, pidfile));
     asked?;
