@@ -53,14 +53,18 @@ impl Args {
         }
     }
 
-    /// Options from `key=value,key.sub=value`. A comma in a value is doubled.
-    /// Only objects nest (no lists): no option here has a list in it.
+    /// Options from `key=value,key.sub=value`. A comma in a value is doubled, one at the
+    /// end means nothing. The elements of a list have their places as keys.
     ///
     /// Errors: a part without `=`, a key given twice or used both as a value
     /// and as an object, an empty part of a key, more than 16 levels.
     pub(crate) fn from_keyval(text: &str) -> Result<Self, QmpError> {
         let mut members = Map::new();
-        for part in split_unescaped(text) {
+        let mut parts = split_unescaped(text);
+        if parts.last().is_some_and(String::is_empty) {
+            parts.pop();
+        }
+        for part in parts {
             let Some((key, value)) = part.split_once('=') else {
                 return Err(QmpError::generic(format!(
                     "Expected '=' after parameter '{part}'"
@@ -272,10 +276,8 @@ impl Args {
         name: &str,
         words: &[(&str, T)],
     ) -> Result<Option<Vec<T>>, QmpError> {
-        let elements = match self.members.remove(name) {
-            None => return Ok(None),
-            Some(Value::Array(elements)) => elements,
-            Some(_) => return Err(self.wrong_type(name, "array")),
+        let Some(elements) = self.optional_elements(name)? else {
+            return Ok(None);
         };
         let mut values = Vec::with_capacity(elements.len());
         for (index, element) in elements.into_iter().enumerate() {
@@ -291,16 +293,27 @@ impl Args {
         Ok(Some(values))
     }
 
-    /// A list of objects, if given. On the command line their places are keys
+    /// The elements of a list, if given. On the command line their places are keys
     /// (`rules.0.event=…`).
-    pub(crate) fn optional_list(&mut self, name: &str) -> Result<Option<Vec<Self>>, QmpError> {
-        let elements = match (self.form, self.members.remove(name)) {
-            (_, None) => return Ok(None),
-            (Form::Json, Some(Value::Array(elements))) => elements,
+    fn optional_elements(&mut self, name: &str) -> Result<Option<Vec<Value>>, QmpError> {
+        match (self.form, self.members.remove(name)) {
+            (_, None) => Ok(None),
+            (Form::Json, Some(Value::Array(elements))) => Ok(Some(elements)),
             (Form::KeyValue, Some(Value::Object(mut members))) => (0..members.len())
-                .map_while(|place| members.remove(&place.to_string()))
-                .collect(),
-            _ => return Err(self.wrong_type(name, "array")),
+                .map(|place| {
+                    let element = members.remove(&place.to_string());
+                    element.ok_or_else(|| self.missing(&format!("{name}.{place}")))
+                })
+                .collect::<Result<_, _>>()
+                .map(Some),
+            _ => Err(self.wrong_type(name, "array")),
+        }
+    }
+
+    /// A list of objects, if given.
+    pub(crate) fn optional_list(&mut self, name: &str) -> Result<Option<Vec<Self>>, QmpError> {
+        let Some(elements) = self.optional_elements(name)? else {
+            return Ok(None);
         };
         let place = |(index, element)| match element {
             Value::Object(members) => Ok(self.nested(&format!("{name}[{index}]"), members)),
@@ -323,10 +336,8 @@ impl Args {
         name: &str,
         type_name: &str,
     ) -> Result<Option<Vec<StringOrObject>>, QmpError> {
-        let elements = match self.members.remove(name) {
-            None => return Ok(None),
-            Some(Value::Array(elements)) => elements,
-            Some(_) => return Err(self.wrong_type(name, "array")),
+        let Some(elements) = self.optional_elements(name)? else {
+            return Ok(None);
         };
         let values = elements.into_iter().enumerate();
         let values = values.map(|(index, element)| match element {
@@ -351,19 +362,7 @@ impl Args {
 
     /// A list of objects.
     pub(crate) fn required_object_list(&mut self, name: &str) -> Result<Vec<Self>, QmpError> {
-        let elements = match self.members.remove(name) {
-            None => return Err(self.missing(name)),
-            Some(Value::Array(elements)) => elements,
-            Some(_) => return Err(self.wrong_type(name, "array")),
-        };
-        let objects = elements.into_iter().enumerate().map(|(index, element)| {
-            let name = format!("{name}[{index}]");
-            match element {
-                Value::Object(members) => Ok(self.nested(&name, members)),
-                _ => Err(self.wrong_type(&name, "object")),
-            }
-        });
-        objects.collect()
+        self.optional_list(name)?.ok_or_else(|| self.missing(name))
     }
 
     /// A string or an object; `type_name` is what QEMU calls the choice.
@@ -466,8 +465,23 @@ fn insert_dotted(members: &mut Map<String, Value>, key: &str, value: &str) -> Re
     Ok(())
 }
 
-/// A number with an optional binary suffix.
+/// A number with an optional binary suffix, or a hexadecimal one with `0x`. No leading
+/// zero: QEMU would read an octal number.
 fn parse_size(text: &str) -> Option<i64> {
+    let (sign, plain) = match text.strip_prefix('-') {
+        Some(plain) => (-1, plain),
+        None => (1, text),
+    };
+    let begins_with_digit = |text: &str| text.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if let Some(digits) = plain.strip_prefix("0x").or(plain.strip_prefix("0X")) {
+        let digits = Some(digits).filter(|digits| begins_with_digit(digits))?;
+        return i64::from_str_radix(digits, 16)
+            .ok()
+            .map(|value| sign * value);
+    }
+    if plain.starts_with('0') && plain[1..].starts_with(|c: char| c.is_ascii_digit()) {
+        return None;
+    }
     let shift = match text.chars().last()? {
         'k' | 'K' => 10,
         'M' => 20,

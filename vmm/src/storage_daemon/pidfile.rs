@@ -8,6 +8,9 @@ use std::process;
 
 use rustix::fs::{FlockOperation, fcntl_lock};
 
+/// What is longer is no pidfile, but a slip of who typed its name. An image, say.
+const LEN_MAX: u64 = 64;
+
 /// Why there is no such file.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PidfileError {
@@ -18,6 +21,15 @@ pub(super) enum PidfileError {
         path: PathBuf,
         /// What is in it.
         pid: String,
+    },
+    /// Something that nobody would want to lose.
+    #[error(
+        "'{}' exists, and is too long to be a pidfile; remove it, or give another path",
+        .path.display()
+    )]
+    SomethingElse {
+        /// The file.
+        path: PathBuf,
     },
     /// The system refused.
     #[error("Cannot write pidfile '{}'", .path.display())]
@@ -57,8 +69,14 @@ impl Pidfile {
                 .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
                 .open(&absolute)
                 .map_err(failed)?;
-            if !file.metadata().map_err(failed)?.is_file() {
+            let metadata = file.metadata().map_err(failed)?;
+            if !metadata.is_file() {
                 return Err(failed(io::Error::other("It is not a regular file")));
+            }
+            if metadata.len() > LEN_MAX {
+                return Err(PidfileError::SomethingElse {
+                    path: path.to_owned(),
+                });
             }
             match fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) if same_file(&file, &absolute) => break file,
@@ -146,6 +164,14 @@ mod tests {
         assert!(Pidfile::write(&link).is_err());
         assert_eq!(fs::read_to_string(&data).unwrap(), "precious");
         assert!(Pidfile::write(folder.path()).is_err());
+        let image = folder.path().join("image");
+        fs::write(&image, [7; 512]).unwrap();
+        let error = Pidfile::write(&image).unwrap_err();
+        assert!(
+            matches!(error, PidfileError::SomethingElse { .. }),
+            "{error}"
+        );
+        assert_eq!(fs::read(&image).unwrap(), [7; 512]);
         assert!(Pidfile::write(&folder.path().join("none/pid")).is_err());
     }
 }

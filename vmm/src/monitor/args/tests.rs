@@ -152,8 +152,86 @@ fn words_for_booleans_are_read_from_the_command_line() {
 }
 
 #[test]
+fn options_may_leave_out_what_qemu_lets_them() {
+    let mut given = Args::from_option("raw,file=f,", Some("driver")).unwrap();
+    assert_eq!(given.required_str("driver").unwrap(), "raw");
+    assert_eq!(given.required_str("file").unwrap(), "f");
+    given.finish().unwrap();
+    let given = Args::from_option("", Some("driver")).unwrap();
+    given.finish().unwrap();
+}
+
+#[test]
+fn numbers_are_read_from_the_command_line() {
+    for (number, value) in [
+        ("0", 0),
+        ("-1", -1),
+        ("2K", 2048),
+        ("0x10", 16),
+        ("0XfF", 255),
+        ("-0x1", -1),
+    ] {
+        let mut given = Args::from_keyval(&format!("a={number}")).unwrap();
+        assert_eq!(given.required_i64("a").unwrap(), value, "{number}");
+    }
+    for number in [
+        "",
+        "K",
+        "0x",
+        "0x+1",
+        "0x-1",
+        "0x8000000000000000",
+        "010",
+        "-010",
+        "9223372036854775808",
+        "9007199254740993K",
+        "ä",
+        "0ä",
+    ] {
+        let mut given = Args::from_keyval(&format!("a={number}")).unwrap();
+        assert!(given.required_i64("a").is_err(), "{number}");
+    }
+}
+
+#[test]
+fn elements_of_lists_have_their_places_as_keys() {
+    let mut given =
+        Args::from_keyval("l.1=b,l.0=a,o.0.x=1,w.0=p,gap.0=a,gap.2=b,more.0=a,more.x=b").unwrap();
+    let values = given.optional_list_of_string_or_object("l", "T").unwrap();
+    let words: Vec<String> = values
+        .unwrap()
+        .into_iter()
+        .map(|value| match value {
+            StringOrObject::String(word) => word,
+            StringOrObject::Object(_) => panic!("an object"),
+        })
+        .collect();
+    assert_eq!(words, ["a", "b"]);
+    let mut objects = given.required_object_list("o").unwrap();
+    assert_eq!(objects[0].required_i64("x").unwrap(), 1);
+    let words = given.optional_enum_list("w", &[("p", 7)]).unwrap();
+    assert_eq!(words, Some(vec![7]));
+    assert_eq!(
+        text(given.optional_list("gap")),
+        "Parameter 'gap.1' is missing"
+    );
+    assert_eq!(
+        text(given.optional_list("more")),
+        "Parameter 'more.1' is missing"
+    );
+}
+
+#[test]
 fn contradicting_keys_are_refused() {
-    for given in ["a=1,a=2", "a=1,a.b=2", "a.b=1,a=2", ".=1", "a..b=1", "a"] {
+    for given in [
+        "a=1,a=2",
+        "a=1,a.b=2",
+        "a.b=1,a=2",
+        ".=1",
+        "a..b=1",
+        "a",
+        ",b=1",
+    ] {
         assert!(Args::from_keyval(given).is_err(), "{given}");
     }
     let deep = format!("{}z=1", "a.".repeat(16));

@@ -270,7 +270,7 @@ fn objects_of_the_command_line_are_read_as_json_and_as_keys() {
         keys
     );
     for (text, message) in [
-        ("", "Expected '=' after parameter ''"),
+        ("", "Parameter 'qom-type' is missing"),
         ("throttle-group", "Parameter 'id' is missing"),
         ("id=g", "Parameter 'qom-type' is missing"),
         (
