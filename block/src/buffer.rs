@@ -339,6 +339,11 @@ impl AlignedBuffer {
         Arc::new(Self { base, layout })
     }
 
+    /// Size in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.layout.size()
+    }
+
     /// The first `len` bytes as a list.
     ///
     /// # Panics

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use crate::buffer::IoVec;
 use crate::debug_event::DebugEvent;
 use crate::drivers::ReopenError;
+use crate::drivers::copy_before_write::Snapshot;
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node, NodeOptions};
 use crate::options::DriverOptions;
@@ -265,6 +266,11 @@ pub trait BlockDriver: Send + Sync + 'static {
         None
     }
 
+    /// The snapshot that the node keeps, if it is a `copy-before-write` filter.
+    fn snapshot(&self) -> Option<&Arc<Snapshot>> {
+        None
+    }
+
     /// Whether this is a filter.
     fn is_filter(&self) -> bool {
         self.filtered().is_some()
@@ -293,6 +299,12 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// The section has ended. Any thread, no lock held.
     fn drained_end(&self) {}
 
+    /// Whether a drained section has to wait for work of the node's own, which is not
+    /// counted in any request. Asked again at least every 10 ms. Must not block.
+    fn drained_poll(&self) -> bool {
+        false
+    }
+
     /// A step of the node above, or of this node itself, that a test may have
     /// waited for. Any thread; must not block.
     fn debug_event(&self, event: DebugEvent) {
@@ -307,6 +319,12 @@ pub trait BlockDriver: Send + Sync + 'static {
     fn child_permissions(&self, role: ChildRole, users: Permissions) -> Permissions {
         let _ = role;
         users
+    }
+
+    /// As [`child_permissions`](Self::child_permissions), of a node that nothing stands
+    /// on: one that is not in place yet may want less.
+    fn unused_child_permissions(&self, role: ChildRole) -> Permissions {
+        self.child_permissions(role, Permissions::IDLE)
     }
 
     /// First half of a change of permissions: takes what `wanted` (all users of

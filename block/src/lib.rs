@@ -24,6 +24,7 @@ mod error;
 mod export;
 mod gate;
 mod graph;
+mod latency;
 pub mod leaf;
 pub mod nbd;
 mod node;
@@ -47,6 +48,9 @@ pub use driver::{
     BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, FileRange, Limits, Reopen, Reopened,
     WriteFlags, ZeroFlags,
 };
+pub use drivers::copy_before_write::{
+    CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Snapshot, SnapshotObserver, cluster_of,
+};
 pub use drivers::{OpenError, ReopenError};
 pub use error::{IoError, IoErrorKind, IoOp};
 pub use export::{
@@ -57,12 +61,13 @@ pub use graph::{
     BackendInfo, BitmapInfo, BusyBackend, DEFAULT_DRAIN_TIMEOUT, Drained, DumpEdge, DumpNode,
     Graph, GraphDump, GraphError, GraphHandle, NodeChild, NodeInfo,
 };
+pub use latency::GuestLatency;
 pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
     BackingRef, BlkdebugOptions, BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions,
-    ChildChoice, CopyOnReadOptions, DetectZeroes, DiscardMode, DriverOptions, FileOptions,
-    InetAddress, NbdOptions, NullCoOptions, Qcow2Options, RawOptions, SocketAddress,
-    ThrottleOptions,
+    ChildChoice, CopyBeforeWriteOptions, CopyOnReadOptions, DetectZeroes, DiscardMode,
+    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, Qcow2Options, RawOptions,
+    SnapshotAccessOptions, SocketAddress, ThrottleOptions,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
 pub use range_lock::{LockRange, RangeGuard, RangeLock};

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::driver::ChildRole;
 use crate::drivers::blkdebug::{InjectError, SetState};
+use crate::drivers::copy_before_write::CbwPolicy;
 use crate::node::NodeOptions;
 use crate::permissions::Perm;
 
@@ -147,6 +148,10 @@ pub enum DriverOptions {
     Throttle(ThrottleOptions),
     /// Copies what is read from backing images.
     CopyOnRead(CopyOnReadOptions),
+    /// Copies what is about to be changed to a target.
+    CopyBeforeWrite(CopyBeforeWriteOptions),
+    /// Shows what a `copy-before-write` filter keeps.
+    SnapshotAccess(SnapshotAccessOptions),
 }
 
 /// What options say of a child.
@@ -171,6 +176,8 @@ impl DriverOptions {
             Self::Nbd(_) => "nbd",
             Self::Throttle(_) => "throttle",
             Self::CopyOnRead(_) => "copy-on-read",
+            Self::CopyBeforeWrite(_) => "copy-before-write",
+            Self::SnapshotAccess(_) => "snapshot-access",
         }
     }
 
@@ -185,6 +192,13 @@ impl DriverOptions {
             }
             Self::Throttle(options) => vec![(ChildRole::File, ChildChoice::Node(&options.file))],
             Self::CopyOnRead(options) => {
+                vec![(ChildRole::File, ChildChoice::Node(&options.file))]
+            }
+            Self::CopyBeforeWrite(options) => vec![
+                (ChildRole::File, ChildChoice::Node(&options.file)),
+                (ChildRole::Target, ChildChoice::Node(&options.target)),
+            ],
+            Self::SnapshotAccess(options) => {
                 vec![(ChildRole::File, ChildChoice::Node(&options.file))]
             }
             Self::Qcow2(options) => {
@@ -212,7 +226,9 @@ impl DriverOptions {
             | Self::Qcow2(_)
             | Self::Throttle(_)
             | Self::Blkdebug(_)
-            | Self::CopyOnRead(_) => None,
+            | Self::CopyOnRead(_)
+            | Self::CopyBeforeWrite(_)
+            | Self::SnapshotAccess(_) => None,
             Self::NullCo(options) => options.not_default(),
         }
     }
@@ -422,6 +438,24 @@ pub struct CopyOnReadOptions {
     pub file: BlockdevRef,
     /// Name of the lowest layer that is copied from; `None`: all are.
     pub bottom: Option<String>,
+}
+
+/// Options of `copy-before-write`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyBeforeWriteOptions {
+    /// The disk.
+    pub file: BlockdevRef,
+    /// Where its old content is kept.
+    pub target: BlockdevRef,
+    /// How guests' requests are treated.
+    pub policy: CbwPolicy,
+}
+
+/// Options of `snapshot-access`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotAccessOptions {
+    /// The filter.
+    pub file: BlockdevRef,
 }
 
 /// Options of `throttle`.

@@ -24,6 +24,9 @@ pub enum OpenError {
     /// A `blkdebug` filter cannot be opened.
     #[error(transparent)]
     Blkdebug(#[from] super::blkdebug::BlkdebugError),
+    /// A `copy-before-write` filter cannot keep account of so large a disk.
+    #[error("Cannot create block-copy-state: {0}")]
+    Snapshot(#[from] crate::dirty_bitmap::BitmapError),
     /// The file is not of a kind that can be a disk.
     #[error("'{}' is a {found}; an image must be a regular file or a block device", path.display())]
     WrongKind {

@@ -3,12 +3,14 @@
 //! What does not live here: nodes, edges and permissions between them (`graph`).
 
 pub mod blkdebug;
+pub mod copy_before_write;
 pub mod copy_on_read;
 pub mod file;
 pub mod nbd;
 pub mod null;
 pub mod qcow2;
 pub mod raw;
+pub mod snapshot_access;
 pub mod throttle;
 
 mod error;

@@ -189,21 +189,37 @@ impl Section {
                 })
         };
         let held = quiet(true);
-        let users = members.iter().all(|backend| !user_busy(backend));
+        let users = members.iter().all(|backend| !user_busy(backend)) && !self.nodes_busy();
         let counted = quiet(false);
         held && users && counted
     }
 
+    /// Whether nodes have work of their own under way.
+    fn nodes_busy(&self) -> bool {
+        let nodes = self.nodes();
+        nodes.iter().any(|node| node.driver().drained_poll())
+    }
+
+    fn nodes(&self) -> Vec<Arc<Node>> {
+        let nodes = lock(&self.members).nodes.clone();
+        nodes.iter().filter_map(Weak::upgrade).collect()
+    }
+
     fn busy(&self) -> Vec<BusyBackend> {
-        self.members()
-            .iter()
-            .map(|backend| BusyBackend {
-                user: backend
-                    .user()
-                    .map_or_else(|| backend.describe(), |user| user.describe()),
-                in_flight: backend.in_flight(),
-                user_busy: user_busy(backend),
-            })
+        let backends = self.members().into_iter().map(|backend| BusyBackend {
+            user: backend
+                .user()
+                .map_or_else(|| backend.describe(), |user| user.describe()),
+            in_flight: backend.in_flight(),
+            user_busy: user_busy(&backend),
+        });
+        let nodes = self.nodes().into_iter().map(|node| BusyBackend {
+            user: format!("node '{}'", node.name()),
+            in_flight: 0,
+            user_busy: node.driver().drained_poll(),
+        });
+        backends
+            .chain(nodes)
             .filter(|busy| busy.in_flight > 0 || busy.user_busy)
             .collect()
     }

@@ -13,11 +13,13 @@ use super::{Graph, GraphError, LocalFuture, above_inserted_filters};
 use crate::backend::{AttachmentKind, Backend, BackendUser};
 use crate::driver::{BlockDriver, ChildRole};
 use crate::drivers::blkdebug::BlkdebugDriver;
+use crate::drivers::copy_before_write::CopyBeforeWriteDriver;
 use crate::drivers::copy_on_read::CopyOnReadDriver;
 use crate::drivers::file::{FileNode, OpenFlags};
 use crate::drivers::nbd::NbdDriver;
 use crate::drivers::null::NullDriver;
 use crate::drivers::raw::RawDriver;
+use crate::drivers::snapshot_access::SnapshotAccessDriver;
 use crate::drivers::throttle::ThrottleDriver;
 use crate::drivers::{OpenError, file};
 use crate::node::{Child, Node, NodeOptions};
@@ -326,6 +328,26 @@ impl<'a> Opening<'a> {
                 };
                 Ok(Opened {
                     driver: Box::new(CopyOnReadDriver::new(file, bottom.as_ref())),
+                    read_only,
+                    children: vec![entry],
+                })
+            }
+            DriverOptions::CopyBeforeWrite(copy) => {
+                let (file, file_entry) = self.child(ChildRole::File, &copy.file, options).await?;
+                let (target, target_entry) =
+                    self.child(ChildRole::Target, &copy.target, options).await?;
+                let driver = CopyBeforeWriteDriver::new(file, target, copy.policy, None)
+                    .map_err(OpenError::from)?;
+                Ok(Opened {
+                    driver: Box::new(driver),
+                    read_only,
+                    children: vec![file_entry, target_entry],
+                })
+            }
+            DriverOptions::SnapshotAccess(access) => {
+                let (file, entry) = self.child(ChildRole::File, &access.file, options).await?;
+                Ok(Opened {
+                    driver: Box::new(SnapshotAccessDriver::new(file)),
                     read_only,
                     children: vec![entry],
                 })

@@ -315,11 +315,12 @@ impl Topology {
                     false => GraphError::Writers(entry.node.name().to_owned()),
                 });
             }
+            let driver = entry.node.driver();
             for edge in &mut entry.children {
-                edge.permissions = entry
-                    .node
-                    .driver()
-                    .child_permissions(edge.child.role(), entry.permissions);
+                edge.permissions = match parents.is_empty() {
+                    true => driver.unused_child_permissions(edge.child.role()),
+                    false => driver.child_permissions(edge.child.role(), entry.permissions),
+                };
             }
         }
         Ok(())

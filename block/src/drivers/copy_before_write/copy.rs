@@ -1,0 +1,239 @@
+//! Copies what a guest's request is about to change.
+
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+
+use super::snapshot::{Claim, Snapshot};
+use crate::backend::{Backend, InFlight};
+use crate::buffer::AlignedBuffer;
+use crate::driver::{WriteFlags, ZeroFlags};
+use crate::error::{IoError, IoOp};
+use crate::node::{Child, Node};
+
+/// Most bytes that are copied in one piece (or one cluster).
+const PIECE: u64 = 1 << 20;
+/// Longest range that is read without asking what it is.
+const SHORT: u64 = 64 << 10;
+/// Size of the buffers in stock, and how many each thread has.
+const STOCK: (usize, usize) = (SHORT as usize, 32);
+
+thread_local! {
+    static FREE: RefCell<Vec<Arc<AlignedBuffer>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Where the snapshot is kept.
+pub(super) enum Target {
+    /// A child of the filter.
+    Child(Child),
+    /// A job's way to it.
+    Backend(Arc<Backend>),
+}
+
+/// The target for the time of a request.
+pub(super) enum Entered {
+    Child(Arc<Node>),
+    Backend(InFlight),
+}
+
+impl Target {
+    /// `None`: the job's target takes no requests at this moment.
+    pub(super) fn enter(&self) -> Option<Entered> {
+        match self {
+            Self::Child(child) => Some(Entered::Child(child.node())),
+            Self::Backend(backend) => backend.try_enter().map(Entered::Backend),
+        }
+    }
+}
+
+impl Entered {
+    pub(super) fn node(&self) -> &Arc<Node> {
+        match self {
+            Self::Child(node) => node,
+            Self::Backend(request) => request.node(),
+        }
+    }
+}
+
+/// A copy that a drained section has to wait for, even if the guest does not.
+struct Counted(Arc<Snapshot>);
+
+impl Counted {
+    fn new(snapshot: &Arc<Snapshot>) -> Self {
+        snapshot.copies.fetch_add(1, SeqCst);
+        Self(Arc::clone(snapshot))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.copies.fetch_sub(1, SeqCst);
+    }
+}
+
+/// Sees to it that `range` (whole clusters) may be overwritten: all of it is copied, by
+/// this call or by others, and nobody reads it; or nobody needs it any more.
+///
+/// A failed copy of somebody else's is tried again. With `given_up` set nothing new is
+/// begun. Errors: those of an own copy. Cancel: clusters that are being copied are to be
+/// copied again.
+pub(super) async fn secure(
+    snapshot: Arc<Snapshot>,
+    range: Range<u64>,
+    given_up: Rc<Cell<bool>>,
+) -> Result<(), IoError> {
+    loop {
+        if snapshot.lets_pass() || given_up.get() {
+            return Ok(());
+        }
+        if let Some(todo) = snapshot.any_todo(&range) {
+            let most = PIECE.max(snapshot.cluster());
+            let piece = todo.start..todo.end.min(todo.start.saturating_add(most));
+            if let Some(claim) = snapshot.claim(piece) {
+                let _counted = Counted::new(&snapshot);
+                copy(&snapshot, claim).await?;
+            }
+            continue;
+        }
+        if snapshot.is_free(&range) {
+            return Ok(());
+        }
+        let changes = || {
+            snapshot.lets_pass() || snapshot.is_free(&range) || snapshot.any_todo(&range).is_some()
+        };
+        snapshot.until(range.clone(), changes).await;
+    }
+}
+
+/// Copies what is claimed.
+async fn copy(snapshot: &Snapshot, mut claim: Claim) -> Result<(), IoError> {
+    while snapshot.looks_at_layers() && !claim.range().is_empty() {
+        let cluster = first_cluster(snapshot, &claim.range());
+        if is_allocated(snapshot, cluster.clone()).await? {
+            break;
+        }
+        claim.skip_to(cluster.end);
+    }
+    let range = claim.range();
+    if range.is_empty() {
+        return Ok(());
+    }
+    let end = match snapshot.looks_at_layers() {
+        // The next one is looked at by itself.
+        true => first_cluster(snapshot, &range).end,
+        false => range.end,
+    };
+    let (mut at, mut moved) = (range.start, 0);
+    while at < end {
+        let piece = at..end.min(at + PIECE);
+        at = piece.end;
+        moved += carry_over(snapshot, piece).await?;
+    }
+    snapshot.tell_copied(end - range.start, moved);
+    claim.copied_to(end);
+    Ok(())
+}
+
+fn first_cluster(snapshot: &Snapshot, range: &Range<u64>) -> Range<u64> {
+    range.start..range.end.min(range.start + snapshot.cluster())
+}
+
+/// Whether some of a cluster is in the topmost layer.
+async fn is_allocated(snapshot: &Snapshot, cluster: Range<u64>) -> Result<bool, IoError> {
+    let source = snapshot.source();
+    let Some(base) = source.backing() else {
+        return Ok(true);
+    };
+    let mut at = cluster.start;
+    while at < cluster.end {
+        let extent = source
+            .chain_status(Some(&base), at, cluster.end - at)
+            .await?;
+        if extent.depth > 0 {
+            return Ok(true);
+        }
+        at += extent.len.max(1);
+    }
+    Ok(false)
+}
+
+/// Copies a range of at most [`PIECE`]. Gives the bytes that were moved.
+async fn carry_over(snapshot: &Snapshot, range: Range<u64>) -> Result<u64, IoError> {
+    let len = range.end - range.start;
+    let source = snapshot.source();
+    let Some(target) = snapshot.target.enter() else {
+        return Err(snapshot.error(IoOp::Write, &range, libc::ECANCELED));
+    };
+    if len > SHORT {
+        let extent = source.chain_status(None, range.start, len).await?;
+        if extent.zero && extent.len >= len {
+            zero(&target, range).await?;
+            return Ok(0);
+        }
+    }
+    let buffer = take_buffer(len as usize);
+    let iov = buffer.io_vec(len as usize);
+    source.read(range.start, iov.clone()).await?;
+    if iov.is_zero() {
+        zero(&target, range).await?;
+    } else {
+        let flags = WriteFlags::default();
+        match &target {
+            Entered::Child(node) => node.write(range.start, iov.clone(), flags).await?,
+            Entered::Backend(request) => request.write(range.start, iov.clone(), flags).await?,
+        }
+    }
+    drop(iov);
+    give_back(buffer);
+    Ok(len)
+}
+
+async fn zero(target: &Entered, range: Range<u64>) -> Result<(), IoError> {
+    let len = range.end - range.start;
+    if reads_as_zero_for_good(target.node(), &range).await {
+        return Ok(());
+    }
+    let flags = ZeroFlags {
+        may_unmap: true,
+        ..ZeroFlags::default()
+    };
+    match target {
+        Entered::Child(node) => node.write_zeroes(range.start, len, flags).await,
+        Entered::Backend(request) => request.write_zeroes(range.start, len, flags).await,
+    }
+}
+
+/// Whether `node` reads as zeroes there and does so until somebody writes it: what
+/// shows through from a lower layer may change, it may be the source itself.
+async fn reads_as_zero_for_good(node: &Arc<Node>, range: &Range<u64>) -> bool {
+    let len = range.end - range.start;
+    match node.chain_status(None, range.start, len).await {
+        Ok(extent) => {
+            let own = extent.depth == 1 || node.backing().is_none();
+            own && extent.zero && extent.len >= len
+        }
+        Err(_) => false,
+    }
+}
+
+fn take_buffer(len: usize) -> Arc<AlignedBuffer> {
+    let in_stock = match len <= STOCK.0 {
+        true => FREE.with_borrow_mut(Vec::pop),
+        false => None,
+    };
+    in_stock.unwrap_or_else(|| AlignedBuffer::new(len.max(STOCK.0)))
+}
+
+/// Keeps a buffer that nobody (the kernel) uses any more.
+fn give_back(buffer: Arc<AlignedBuffer>) {
+    if buffer.len() != STOCK.0 || Arc::strong_count(&buffer) != 1 {
+        return;
+    }
+    FREE.with_borrow_mut(|free| {
+        if free.len() < STOCK.1 {
+            free.push(buffer);
+        }
+    });
+}

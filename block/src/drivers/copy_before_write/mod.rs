@@ -1,0 +1,414 @@
+//! `copy-before-write`: before a guest's request changes something for the first time,
+//! what was there is copied to a target. Source and target together then have what the
+//! source had when the filter came: a snapshot.
+//!
+//! - `snapshot`: which clusters are copied, and who waits for one;
+//! - `copy`: carrying one over for a guest's request;
+//! - `waiting`: the lists of who waits and who reads.
+//!
+//! A request to clusters that are copied takes no lock. It waits only for copies of its
+//! own clusters, and no longer than `cbw-timeout`. What becomes of it if the copy fails
+//! is `on-cbw-error`: it fails, and the snapshot stays good; or it goes on, and the
+//! snapshot is broken for ever.
+//!
+//! The snapshot is read by `snapshot-access`, and copied by backup jobs.
+
+use std::cell::Cell;
+use std::future::Future;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
+
+use futures_util::future::{Either, select};
+
+mod copy;
+mod snapshot;
+#[cfg(all(test, not(shuttle)))]
+mod tests;
+mod waiting;
+
+use self::copy::Target;
+pub use self::snapshot::{Claim, Snapshot, SnapshotObserver};
+use crate::backend::Backend;
+use crate::buffer::IoVec;
+use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
+use crate::driver::{
+    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags,
+};
+use crate::error::{IoError, IoOp};
+use crate::node::{Child, Node};
+use crate::permissions::{Perm, Permissions};
+use crate::runtime;
+
+/// Smallest cluster in bytes, as QEMU's.
+pub const MIN_CLUSTER: u64 = 64 << 10;
+
+/// `on-cbw-error`: what a failed copy means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnCbwError {
+    /// The guest's request fails; the snapshot stays good.
+    #[default]
+    BreakGuestWrite,
+    /// The guest's request goes on; the snapshot is lost.
+    BreakSnapshot,
+}
+
+/// How a filter treats guests' requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CbwPolicy {
+    /// What a failed copy means.
+    pub on_error: OnCbwError,
+    /// How long a request waits for copies; `None`: as long as they take. Then the copy
+    /// counts as failed.
+    pub timeout: Option<Duration>,
+}
+
+/// The filter.
+pub struct CopyBeforeWriteDriver {
+    file: Child,
+    snapshot: Arc<Snapshot>,
+    policy: CbwPolicy,
+}
+
+/// The cluster of a snapshot that is kept in `target`, in bytes: a power of two.
+pub fn cluster_of(target: &Node, at_least: u64) -> u64 {
+    let of_target = target.limits().cluster_size.map_or(0, u64::from);
+    let cluster = MIN_CLUSTER.max(at_least).max(of_target);
+    cluster.checked_next_power_of_two().unwrap_or(1 << 63)
+}
+
+impl CopyBeforeWriteDriver {
+    /// A filter on `file` that keeps in `target` what all of `file` holds now, or what
+    /// `part` has set.
+    ///
+    /// Errors: the disk is too large for bitmaps with so small clusters.
+    pub(crate) fn new(
+        file: Child,
+        target: Child,
+        policy: CbwPolicy,
+        part: Option<&DirtyBitmap>,
+    ) -> Result<Self, BitmapError> {
+        let cluster = cluster_of(&target.node(), 0);
+        Self::with_target(file, Target::Child(target), policy, cluster, part)
+    }
+
+    /// As [`new`](Self::new), for a job that has `target` attached, and with clusters of
+    /// `cluster` bytes (a power of two).
+    pub fn for_job(
+        file: Child,
+        target: Arc<Backend>,
+        policy: CbwPolicy,
+        cluster: u64,
+        part: Option<&DirtyBitmap>,
+    ) -> Result<Self, BitmapError> {
+        Self::with_target(file, Target::Backend(target), policy, cluster, part)
+    }
+
+    fn with_target(
+        file: Child,
+        target: Target,
+        policy: CbwPolicy,
+        cluster: u64,
+        part: Option<&DirtyBitmap>,
+    ) -> Result<Self, BitmapError> {
+        let snapshot = Snapshot::new(file.share(), target, cluster, part)?;
+        Ok(Self {
+            file,
+            snapshot: Arc::new(snapshot),
+            policy,
+        })
+    }
+
+    /// The snapshot that it keeps.
+    pub fn kept(&self) -> &Arc<Snapshot> {
+        &self.snapshot
+    }
+
+    /// Runs a request that changes `range` of the source, once that may be changed.
+    async fn change<T>(
+        &self,
+        op: IoOp,
+        range: Range<u64>,
+        request: impl Future<Output = Result<T, IoError>>,
+    ) -> Result<T, IoError> {
+        let clusters = self.snapshot.round_out(&range);
+        if !self.snapshot.is_free(&clusters) && !self.snapshot.lets_pass() {
+            self.wait(op, &range, clusters).await?;
+        }
+        request.await
+    }
+
+    async fn wait(
+        &self,
+        op: IoOp,
+        range: &Range<u64>,
+        clusters: Range<u64>,
+    ) -> Result<(), IoError> {
+        let given_up = Rc::new(Cell::new(false));
+        let secured = copy::secure(Arc::clone(&self.snapshot), clusters, Rc::clone(&given_up));
+        let result = match self.policy.timeout {
+            None => secured.await,
+            Some(timeout) => {
+                let task = runtime::spawn_local(secured);
+                let timer = std::pin::pin!(runtime::sleep(timeout));
+                match select(task, timer).await {
+                    Either::Left((result, _)) => result,
+                    Either::Right(((), task)) => {
+                        // What is under way ends some time; the target is in use until
+                        // then.
+                        given_up.set(true);
+                        task.detach();
+                        Err(self.snapshot.error(op, range, libc::ETIMEDOUT))
+                    }
+                }
+            }
+        };
+        match (result, self.policy.on_error) {
+            (Ok(()), _) => Ok(()),
+            // Whoever asked for the end of the snapshot does not need the copy.
+            (Err(_), _) if self.snapshot.lets_pass() => Ok(()),
+            (Err(error), OnCbwError::BreakGuestWrite) => Err(error),
+            (Err(error), OnCbwError::BreakSnapshot) => {
+                self.snapshot.set_broken(error.errno);
+                Ok(())
+            }
+        }
+    }
+
+    fn range(&self, op: IoOp, offset: u64, len: u64) -> Result<Range<u64>, IoError> {
+        let end = offset.checked_add(len);
+        let refused = || self.file.node().error(op, offset, len, libc::EINVAL);
+        Ok(offset..end.ok_or_else(refused)?)
+    }
+}
+
+impl Snapshot {
+    /// Reads what the disk held.
+    ///
+    /// Errors: `EACCES` if the snapshot is broken or the range not part of it. Cancel:
+    /// nothing is left behind.
+    pub async fn read(&self, offset: u64, iov: IoVec) -> Result<(), IoError> {
+        let end = offset.saturating_add(iov.len() as u64);
+        let mut at = offset;
+        while at < end {
+            let denied = |errno| self.error(IoOp::Read, &(at..end), errno);
+            let place = self.look(at..end).map_err(denied)?;
+            let len = place.range.end - at;
+            let part = iov.slice((at - offset) as usize, len as usize);
+            match &place.frozen {
+                Some(_) => {
+                    self.source().read(at, part).await?;
+                    // The guest may have gone on without waiting for this.
+                    if self.broken().is_some() {
+                        return Err(denied(libc::EACCES));
+                    }
+                }
+                None => {
+                    let target = self.target.enter().ok_or_else(|| denied(libc::EACCES))?;
+                    target.node().read(at, part).await?;
+                }
+            }
+            at = place.range.end;
+        }
+        Ok(())
+    }
+
+    /// What kind of data the disk held. Errors, cancel: as [`read`](Self::read).
+    pub async fn block_status(&self, offset: u64, len: u64) -> Result<Extent, IoError> {
+        let range = offset..offset.saturating_add(len);
+        let denied = |errno| self.error(IoOp::BlockStatus, &range, errno);
+        let place = self.look(range.clone()).map_err(denied)?;
+        let len = place.range.end - offset;
+        let extent = match &place.frozen {
+            Some(_) => {
+                let extent = self.source().chain_status(None, offset, len).await?;
+                if self.broken().is_some() {
+                    return Err(denied(libc::EACCES));
+                }
+                extent
+            }
+            None => {
+                let target = self.target.enter().ok_or_else(|| denied(libc::EACCES))?;
+                target.node().chain_status(None, offset, len).await?
+            }
+        };
+        Ok(Extent {
+            len: extent.len,
+            flags: ExtentFlags {
+                data: extent.data,
+                zero: extent.zero,
+                allocated: true,
+            },
+        })
+    }
+
+    /// Whole clusters of the range are not needed any more: they cannot be read from now
+    /// on, are not copied, and their copies are discarded.
+    ///
+    /// Errors: as [`read`](Self::read). Cancel: they are out of the snapshot or not.
+    pub async fn discard(&self, offset: u64, len: u64) -> Result<(), IoError> {
+        let range = offset..offset.saturating_add(len);
+        if self.broken().is_some() {
+            return Err(self.error(IoOp::Discard, &range, libc::EACCES));
+        }
+        let clusters = self.round_in(&range);
+        if clusters.is_empty() {
+            return Ok(());
+        }
+        self.skip(clusters.clone());
+        match self.target.enter() {
+            Some(target) => {
+                let len = clusters.end - clusters.start;
+                target.node().discard(clusters.start, len).await
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl BlockDriver for CopyBeforeWriteDriver {
+    fn name(&self) -> &'static str {
+        "copy-before-write"
+    }
+
+    fn size(&self) -> u64 {
+        self.file.node().size()
+    }
+
+    fn limits(&self) -> Limits {
+        self.file.node().limits()
+    }
+
+    fn filename(&self) -> String {
+        self.file.node().driver().filename()
+    }
+
+    fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            let _felt = Felt::begin(&self.snapshot);
+            self.file.node().read(offset, iov).await
+        })
+    }
+
+    fn write<'a>(
+        &'a self,
+        offset: u64,
+        iov: IoVec,
+        flags: WriteFlags,
+    ) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            let _felt = Felt::begin(&self.snapshot);
+            let file = self.file.node();
+            if flags.unchanged {
+                return file.write(offset, iov, flags).await;
+            }
+            let range = self.range(IoOp::Write, offset, iov.len() as u64)?;
+            self.change(IoOp::Write, range, file.write(offset, iov, flags))
+                .await
+        })
+    }
+
+    fn write_zeroes<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            let _felt = Felt::begin(&self.snapshot);
+            let file = self.file.node();
+            let range = self.range(IoOp::WriteZeroes, offset, len)?;
+            let request = file.write_zeroes(offset, len, flags);
+            self.change(IoOp::WriteZeroes, range, request).await
+        })
+    }
+
+    fn discard<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            let _felt = Felt::begin(&self.snapshot);
+            let file = self.file.node();
+            let range = self.range(IoOp::Discard, offset, len)?;
+            self.change(IoOp::Discard, range, file.discard(offset, len))
+                .await
+        })
+    }
+
+    fn flush<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move { self.file.node().flush().await })
+    }
+
+    fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {
+        Box::pin(async move { self.file.node().block_status(offset, len).await })
+    }
+
+    fn filtered(&self) -> Option<Arc<Node>> {
+        Some(self.file.node())
+    }
+
+    fn snapshot(&self) -> Option<&Arc<Snapshot>> {
+        Some(&self.snapshot)
+    }
+
+    /// Also the target's: a guest's request may be waiting for that.
+    fn cancel_in_flight(&self) {
+        self.file.node().cancel_in_flight();
+        if let Target::Child(target) = &self.snapshot.target {
+            target.node().cancel_in_flight();
+        }
+    }
+
+    /// Copies that outlive the requests which began them use the target. A job has its
+    /// own count of them.
+    fn drained_poll(&self) -> bool {
+        matches!(self.snapshot.target, Target::Child(_)) && self.snapshot.copies.load(SeqCst) > 0
+    }
+
+    fn child_permissions(&self, role: ChildRole, users: Permissions) -> Permissions {
+        if role == ChildRole::Target {
+            // The source may be a layer of the target, so others may write that.
+            return Permissions {
+                need: Perm::WRITE,
+                share: Perm::ALL.without(Perm::RESIZE),
+            };
+        }
+        Permissions {
+            need: match users.need.contains(Perm::WRITE) {
+                true => users.need | Perm::CONSISTENT_READ,
+                false => users.need,
+            },
+            // Nobody may write past the filter.
+            share: users.share.without(Perm::WRITE | Perm::RESIZE),
+        }
+    }
+
+    /// A filter that is not in place yet stands in nobody's way.
+    fn unused_child_permissions(&self, role: ChildRole) -> Permissions {
+        match role {
+            ChildRole::Target => self.child_permissions(role, Permissions::IDLE),
+            _ => Permissions::IDLE,
+        }
+    }
+}
+
+/// Measures a guest's request, if somebody wants to know.
+struct Felt<'a> {
+    snapshot: &'a Snapshot,
+    began: Option<Instant>,
+}
+
+impl<'a> Felt<'a> {
+    fn begin(snapshot: &'a Snapshot) -> Self {
+        let began = snapshot.is_observed().then(Instant::now);
+        Self { snapshot, began }
+    }
+}
+
+impl Drop for Felt<'_> {
+    fn drop(&mut self) {
+        if let Some(began) = self.began {
+            self.snapshot.latency().record(began.elapsed());
+        }
+    }
+}

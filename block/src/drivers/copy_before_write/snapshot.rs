@@ -1,0 +1,498 @@
+//! What a disk held at one instant: which clusters of that have been copied, who
+//! copies one, and who waits.
+//!
+//! Not here: how a cluster is carried over (`copy`; a backup job brings its own way),
+//! and what becomes of a guest's request if that fails (the driver).
+//!
+//! # States of a cluster
+//!
+//! | state | `todo` | `pending` | `access` |
+//! |---|---|---|---|
+//! | to do: only the source has it | set | set | set |
+//! | busy: somebody copies it | clear | set | set |
+//! | done: the target has it | clear | clear | set |
+//! | not part of the snapshot | clear | clear | clear |
+//!
+//! Clearing a bit of `todo` is the claim: of several who try, one gets it. A copy that
+//! failed sets it again. A guest's write waits until none of its clusters is `pending`,
+//! so the source keeps what the snapshot needs; one that finds it so at once has taken
+//! no lock.
+//!
+//! Who reads the snapshot from the source *freezes* the range first, and then looks
+//! whether it is still pending; who writes looks whether it is pending, and then
+//! whether it is frozen. All of that is sequentially consistent, so at least one of the
+//! two sees the other.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
+
+use super::copy::Target;
+use super::waiting::{Change, Waiting};
+use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
+use crate::error::IoOp;
+use crate::latency::GuestLatency;
+use crate::node::{Child, Node};
+
+/// Chunks that one step of a long walk looks at.
+const STEP: u64 = 1 << 12;
+/// Clusters that are looked at one by one; longer ranges are searched.
+const FEW: u64 = 64;
+
+/// Who wants to know how a snapshot gets on: a backup job. Called on whatever thread
+/// it happens, with no lock held; must not block.
+pub trait SnapshotObserver: Send + Sync {
+    /// A guest's request has copied `len` bytes, `moved` of them as data.
+    fn copied_by_guest(&self, len: u64, moved: u64);
+
+    /// Something is done, to be done again, or the snapshot is broken.
+    fn changed(&self);
+}
+
+/// The snapshot of a `copy-before-write` filter. Any thread.
+pub struct Snapshot {
+    size: u64,
+    cluster: u64,
+    pub(super) source: Child,
+    pub(super) target: Target,
+    /// Clusters to be copied that nobody copies. Atomic.
+    todo: DirtyBitmap,
+    /// Clusters to be copied, whether or not somebody copies them. Atomic.
+    pending: DirtyBitmap,
+    /// Clusters that can be read. Atomic.
+    access: DirtyBitmap,
+    /// Why the snapshot is not what it should be: an errno, or 0. Never taken back.
+    broken: AtomicI32,
+    /// Nobody needs the snapshot any more: requests pass. Never taken back.
+    ended: AtomicBool,
+    /// Ranges that are being read from the source.
+    frozen: AtomicUsize,
+    /// Copies that a guest's request began, and which may outlive it.
+    pub(super) copies: AtomicUsize,
+    /// Only what this node's own layer has is copied, at the cost of a look at each
+    /// cluster. Atomic; set before requests come, and cleared once everything else is
+    /// out of the snapshot.
+    only_allocated: AtomicBool,
+    waiting: Waiting,
+    observer: OnceLock<Arc<dyn SnapshotObserver>>,
+    /// What the guest feels, if somebody observes.
+    latency: GuestLatency,
+}
+
+impl Snapshot {
+    /// A snapshot of `source` as it is at this moment, in clusters of `cluster` bytes (a
+    /// power of two): of all of it, or of what `part` has set.
+    pub(super) fn new(
+        source: Child,
+        target: Target,
+        cluster: u64,
+        part: Option<&DirtyBitmap>,
+    ) -> Result<Self, BitmapError> {
+        let size = source.node().size();
+        let new = || DirtyBitmap::new(size, cluster);
+        let snapshot = Self {
+            size,
+            cluster,
+            source,
+            target,
+            todo: new()?,
+            pending: new()?,
+            access: new()?,
+            broken: AtomicI32::new(0),
+            ended: AtomicBool::new(false),
+            frozen: AtomicUsize::new(0),
+            copies: AtomicUsize::new(0),
+            only_allocated: AtomicBool::new(false),
+            waiting: Waiting::default(),
+            observer: OnceLock::new(),
+            latency: GuestLatency::default(),
+        };
+        let all = [&snapshot.access, &snapshot.pending, &snapshot.todo];
+        match part {
+            None => all.into_iter().for_each(DirtyBitmap::set_all),
+            Some(part) => {
+                let mut at = 0;
+                while let Some(area) = part.next_dirty(at) {
+                    for bitmap in all {
+                        bitmap.set(area.start, area.end - area.start);
+                    }
+                    at = area.end;
+                }
+            }
+        }
+        Ok(snapshot)
+    }
+
+    /// Size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Bytes per cluster: a power of two.
+    pub fn cluster(&self) -> u64 {
+        self.cluster
+    }
+
+    /// The node below the filter at this moment.
+    pub fn source(&self) -> Arc<Node> {
+        self.source.node()
+    }
+
+    /// From now on `observer` is told. The first call counts.
+    pub fn observe(&self, observer: Arc<dyn SnapshotObserver>) {
+        let _ = self.observer.set(observer);
+    }
+
+    /// What the guest feels since somebody observes.
+    pub fn latency(&self) -> &GuestLatency {
+        &self.latency
+    }
+
+    pub(super) fn is_observed(&self) -> bool {
+        self.observer.get().is_some()
+    }
+
+    /// Only what the node below has in its own layer is part of the snapshot. To be
+    /// called before requests come; the caller then takes the rest out
+    /// ([`skip`](Self::skip)) and says so with [`all_looked_at`](Self::all_looked_at).
+    pub fn only_allocated(&self) {
+        self.only_allocated.store(true, SeqCst);
+    }
+
+    /// What is not in the layer has been taken out.
+    pub fn all_looked_at(&self) {
+        self.only_allocated.store(false, SeqCst);
+    }
+
+    pub(super) fn looks_at_layers(&self) -> bool {
+        self.only_allocated.load(SeqCst)
+    }
+
+    /// The errno of what broke the snapshot, if something did: then it is not what the
+    /// disk held, and never will be. Who has copied looks at it *after* the copy.
+    pub fn broken(&self) -> Option<i32> {
+        match self.broken.load(SeqCst) {
+            0 => None,
+            errno => Some(errno),
+        }
+    }
+
+    /// The snapshot is lost: guests' requests pass, reads of it fail. The first errno
+    /// counts.
+    pub fn set_broken(&self, errno: i32) {
+        let errno = if errno == 0 { libc::EIO } else { errno };
+        if self
+            .broken
+            .compare_exchange(0, errno, SeqCst, SeqCst)
+            .is_ok()
+        {
+            tracing::warn!(
+                source = self.source.node().name(),
+                error = %std::io::Error::from_raw_os_error(errno),
+                "a snapshot is broken: what the guest wrote over could not be saved"
+            );
+            self.changed(0..self.size);
+        }
+    }
+
+    /// The snapshot is not needed any more: guests' requests pass.
+    pub fn end(&self) {
+        self.ended.store(true, SeqCst);
+        self.changed(0..self.size);
+    }
+
+    /// Whether guests' requests pass without any more copying.
+    pub(super) fn lets_pass(&self) -> bool {
+        self.ended.load(SeqCst) || self.broken().is_some()
+    }
+
+    /// Bytes of clusters that nobody has copied or copies.
+    pub fn todo_bytes(&self) -> u64 {
+        self.bytes(&self.todo)
+    }
+
+    /// Bytes of clusters that are not copied yet, those being copied included.
+    pub fn pending_bytes(&self) -> u64 {
+        self.bytes(&self.pending)
+    }
+
+    fn bytes(&self, bitmap: &DirtyBitmap) -> u64 {
+        let whole = bitmap.count_bytes();
+        let excess = match self.size % self.cluster {
+            0 => 0,
+            short if bitmap.is_dirty(self.size - 1) => self.cluster - short,
+            _ => 0,
+        };
+        whole.saturating_sub(excess).min(self.size)
+    }
+
+    /// Whether nothing is left to be copied, or being copied.
+    pub fn is_complete(&self) -> bool {
+        self.pending.is_clean()
+    }
+
+    /// The clusters that are not copied, for who keeps account of them: in bytes, from
+    /// `from` on, in order.
+    pub fn next_pending(&self, from: u64) -> Option<Range<u64>> {
+        self.pending.next_dirty(from)
+    }
+
+    /// The first run of clusters from `from` on that are to be copied and that nobody
+    /// copies, no longer than `most` bytes (or one cluster).
+    pub fn next_todo(&self, from: u64, most: u64) -> Option<Range<u64>> {
+        self.todo.next_dirty_area(from, most)
+    }
+
+    /// Takes on the copying of the first run in `range` (whole clusters, bounded by
+    /// the caller) that is to be copied. `None`: there is none.
+    pub fn claim(self: &Arc<Self>, range: Range<u64>) -> Option<Claim> {
+        let mut runs = self
+            .todo
+            .take(range.start, range.end - range.start)
+            .into_iter();
+        let first = runs.next()?;
+        for run in runs {
+            self.todo.set(run.start, run.end - run.start);
+            // Who found it taken may be waiting for it.
+            self.changed(run);
+        }
+        Some(Claim {
+            snapshot: Arc::clone(self),
+            range: first,
+        })
+    }
+
+    /// Takes whole clusters inside `range` out of the snapshot, as far as nobody copies
+    /// them: they need not be copied and cannot be read.
+    pub fn skip(&self, range: Range<u64>) {
+        let range = self.round_in(&range);
+        let mut at = range.start;
+        while at < range.end {
+            let end = range.end.min(at.saturating_add(STEP * self.cluster));
+            self.access.clear(at, end - at);
+            for run in self.todo.take(at, end - at) {
+                self.pending.clear(run.start, run.end - run.start);
+                self.changed(run);
+            }
+            at = end;
+        }
+    }
+
+    /// Whether a write to `range` may go to the source at once.
+    pub(super) fn is_free(&self, range: &Range<u64>) -> bool {
+        // In this order: see the module's head.
+        !self.any(&self.pending, range)
+            && !(self.frozen.load(SeqCst) > 0 && self.waiting.is_frozen(range))
+    }
+
+    pub(super) fn any_todo(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        let found = self.first(&self.todo, range)?;
+        Some(found..range.end)
+    }
+
+    fn any(&self, bitmap: &DirtyBitmap, range: &Range<u64>) -> bool {
+        self.first(bitmap, range).is_some()
+    }
+
+    /// Start of the first cluster of `range` (whole clusters) that is set.
+    fn first(&self, bitmap: &DirtyBitmap, range: &Range<u64>) -> Option<u64> {
+        let mut at = range.start;
+        let few = range.end.min(at.saturating_add(FEW * self.cluster));
+        while at < few {
+            if bitmap.is_dirty(at) {
+                return Some(at);
+            }
+            at += self.cluster;
+        }
+        if at >= range.end {
+            return None;
+        }
+        let area = bitmap.next_dirty_area(at, 1)?;
+        (area.start < range.end).then_some(area.start)
+    }
+
+    /// Waits for something to change in `range` that makes `test` true.
+    pub(super) fn until<'a, F>(&'a self, range: Range<u64>, test: F) -> Change<'a, F>
+    where
+        F: Fn() -> bool + Unpin,
+    {
+        self.waiting.until(range, test)
+    }
+
+    /// Something has changed in `range`.
+    pub(super) fn changed(&self, range: Range<u64>) {
+        self.waiting.changed(&range);
+        if let Some(observer) = self.observer.get() {
+            observer.changed();
+        }
+    }
+
+    pub(super) fn tell_copied(&self, len: u64, moved: u64) {
+        if let Some(observer) = self.observer.get() {
+            observer.copied_by_guest(len, moved);
+        }
+    }
+
+    /// Looks where the snapshot has the bytes from the start of `range` on, and sees to
+    /// it that they stay there until the result is dropped.
+    ///
+    /// Errors: an errno; `EACCES` if the snapshot is broken, or does not have them.
+    pub(super) fn look(&self, range: Range<u64>) -> Result<Place<'_>, i32> {
+        let freeze = Freeze::new(self, range.clone());
+        if self.broken().is_some() {
+            return Err(libc::EACCES);
+        }
+        let pending = self.pending.is_dirty(range.start);
+        // Whatever is taken out is not readable before it ceases to be pending.
+        if !self.access.is_dirty(range.start) {
+            return Err(libc::EACCES);
+        }
+        let end = |bitmap: &DirtyBitmap, set: bool| match set {
+            true => bitmap.next_clean(range.start),
+            false => bitmap
+                .next_dirty_area(range.start, 1)
+                .map(|area| area.start),
+        };
+        let ends = [
+            Some(range.end),
+            end(&self.pending, pending),
+            end(&self.access, true),
+        ];
+        let end = ends.into_iter().flatten().min().unwrap_or(range.end);
+        Ok(Place {
+            range: range.start..end,
+            frozen: pending.then_some(freeze),
+        })
+    }
+
+    /// The range, widened to whole clusters (the last one ends with the disk).
+    pub fn round_out(&self, range: &Range<u64>) -> Range<u64> {
+        let start = range.start & !(self.cluster - 1);
+        let end = range.end.checked_next_multiple_of(self.cluster);
+        start..end.unwrap_or(self.size).min(self.size)
+    }
+
+    /// The whole clusters inside the range; empty if there are none.
+    pub fn round_in(&self, range: &Range<u64>) -> Range<u64> {
+        let start = range.start.checked_next_multiple_of(self.cluster);
+        let start = start.unwrap_or(self.size).min(self.size);
+        let end = match range.end >= self.size {
+            true => self.size,
+            false => range.end & !(self.cluster - 1),
+        };
+        start..end.max(start)
+    }
+
+    /// An error of a request to the snapshot.
+    pub(super) fn error(&self, op: IoOp, range: &Range<u64>, errno: i32) -> crate::IoError {
+        let len = range.end.saturating_sub(range.start);
+        self.source.node().error(op, range.start, len, errno)
+    }
+}
+
+impl std::fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Snapshot")
+            .field("size", &self.size)
+            .field("cluster", &self.cluster)
+            .field("pending_bytes", &self.pending_bytes())
+            .field("broken", &self.broken())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Clusters whose copying somebody has taken on. Dropped, they are to be copied again.
+#[derive(Debug)]
+#[must_use = "dropping it gives the clusters back"]
+pub struct Claim {
+    snapshot: Arc<Snapshot>,
+    /// Whole clusters.
+    range: Range<u64>,
+}
+
+impl Claim {
+    /// The clusters, in bytes.
+    pub fn range(&self) -> Range<u64> {
+        self.range.clone()
+    }
+
+    /// The target has what the snapshot had in the clusters up to `end` (of whole
+    /// clusters); the rest is still to be copied.
+    pub fn copied_to(mut self, end: u64) {
+        let end = end.clamp(self.range.start, self.range.end);
+        let done = self.range.start..end;
+        self.range.start = end;
+        self.settle(done);
+    }
+
+    /// The target has what the snapshot had in all of them.
+    pub fn copied(self) {
+        let end = self.range.end;
+        self.copied_to(end);
+    }
+
+    /// The clusters up to `end` (of whole clusters) are not part of the snapshot.
+    pub(super) fn skip_to(&mut self, end: u64) {
+        let end = end.clamp(self.range.start, self.range.end);
+        let done = self.range.start..end;
+        self.range.start = end;
+        self.snapshot
+            .access
+            .clear(done.start, done.end - done.start);
+        self.settle(done);
+    }
+
+    fn settle(&self, done: Range<u64>) {
+        if !done.is_empty() {
+            self.snapshot
+                .pending
+                .clear(done.start, done.end - done.start);
+            self.snapshot.changed(done);
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let rest = self.range.clone();
+        if !rest.is_empty() {
+            self.snapshot.todo.set(rest.start, rest.end - rest.start);
+            self.snapshot.changed(rest);
+        }
+    }
+}
+
+/// Where the snapshot has a range.
+pub(super) struct Place<'a> {
+    pub(super) range: Range<u64>,
+    /// In the source, where guests' writes wait until this is dropped; else in the
+    /// target.
+    pub(super) frozen: Option<Freeze<'a>>,
+}
+
+/// A range of the source that is being read. Dropped, it may be written.
+pub(super) struct Freeze<'a> {
+    snapshot: &'a Snapshot,
+    key: u64,
+    range: Range<u64>,
+}
+
+impl<'a> Freeze<'a> {
+    fn new(snapshot: &'a Snapshot, range: Range<u64>) -> Self {
+        let key = snapshot.waiting.freeze(range.clone());
+        snapshot.frozen.fetch_add(1, SeqCst);
+        Self {
+            snapshot,
+            key,
+            range,
+        }
+    }
+}
+
+impl Drop for Freeze<'_> {
+    fn drop(&mut self) {
+        self.snapshot.waiting.thaw(self.key);
+        self.snapshot.frozen.fetch_sub(1, SeqCst);
+        self.snapshot.waiting.changed(&self.range);
+    }
+}

@@ -1,0 +1,46 @@
+//! What a guest feels: the latency of its requests.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Latency of the guest's requests since it was last asked for.
+///
+/// Both fields are atomics that any iothread adds to; a reader may see the one
+/// without the other for an instant, which the mean survives.
+#[derive(Debug, Default)]
+pub struct GuestLatency {
+    sum_ns: AtomicU64,
+    count: AtomicU64,
+}
+
+impl GuestLatency {
+    /// Notes one request that took `took`. Two relaxed additions.
+    pub fn record(&self, took: Duration) {
+        let ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX >> 16);
+        self.sum_ns.fetch_add(ns, Ordering::Relaxed);
+        self.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Mean latency in nanoseconds of the requests since the last call; `None`
+    /// if there were none.
+    pub fn take_mean_ns(&self) -> Option<u64> {
+        let count = self.count.swap(0, Ordering::Relaxed);
+        let sum = self.sum_ns.swap(0, Ordering::Relaxed);
+        sum.checked_div(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn latency_is_a_mean_and_starts_anew() {
+        let latency = GuestLatency::default();
+        assert_eq!(latency.take_mean_ns(), None);
+        latency.record(Duration::from_nanos(100));
+        latency.record(Duration::from_nanos(300));
+        assert_eq!(latency.take_mean_ns(), Some(200));
+        assert_eq!(latency.take_mean_ns(), None);
+    }
+}
