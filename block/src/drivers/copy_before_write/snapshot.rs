@@ -281,8 +281,10 @@ impl Snapshot {
     /// Whether a write to `range` may go to the source at once.
     pub(super) fn is_free(&self, range: &Range<u64>) -> bool {
         // In this order: see the module's head.
-        !self.any(&self.pending, range)
-            && !(self.frozen.load(SeqCst) > 0 && self.waiting.is_frozen(range))
+        if self.any(&self.pending, range) {
+            return false;
+        }
+        self.frozen.load(SeqCst) == 0 || !self.waiting.is_frozen(range)
     }
 
     pub(super) fn any_todo(&self, range: &Range<u64>) -> Option<Range<u64>> {

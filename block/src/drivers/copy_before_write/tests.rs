@@ -397,7 +397,8 @@ fn a_claimed_cluster_goes_back_if_it_is_not_copied() {
 #[test]
 fn only_what_the_topmost_layer_has_is_copied_if_asked_for() {
     let base = layer("base", 64, &[], None);
-    let top = layer("top", 64, &[17], Some(&base));
+    let own: Vec<u64> = (16..32).collect();
+    let top = layer("top", 64, &own, Some(&base));
     run(async {
         let target = TestStorage::new(top.size());
         let kept = child(ChildRole::Target, &node("dst", target.driver()));

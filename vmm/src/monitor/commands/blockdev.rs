@@ -12,7 +12,7 @@ use crate::monitor::args::{Args, StringOrObject};
 use crate::monitor::error::QmpError;
 
 mod blkdebug;
-mod drivers;
+pub(super) mod drivers;
 #[cfg(test)]
 mod tests;
 
@@ -65,6 +65,7 @@ type ReadDriver = fn(&mut Args, &Common) -> Result<DriverOptions, QmpError>;
 /// Drivers by QMP's names, with who reads their options.
 const DRIVERS: &[(&str, ReadDriver)] = &[
     ("blkdebug", blkdebug::options),
+    ("copy-before-write", drivers::copy_before_write),
     ("copy-on-read", drivers::copy_on_read),
     ("file", drivers::file),
     ("host_device", drivers::host_device),
@@ -73,6 +74,7 @@ const DRIVERS: &[(&str, ReadDriver)] = &[
     ("null-co", drivers::null_co),
     ("qcow2", drivers::qcow2),
     ("raw", drivers::raw),
+    ("snapshot-access", drivers::snapshot_access),
     ("throttle", drivers::throttle),
 ];
 

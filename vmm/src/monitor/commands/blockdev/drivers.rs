@@ -4,13 +4,20 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use block::{
-    CopyOnReadOptions, DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions,
-    Qcow2Options, RawOptions, SocketAddress, ThrottleOptions,
+    CbwPolicy, CopyBeforeWriteOptions, CopyOnReadOptions, DriverOptions, FileOptions, InetAddress,
+    NbdOptions, NullCoOptions, OnCbwError, Qcow2Options, RawOptions, SnapshotAccessOptions,
+    SocketAddress, ThrottleOptions,
 };
 
 use super::{Common, backing, child, optional_child};
 use crate::monitor::args::{Args, StringOrObject};
 use crate::monitor::error::QmpError;
+
+/// `on-cbw-error`
+pub(in crate::monitor::commands) const ON_CBW_ERROR: &[(&str, OnCbwError)] = &[
+    ("break-guest-write", OnCbwError::BreakGuestWrite),
+    ("break-snapshot", OnCbwError::BreakSnapshot),
+];
 
 /// What QEMU may do I/O with. All I/O here goes through io_uring.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -192,6 +199,41 @@ pub(super) fn raw(args: &mut Args, common: &Common) -> Result<DriverOptions, Qmp
     let offset = args.optional_non_negative("offset")?.unwrap_or(0);
     let size = args.optional_non_negative("size")?;
     Ok(DriverOptions::Raw(RawOptions { file, offset, size }))
+}
+
+pub(super) fn copy_before_write(
+    args: &mut Args,
+    common: &Common,
+) -> Result<DriverOptions, QmpError> {
+    let file = child(args, "file", common)?;
+    let target = child(args, "target", common)?;
+    let on_error = args.optional_enum("on-cbw-error", ON_CBW_ERROR)?;
+    let timeout = args.optional_u32("cbw-timeout")?;
+    Ok(DriverOptions::CopyBeforeWrite(CopyBeforeWriteOptions {
+        file,
+        target,
+        policy: cbw_policy(on_error, timeout),
+    }))
+}
+
+/// The policy that the two options of `copy-before-write` make.
+pub(in crate::monitor::commands) fn cbw_policy(
+    on_error: Option<OnCbwError>,
+    timeout: Option<u32>,
+) -> CbwPolicy {
+    CbwPolicy {
+        on_error: on_error.unwrap_or_default(),
+        timeout: timeout
+            .filter(|seconds| *seconds > 0)
+            .map(|seconds| Duration::from_secs(seconds.into())),
+    }
+}
+
+pub(super) fn snapshot_access(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
+    let file = child(args, "file", common)?;
+    Ok(DriverOptions::SnapshotAccess(SnapshotAccessOptions {
+        file,
+    }))
 }
 
 pub(super) fn copy_on_read(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
