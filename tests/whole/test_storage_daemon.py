@@ -65,7 +65,9 @@ def test_qemus_words_for_a_monitor(program, disk):
     (["--chardev", "socket,path=s,server=on,id=c", "--chardev", "socket,path=t,server=on,id=c",
       "--monitor", "c"], 1, "Duplicate ID 'c'"),
     (["--chardev", "socket,path=s,server=on,id=c", "--monitor", "c", "--monitor", "c"], 1, "'c'|\"c\""),
-    (["--chardev", "stdio,id=c", "--monitor", "c"], 2, "not supported"),
+    (["--chardev", "null,id=c", "--monitor", "c"], 2, "not supported"),
+    (["--chardev", "stdio,id=c", "--chardev", "stdio,id=d", "--monitor", "c"], 1, "multiple"),
+    (["--chardev", "stdio,id=c", "--monitor", "c", "--daemonize"], 1, "--daemonize"),
     (["--chardev", "socket,path=s,server=on", "--monitor", "c"], 2, "no id"),
     (["--qmp", "fd:nobody"], 1, "nobody"),
     (["--qmp", "fd:999"], 1, "999"),
@@ -425,4 +427,27 @@ def test_nodes_inside_one_another_without_end_are_refused(program):
             qmp.execute("blockdev-add", driver="raw", node_name=f"n{number}",
                         file=f"n{number - 1}")
     qmp.execute("quit")
+    assert process.wait() == 0, process.errors()
+
+
+def test_a_client_at_stdin_and_stdout():
+    process = subprocess.Popen(
+        [BINARY, "storage-daemon", "--chardev", "stdio,id=c", "--monitor", "c"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    commands = [{"execute": name, "id": name}
+                for name in ("qmp_capabilities", "query-version", "quit")]
+    said, _ = process.communicate("".join(map(json.dumps, commands)), timeout=PATIENCE)
+    greeting, *replies = map(json.loads, said.splitlines())
+    assert "QMP" in greeting
+    assert [reply["id"] for reply in replies] == [command["id"] for command in commands]
+    assert process.returncode == 0
+
+
+def test_the_end_of_stdin_ends_the_client_and_not_the_daemon(program):
+    path = program.folder / "monitor"
+    process = program.start("storage-daemon", "--chardev", "stdio,id=c", "--monitor", "c",
+                            "--qmp", f"unix:{path}", stdout=subprocess.PIPE)
+    # Its stdin is /dev/null.
+    assert b"QMP" in process.popen.stdout.readline()
+    program.connect(path).execute("quit")
     assert process.wait() == 0, process.errors()

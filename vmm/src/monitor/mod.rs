@@ -163,6 +163,18 @@ impl Monitor {
         Ok(())
     }
 
+    /// Serves one client that is there already, in a task, until it leaves or
+    /// [`close`](Self::close). `name` is for the log.
+    ///
+    /// Errors: the loop cannot watch the connection. Panics: no event loop on this
+    /// thread.
+    pub(crate) fn serve_client(self: &Rc<Self>, name: &str, stream: UnixStream) -> io::Result<()> {
+        stream.set_nonblocking(true)?;
+        let stream = AsyncFd::new(stream)?;
+        spawn_local(Rc::clone(self).serve(Path::new(name).into(), stream)).detach();
+        Ok(())
+    }
+
     async fn accept_until_closing(
         self: &Rc<Self>,
         socket: &QmpSocket,

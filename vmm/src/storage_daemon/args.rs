@@ -66,7 +66,7 @@ struct Flags {
     qmp: Vec<QmpAddress>,
 
     /// A listening socket as QEMU says it, for --monitor:
-    /// socket,path=PATH,server=on,wait=off,id=ID (or fd=NUMBER for path)
+    /// socket,path=PATH,server=on,wait=off,id=ID (or fd=NUMBER for path); or stdio,id=ID
     #[arg(long, value_name = "OPTIONS")]
     chardev: Vec<Chardev>,
 

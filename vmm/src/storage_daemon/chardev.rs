@@ -22,7 +22,9 @@ pub(super) enum ChardevError {
     #[error("Parameter '{0}' expects 'on' or 'off'")]
     Switch(String),
     /// Something that QEMU has and diptych has not.
-    #[error("{0} is not supported here; give socket,path=PATH,server=on,wait=off,id=ID")]
+    #[error(
+        "{0} is not supported here; give stdio,id=ID or socket,path=PATH,server=on,wait=off,id=ID"
+    )]
     NotSupported(String),
     /// Nothing says where.
     #[error("A socket needs a path or a file descriptor; give path=PATH or fd=NUMBER")]
@@ -38,13 +40,22 @@ pub(super) enum ChardevError {
     NotQmp,
 }
 
-/// A socket that is listened on, by QEMU's name.
+/// Where clients of a monitor come from, by QEMU's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Chardev {
     /// Its name.
     pub(super) id: String,
     /// Where it is.
-    pub(super) address: QmpAddress,
+    pub(super) place: Place,
+}
+
+/// See [`Chardev`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// A socket that is listened on.
+    Socket(QmpAddress),
+    /// One client, at stdin and stdout.
+    Stdio,
 }
 
 /// A monitor on a chardev.
@@ -63,6 +74,13 @@ impl FromStr for Chardev {
         let id = id.ok_or(ChardevError::NoId)?;
         match options.take("backend").as_deref() {
             Some("socket") => {}
+            Some("stdio") => {
+                // A terminal's keys send signals in any case.
+                options.take_switch("signal")?;
+                options.finish()?;
+                let place = Place::Stdio;
+                return Ok(Self { id, place });
+            }
             Some(other) => {
                 return Err(ChardevError::NotSupported(format!(
                     "A character device of type '{other}'"
@@ -88,7 +106,8 @@ impl FromStr for Chardev {
             _ => return Err(ChardevError::NoAddress),
         };
         options.finish()?;
-        Ok(Self { id, address })
+        let place = Place::Socket(address);
+        Ok(Self { id, place })
     }
 }
 
@@ -182,6 +201,10 @@ mod tests {
 
     use super::*;
 
+    fn at(path: &str) -> Place {
+        Place::Socket(QmpAddress::at(Path::new(path)))
+    }
+
     #[test]
     fn chardevs_are_read_as_scripts_write_them() {
         for text in [
@@ -192,12 +215,14 @@ mod tests {
         ] {
             let chardev: Chardev = text.parse().unwrap();
             assert_eq!(chardev.id, "c", "{text}");
-            assert_eq!(chardev.address, QmpAddress::at(Path::new("/a/b")), "{text}");
+            assert_eq!(chardev.place, at("/a/b"), "{text}");
         }
         let chardev: Chardev = "socket,path=/a,,b,server=on,id=c".parse().unwrap();
-        assert_eq!(chardev.address, QmpAddress::at(Path::new("/a,b")));
+        assert_eq!(chardev.place, at("/a,b"));
         let chardev: Chardev = "socket,fd=5,server=on,id=c".parse().unwrap();
-        assert_eq!(chardev.address, "fd:5".parse().unwrap());
+        assert_eq!(chardev.place, Place::Socket("fd:5".parse().unwrap()));
+        let chardev: Chardev = "stdio,id=c,signal=off".parse().unwrap();
+        assert_eq!(chardev.place, Place::Stdio);
     }
 
     #[test]
@@ -227,7 +252,9 @@ mod tests {
             assert_eq!(text.parse::<Chardev>(), Err(error), "{text}");
         }
         for text in [
-            "stdio,id=c",
+            "stdio",
+            "stdio,id=c,path=/a",
+            "null,id=c",
             "socket,path=/a,id=c",
             "socket,host=h,port=1,server=on,id=c",
             "",

@@ -3,6 +3,7 @@
 //! - [`args`]: the command line
 //! - [`chardev`]: QEMU's way of naming sockets
 //! - [`daemonize`], [`pidfile`]: living in the background
+//! - [`stdio_chardev`]: a client at stdin and stdout
 //! - [`end`]: leaving in time
 
 mod args;
@@ -10,6 +11,7 @@ mod chardev;
 pub(crate) mod daemonize;
 mod end;
 mod pidfile;
+mod stdio_chardev;
 
 use std::collections::HashMap;
 use std::process::ExitCode;
@@ -26,6 +28,7 @@ use crate::end_watchdog::EndWatchdog;
 use crate::monitor::{Monitor, QmpSocket};
 use crate::signals::EndSignals;
 use args::Step;
+use chardev::Place;
 use pidfile::Pidfile;
 
 /// Steps that contradict each other.
@@ -37,6 +40,10 @@ enum StepError {
     ChardevInUse(String),
     #[error("Duplicate ID '{0}' for chardev")]
     DuplicateChardev(String),
+    #[error("cannot use stdio by multiple character devices")]
+    SecondStdio,
+    #[error("cannot use stdio with --daemonize")]
+    StdioInBackground,
 }
 
 /// Serves until a client says `quit` or a signal asks for the end.
@@ -54,7 +61,11 @@ pub fn main(args: StorageDaemonArgs) -> anyhow::Result<ExitCode> {
 
 async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
     // Taken before any image is opened: a socket in use is the cheaper mistake.
-    let Sockets { monitors, chardevs } = bind_sockets(&args.steps)?;
+    let Sockets {
+        monitors,
+        chardevs,
+        at_stdio,
+    } = bind_sockets(&args.steps, args.daemonize)?;
     let graph = Graph::new();
     graph.set_backing_directories(args.backing_directories);
     let jobs = Jobs::new(graph.handle());
@@ -70,6 +81,13 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
             .listen(socket)
             .context("Cannot watch a QMP socket")?;
     }
+    let mut said = None;
+    if at_stdio {
+        let context = "Cannot serve a QMP client at stdin and stdout";
+        let (stream, all_said) = stdio_chardev::connect().context(context)?;
+        monitor.serve_client("stdio", stream).context(context)?;
+        said = Some(all_said);
+    }
     let pidfile = args.pidfile.as_deref().map(Pidfile::write).transpose()?;
     if args.daemonize {
         daemonize::ready()?;
@@ -77,6 +95,9 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
     let asked = end::asked_for(&monitor, &signals).await;
     watchdog.begin(false);
     let ended = end::all(&monitor, &graph).await;
+    if let Some(said) = said {
+        said.wait();
+    }
     drop((chardevs, pidfile));
     asked?;
     Ok(ended?)
@@ -88,11 +109,16 @@ struct Sockets {
     monitors: Vec<QmpSocket>,
     /// Those that nobody serves: clients wait there, as they do in QEMU.
     chardevs: Vec<QmpSocket>,
+    /// A monitor serves stdin and stdout.
+    at_stdio: bool,
 }
 
-fn bind_sockets(steps: &[Step]) -> anyhow::Result<Sockets> {
+fn bind_sockets(steps: &[Step], in_background: bool) -> anyhow::Result<Sockets> {
     let mut monitors = Vec::new();
-    let mut chardevs = HashMap::new();
+    // `Some(None)`: stdio.
+    let mut chardevs: HashMap<&String, Option<Option<QmpSocket>>> = HashMap::new();
+    let mut has_stdio = false;
+    let mut at_stdio = false;
     for step in steps {
         match step {
             Step::Qmp(address) => monitors.push(QmpSocket::bind(address)?),
@@ -101,21 +127,34 @@ fn bind_sockets(steps: &[Step]) -> anyhow::Result<Sockets> {
                 if chardevs.contains_key(id) {
                     return Err(StepError::DuplicateChardev(id.clone()).into());
                 }
-                chardevs.insert(id, Some(QmpSocket::bind(&chardev.address)?));
+                let socket = match &chardev.place {
+                    Place::Socket(address) => Some(QmpSocket::bind(address)?),
+                    Place::Stdio if has_stdio => return Err(StepError::SecondStdio.into()),
+                    Place::Stdio if in_background => {
+                        return Err(StepError::StdioInBackground.into());
+                    }
+                    Place::Stdio => None,
+                };
+                has_stdio |= socket.is_none();
+                chardevs.insert(id, Some(socket));
             }
             Step::Monitor(monitor) => {
                 let id = &monitor.chardev;
                 let chardev = chardevs.get_mut(id);
                 let chardev = chardev.ok_or_else(|| StepError::NoChardev(id.clone()))?;
                 let socket = chardev.take();
-                monitors.push(socket.ok_or_else(|| StepError::ChardevInUse(id.clone()))?);
+                match socket.ok_or_else(|| StepError::ChardevInUse(id.clone()))? {
+                    Some(socket) => monitors.push(socket),
+                    None => at_stdio = true,
+                }
             }
             Step::Object(_) | Step::Blockdev(_) | Step::NbdServer(_) | Step::Export(_) => {}
         }
     }
     Ok(Sockets {
         monitors,
-        chardevs: chardevs.into_values().flatten().collect(),
+        chardevs: chardevs.into_values().flatten().flatten().collect(),
+        at_stdio,
     })
 }
 
