@@ -3,6 +3,15 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+/// What the guest felt for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Felt {
+    /// Mean latency of its requests in nanoseconds.
+    pub mean_ns: u64,
+    /// How many there were: at least 1.
+    pub count: u64,
+}
+
 /// Latency of the guest's requests since it was last asked for.
 ///
 /// Both fields are atomics that any iothread adds to; a reader may see the one
@@ -21,12 +30,12 @@ impl GuestLatency {
         self.count.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Mean latency in nanoseconds of the requests since the last call; `None`
-    /// if there were none.
-    pub fn take_mean_ns(&self) -> Option<u64> {
+    /// What the guest felt since the last call; `None` if it asked for nothing.
+    pub fn take(&self) -> Option<Felt> {
         let count = self.count.swap(0, Ordering::Relaxed);
         let sum = self.sum_ns.swap(0, Ordering::Relaxed);
-        sum.checked_div(count)
+        let mean_ns = sum.checked_div(count)?;
+        Some(Felt { mean_ns, count })
     }
 }
 
@@ -37,10 +46,11 @@ mod tests {
     #[test]
     fn latency_is_a_mean_and_starts_anew() {
         let latency = GuestLatency::default();
-        assert_eq!(latency.take_mean_ns(), None);
+        assert_eq!(latency.take(), None);
         latency.record(Duration::from_nanos(100));
         latency.record(Duration::from_nanos(300));
-        assert_eq!(latency.take_mean_ns(), Some(200));
-        assert_eq!(latency.take_mean_ns(), None);
+        let (mean_ns, count) = (200, 2);
+        assert_eq!(latency.take(), Some(Felt { mean_ns, count }));
+        assert_eq!(latency.take(), None);
     }
 }

@@ -61,7 +61,7 @@ pub use graph::{
     BackendInfo, BitmapInfo, BusyBackend, DEFAULT_DRAIN_TIMEOUT, Drained, DumpEdge, DumpNode,
     Graph, GraphDump, GraphError, GraphHandle, NodeChild, NodeInfo,
 };
-pub use latency::GuestLatency;
+pub use latency::{Felt, GuestLatency};
 pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
     BackingRef, BlkdebugOptions, BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions,

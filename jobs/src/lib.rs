@@ -31,6 +31,7 @@
 
 mod backoff;
 mod context;
+mod copying;
 mod drain;
 mod driver;
 mod effects;

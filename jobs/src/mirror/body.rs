@@ -14,14 +14,15 @@ use block::runtime;
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
+use crate::copying::{
+    BufferPool, Copied, CopyError, Entered, INTERVAL, Look, Pace, Side, window_of_speed,
+};
 use crate::{Backoff, CopyMode, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, SLICE};
 
 use super::converge::HOLD_RETRY;
-use super::copy::{Copied, Copier, CopyError, Entered, Look, Side};
+use super::copy::Copier;
 use super::driver::{MirrorDriver, Places};
 use super::guard::{Guard, Sight};
-use super::pace::{INTERVAL, Pace};
-use super::pool::BufferPool;
 use super::state::MirrorState;
 use super::sweep::{Flushes, Sweep, Swept};
 
@@ -652,16 +653,6 @@ pub(super) fn account(ctx: &JobContext, notifier: &JobNotifier, copied: &Copied)
     ctx.progress()
         .add_done(copied.range.end - copied.range.start);
     notifier.charge(copied.charged);
-}
-
-/// Most bytes in flight under this speed limit, in bytes/s: what it lets through in a
-/// tenth of a second, or one request. It is charged when requests end, so a whole window
-/// would be on its way before the limit is felt.
-fn window_of_speed(speed: u64, request: u64) -> u64 {
-    match speed {
-        0 => u64::MAX,
-        speed => (speed / 10).max(request),
-    }
 }
 
 /// Size of the buffers for this `buf-size`.

@@ -5,28 +5,19 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::{Backend, Drained, Graph, GraphError, Node, Permissions, runtime};
+use block::{Drained, Graph, GraphError, Permissions, runtime};
 use futures_util::future::{Either, select};
 
 use crate::JobFailure;
+use crate::copying::{CopyError, LEAVE_DRAIN, detach_when_idle, take_out, take_out_some_time};
 
 use super::body::{PATIENCE, with_patience};
 use super::converge::{
     ENDING_DOUBLINGS, HOLD_LIMIT, HOLD_RETRY, SECTION_BYTES, describe, drain_failure,
 };
-use super::copy::CopyError;
 use super::driver::{Ending, Held, MirrorDriver, Places, shows};
 use super::sweep::{Flushes, OPERATIONS, Sweep, Swept};
 
-/// First and longest wait before the filter's removal is tried again; doubles.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-/// First and longest wait before requests to the target of a cancelled job are let go
-/// again; doubles.
-const LET_GO: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
-/// Longest that the guest is held to take the filter out.
-const LEAVE_DRAIN: Duration = Duration::from_secs(1);
-/// How often is looked whether a request has ended that outlives the job.
-const IDLE_LOOK: Duration = Duration::from_millis(100);
 /// Drained sections that a late pivot may try.
 const LATE_SECTIONS: u32 = 16;
 /// Time without any progress after which a late pivot is given up.
@@ -295,65 +286,6 @@ pub(super) async fn leave(driver: &MirrorDriver, graph: &Rc<Graph>) {
     }
     if let Err(error) = removed {
         tracing::warn!(%error, filter = places.filter.name(), "mirror: the filter stays for now");
-        let (graph, filter) = (Rc::clone(graph), Arc::clone(&places.filter));
-        runtime::spawn_local(async move { keep_taking_out(&graph, &filter).await }).detach();
+        take_out_some_time(graph, &places.filter);
     }
-}
-
-/// Holds the guest for a short time only: the filter passes everything on.
-async fn take_out(graph: &Graph, filter: &Arc<Node>) -> Result<(), GraphError> {
-    let drained = graph.drain_within(filter, &[], LEAVE_DRAIN).await?;
-    graph.remove_filter(filter, &drained)
-}
-
-/// Takes the filter out when the guest's requests end some time.
-async fn keep_taking_out(graph: &Graph, filter: &Arc<Node>) {
-    let mut pause = RETRY.0;
-    loop {
-        runtime::sleep(pause).await;
-        pause = (pause * 2).min(RETRY.1);
-        match take_out(graph, filter).await {
-            Ok(()) | Err(GraphError::NotFound { .. }) => return,
-            Err(error) => {
-                tracing::warn!(%error, filter = filter.name(), "mirror: the filter stays for now");
-            }
-        }
-    }
-}
-
-/// Lets the requests to the target end that wait for a server to return or for a limit
-/// of its rate, and those that are still on their way there.
-pub(super) fn let_target_go(target: &Arc<Backend>) {
-    target.root().cancel_in_flight();
-    // Weakly: main must not be the last to hold the node, since that closes its file.
-    let target = Arc::downgrade(target);
-    runtime::spawn_local(async move {
-        let mut pause = LET_GO.0;
-        loop {
-            runtime::sleep(pause).await;
-            pause = (pause * 2).min(LET_GO.1);
-            match target.upgrade() {
-                Some(target) if target.in_flight() > 0 => target.root().cancel_in_flight(),
-                _ => return,
-            }
-        }
-    })
-    .detach();
-}
-
-/// Detaches at once if nothing is in flight, else as soon as nothing is. Until then
-/// the node stays the job's, since it may still be written.
-fn detach_when_idle(graph: &Rc<Graph>, backend: &Arc<Backend>) {
-    if backend.in_flight() == 0 {
-        graph.detach(backend);
-        return;
-    }
-    let (graph, backend) = (Rc::clone(graph), Arc::clone(backend));
-    runtime::spawn_local(async move {
-        while backend.in_flight() > 0 {
-            runtime::sleep(IDLE_LOOK).await;
-        }
-        graph.detach(&backend);
-    })
-    .detach();
 }

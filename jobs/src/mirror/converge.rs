@@ -20,12 +20,12 @@ use futures_util::future::{Either, select};
 use crate::{CopyMode, JobContext, JobFailure};
 
 use super::body::{Body, account, with_patience};
-use super::copy::{Copied, Side};
 use super::driver::{Ending, Held};
+use crate::copying::{Copied, LITTLE, Side};
 
 /// Most bytes that a section leaves to be copied inside it: what a slow disk copies
 /// within the limit.
-pub(super) const SECTION_BYTES: u64 = 256 << 10;
+pub(super) const SECTION_BYTES: u64 = LITTLE;
 /// Time that the first section may take for copying and flushing. Doubles with each
 /// section that did not suffice.
 pub(super) const SECTION_LIMIT: Duration = Duration::from_millis(10);

@@ -12,6 +12,8 @@ use crate::{
     JobWatch, OnError, OwnDrain, SoftCancel,
 };
 
+use crate::copying::let_target_go;
+
 use super::body::{Body, buffer_pool};
 use super::complete;
 use super::copy::Copier;
@@ -256,7 +258,7 @@ impl JobDriver for MirrorDriver {
             // Nor for a server that is away, or a limit of its rate: what becomes of
             // the target does not matter any more.
             if let Some(places) = self.places() {
-                complete::let_target_go(&places.target_backend);
+                let_target_go(&places.target_backend);
             }
         }
     }

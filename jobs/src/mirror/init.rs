@@ -12,9 +12,9 @@ use std::time::Duration;
 use block::{Node, ZeroFlags, runtime};
 
 use crate::JobFailure;
+use crate::copying::Entered;
 
 use super::body::Body;
-use super::copy::Entered;
 
 /// Bytes zeroed by one request, so that a cancel is not kept waiting.
 const ZERO_STEP: u64 = 64 << 20;

@@ -5,9 +5,8 @@
 //! - `filter`: the node above the source that sees what the guest does;
 //! - `state`: what filter and copier share, and the rules they follow;
 //! - `init`: what is to be copied at first;
-//! - `body`, `copy`, `plan`, `pool`: the copier;
+//! - `body`, `copy`: the copier (what it has in common with other jobs is in `copying`);
 //! - `guard`: whether it gets on, and what is done if not;
-//! - `pace`: why the guest does not suffer from it;
 //! - `sweep`, `converge`, `complete`: the moments in which the guest is held, and
 //!   the pivot;
 //! - `driver`, `user`: the job as the job core and the graph see it.
@@ -30,7 +29,7 @@
 //! # The guest comes first
 //!
 //! The filter measures the latency of the guest's requests; the copier has as much
-//! in flight as leaves that within bounds of what it is without copying (`pace`).
+//! in flight as leaves that within bounds of what it is without copying (`copying::Pace`).
 //! A write of the guest waits for the copier only in `write-blocking` mode, and only
 //! for an operation on the very same chunk. It never fails because of the target.
 
@@ -43,9 +42,6 @@ mod error;
 mod filter;
 mod guard;
 mod init;
-mod pace;
-mod plan;
-mod pool;
 mod private_copy;
 #[cfg(all(test, shuttle))]
 mod shuttle_tests;

@@ -19,11 +19,11 @@ use shuttle::{future, thread};
 
 use super::copy::Copier;
 use super::filter::MirrorTop;
-use super::pool::BufferPool;
 use super::state::MirrorState;
 use super::sweep::{Sweep, Swept};
 use super::user::FilterHold;
 use crate::CopyMode;
+use crate::copying::BufferPool;
 
 /// Interleavings tried per test.
 const SCHEDULES: usize = 150;

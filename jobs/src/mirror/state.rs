@@ -23,9 +23,8 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 
-use block::{Backend, BitmapError, DirtyBitmap, InFlight, IoError, RangeLock};
+use block::{Backend, BitmapError, DirtyBitmap, GuestLatency, InFlight, IoError, RangeLock};
 
-use super::pace::GuestLatency;
 use crate::CopyMode;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard};
@@ -304,18 +303,6 @@ impl MirrorState {
     pub(crate) fn set_dirty(&self, range: Range<u64>) {
         self.dirty
             .set(range.start, range.end.saturating_sub(range.start));
-    }
-
-    /// The range, widened to whole chunks (the last one ends with the disk).
-    pub(crate) fn round_out(&self, range: &Range<u64>) -> Range<u64> {
-        let mask = self.granularity - 1;
-        let start = range.start & !mask;
-        let end = range
-            .end
-            .checked_next_multiple_of(self.granularity)
-            .unwrap_or(self.size)
-            .min(self.size);
-        start..end
     }
 
     /// The whole chunks inside the range; empty if there are none.

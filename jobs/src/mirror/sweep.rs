@@ -15,7 +15,9 @@ use block::IoError;
 use futures_util::future::{Either, LocalBoxFuture, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
-use super::copy::{Copied, Copier, CopyError, Side};
+use crate::copying::{Copied, CopyError, Side};
+
+use super::copy::Copier;
 use super::state::MirrorState;
 
 /// Operations side by side.

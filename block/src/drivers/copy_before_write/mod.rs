@@ -287,7 +287,7 @@ impl BlockDriver for CopyBeforeWriteDriver {
 
     fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
-            let _felt = Felt::begin(&self.snapshot);
+            let _measured = Measured::begin(&self.snapshot);
             self.file.node().read(offset, iov).await
         })
     }
@@ -299,7 +299,7 @@ impl BlockDriver for CopyBeforeWriteDriver {
         flags: WriteFlags,
     ) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
-            let _felt = Felt::begin(&self.snapshot);
+            let _measured = Measured::begin(&self.snapshot);
             let file = self.file.node();
             if flags.unchanged {
                 return file.write(offset, iov, flags).await;
@@ -317,7 +317,7 @@ impl BlockDriver for CopyBeforeWriteDriver {
         flags: ZeroFlags,
     ) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
-            let _felt = Felt::begin(&self.snapshot);
+            let _measured = Measured::begin(&self.snapshot);
             let file = self.file.node();
             let range = self.range(IoOp::WriteZeroes, offset, len)?;
             let request = file.write_zeroes(offset, len, flags);
@@ -327,7 +327,7 @@ impl BlockDriver for CopyBeforeWriteDriver {
 
     fn discard<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
-            let _felt = Felt::begin(&self.snapshot);
+            let _measured = Measured::begin(&self.snapshot);
             let file = self.file.node();
             let range = self.range(IoOp::Discard, offset, len)?;
             self.change(IoOp::Discard, range, file.discard(offset, len))
@@ -393,19 +393,19 @@ impl BlockDriver for CopyBeforeWriteDriver {
 }
 
 /// Measures a guest's request, if somebody wants to know.
-struct Felt<'a> {
+struct Measured<'a> {
     snapshot: &'a Snapshot,
     began: Option<Instant>,
 }
 
-impl<'a> Felt<'a> {
+impl<'a> Measured<'a> {
     fn begin(snapshot: &'a Snapshot) -> Self {
         let began = snapshot.is_observed().then(Instant::now);
         Self { snapshot, began }
     }
 }
 
-impl Drop for Felt<'_> {
+impl Drop for Measured<'_> {
     fn drop(&mut self) {
         if let Some(began) = self.began {
             self.snapshot.latency().record(began.elapsed());

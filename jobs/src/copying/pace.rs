@@ -1,8 +1,8 @@
 //! How hard the copier may work: the guest comes first.
 //!
-//! Lives here: the measure of what the guest feels ([`GuestLatency`]) and the
-//! controller that turns it into a window of bytes in flight ([`Pace`]). Not
-//! here: the speed limit a user sets (the job core's), and the copying itself.
+//! Lives here: the controller that turns what the guest feels (`GuestLatency`) into a
+//! window of bytes in flight ([`Pace`]). Not here: the speed limit a user sets (the
+//! job core's), and the copying itself.
 //!
 //! The controller is additive increase, multiplicative decrease. Every
 //! [`INTERVAL`] it compares what the guest's requests take, and how many there
@@ -26,11 +26,13 @@
 //! tolerance (*pressure*), up to the point where the guest is not waited for.
 //! What then still does not converge is dirtied faster than it can be copied.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::converge::SECTION_BYTES;
+use block::Felt;
 
+/// What is dirtied and copied in no time, in bytes: passes over so little say nothing
+/// about guest and copier.
+pub(crate) const LITTLE: u64 = 256 << 10;
 /// Time between two decisions.
 pub(crate) const INTERVAL: Duration = Duration::from_millis(10);
 /// How many times the baseline's latency, and what part of its rate, is put up with
@@ -58,42 +60,6 @@ const MIN_REST: Duration = Duration::from_millis(1);
 const HURRY_PRESSURE: u32 = 4;
 /// Pressure at which the tolerance has no effect any more (1.5 << 8 times).
 const MAX_PRESSURE: u32 = 8;
-
-/// What the guest felt for a while.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Felt {
-    /// Mean latency of its requests in nanoseconds.
-    mean_ns: u64,
-    /// How many there were: at least 1.
-    count: u64,
-}
-
-/// Latency of the guest's requests since it was last asked for.
-///
-/// Both fields are atomics that any iothread adds to; a reader may see the one
-/// without the other for an instant, which the mean survives.
-#[derive(Debug, Default)]
-pub(crate) struct GuestLatency {
-    sum_ns: AtomicU64,
-    count: AtomicU64,
-}
-
-impl GuestLatency {
-    /// Notes one request that took `took`. Two relaxed additions.
-    pub(crate) fn record(&self, took: Duration) {
-        let ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX >> 16);
-        self.sum_ns.fetch_add(ns, Ordering::Relaxed);
-        self.count.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// What the guest felt since the last call; `None` if it asked for nothing.
-    pub(crate) fn take(&self) -> Option<Felt> {
-        let count = self.count.swap(0, Ordering::Relaxed);
-        let sum = self.sum_ns.swap(0, Ordering::Relaxed);
-        let mean_ns = sum.checked_div(count)?;
-        Some(Felt { mean_ns, count })
-    }
-}
 
 /// What the guest gets when nothing is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -273,7 +239,7 @@ impl Pace {
     /// Where little is dirty the scan is soon round again, and a drained section does
     /// the rest: that says nothing about guest and copier.
     pub(crate) fn pass_ended(&mut self, before: u64, after: u64) {
-        if before <= SECTION_BYTES {
+        if before <= LITTLE {
             return;
         }
         if after > before / 4 * 3 {
@@ -313,6 +279,16 @@ impl Pace {
 fn per_second(count: u64, took: Duration) -> u64 {
     let ns = took.as_nanos().max(1);
     u64::try_from(u128::from(count) * 1_000_000_000 / ns).unwrap_or(u64::MAX)
+}
+
+/// Most bytes in flight under this speed limit, in bytes/s: what it lets through in a
+/// tenth of a second, or one request. It is charged when requests end, so a whole window
+/// would be on its way before the limit is felt.
+pub(crate) fn window_of_speed(speed: u64, request: u64) -> u64 {
+    match speed {
+        0 => u64::MAX,
+        speed => (speed / 10).max(request),
+    }
 }
 
 #[cfg(test)]
@@ -416,7 +392,7 @@ mod tests {
     fn passes_over_little_raise_no_pressure() {
         let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
         for _ in 0..20 {
-            pace.pass_ended(SECTION_BYTES, SECTION_BYTES);
+            pace.pass_ended(LITTLE, LITTLE);
         }
         assert_eq!(pace.pressure(), 0);
     }
@@ -508,16 +484,5 @@ mod tests {
         run_starved(&mut pace, 60, |window| if window > 0 { 500 } else { 700 });
         assert_eq!(pace.window(), 256 * KIB);
         assert!(pace.rest() >= Duration::from_millis(2), "{:?}", pace.rest());
-    }
-
-    #[test]
-    fn latency_is_a_mean_and_starts_anew() {
-        let latency = GuestLatency::default();
-        assert_eq!(latency.take(), None);
-        latency.record(Duration::from_nanos(100));
-        latency.record(Duration::from_nanos(300));
-        let (mean_ns, count) = (200, 2);
-        assert_eq!(latency.take(), Some(Felt { mean_ns, count }));
-        assert_eq!(latency.take(), None);
     }
 }

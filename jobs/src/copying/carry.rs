@@ -1,0 +1,376 @@
+//! Carries a range over from source to target: data as data, zeroes as zeroes, as much at
+//! a time as one operation should.
+//!
+//! Not here: which range is next, who holds it meanwhile, and what a failure means.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use block::{InFlight, IoError, IoVec, Node, WriteFlags, ZeroFlags};
+
+use super::plan::{Planner, Segment, SegmentKind};
+use super::pool::BufferPool;
+
+/// Most bytes of zeroes that one operation writes, so that it ends soon.
+const MAX_ZERO: u64 = 64 << 20;
+/// Extents that one operation asks for at most; what is left counts as data.
+const MAX_EXTENTS: usize = 64;
+/// Longest range that is read without asking for its extents.
+const SHORT: u64 = 64 << 10;
+/// Smallest unit in which zeroes are written as zeroes.
+const MIN_ZERO_ALIGN: u64 = 4096;
+
+/// Which side of the copy failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    Source,
+    Target,
+}
+
+/// A failed operation. Its range is dirty again.
+#[derive(Clone, Debug)]
+pub(crate) struct CopyError {
+    pub(crate) side: Side,
+    pub(crate) error: IoError,
+}
+
+/// What an operation did.
+#[derive(Debug)]
+pub(crate) struct Copied {
+    /// The range that is done: from its start; what followed is dirty again.
+    pub(crate) range: Range<u64>,
+    /// Bytes that were moved, for the speed limit.
+    pub(crate) charged: u64,
+    /// The source has data from here to there, as far as it is known beyond the
+    /// range; empty if nothing is.
+    pub(crate) data: Range<u64>,
+    /// All of the range read as zeroes, so it may pay to ask for more at once.
+    pub(crate) was_zero: bool,
+}
+
+/// How an operation looks at its range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Look {
+    /// Ask for extents; copy at most this many bytes of data.
+    Probe { request: u64 },
+    /// Known to be data: read it.
+    Data,
+    /// Short, and likely data: read it without asking, and look at the bytes.
+    Short,
+}
+
+/// What holds for all of one job's operations.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rules {
+    /// Size of source and target in bytes.
+    pub(crate) size: u64,
+    /// What is done is told in whole units of this many bytes: a power of two.
+    pub(crate) unit: u64,
+    /// Zeroes may be unmapped on the target.
+    pub(crate) unmap: bool,
+    /// What the target shows of lower layers stays as it is while the job lasts: where
+    /// it is zeroes, none need be written.
+    pub(crate) layers_last: bool,
+}
+
+/// Carries ranges over. Home only.
+pub(crate) struct Carrier {
+    rules: Rules,
+    pool: BufferPool,
+    /// Called after each request that may have changed the target.
+    written: Box<dyn Fn()>,
+}
+
+/// Right to use both nodes; taken with `try_enter` before the operation, so that
+/// it never waits for the end of a drained section while holding its range.
+pub(crate) struct Entered {
+    pub(crate) source: InFlight,
+    pub(crate) target: InFlight,
+}
+
+impl Carrier {
+    pub(crate) fn new(rules: Rules, pool: BufferPool, written: impl Fn() + 'static) -> Self {
+        Self {
+            rules,
+            pool,
+            written: Box::new(written),
+        }
+    }
+
+    /// The stock of buffers.
+    pub(crate) fn pool(&self) -> &BufferPool {
+        &self.pool
+    }
+
+    /// How to look at `range` when it was dirtied by the guest: short ranges are
+    /// not worth a question.
+    pub(crate) fn look_at_written(&self, range: &Range<u64>, request: u64) -> Look {
+        let len = range.end - range.start;
+        if len <= SHORT.min(self.pool.buffer_size() as u64) {
+            Look::Short
+        } else {
+            Look::Probe { request }
+        }
+    }
+
+    /// Carries `range` (whole units) over, or as much from its start as one operation
+    /// should. The caller holds the range: nobody else writes the target there.
+    ///
+    /// Cancel: what was being written to the target is undefined.
+    pub(crate) async fn carry(
+        &self,
+        range: Range<u64>,
+        look: Look,
+        nodes: &Entered,
+    ) -> Result<Copied, CopyError> {
+        let charged = match look {
+            Look::Data => self.copy_data(range.clone(), nodes).await?,
+            Look::Short => self.copy_short(range.clone(), nodes).await?,
+            Look::Probe { request } => return self.probe(range, request, nodes).await,
+        };
+        Ok(Copied {
+            range,
+            charged,
+            data: 0..0,
+            was_zero: false,
+        })
+    }
+
+    async fn probe(
+        &self,
+        range: Range<u64>,
+        request: u64,
+        nodes: &Entered,
+    ) -> Result<Copied, CopyError> {
+        let first = nodes
+            .source
+            .node()
+            .chain_status(None, range.start, range.end - range.start)
+            .await
+            .map_err(source_error)?;
+        let first_end = range.start + first.len;
+        if first.zero {
+            let zeroes = self.round_in(&(range.start..first_end));
+            if !zeroes.is_empty() {
+                let range = self.zero_front(zeroes, nodes.target.node()).await?;
+                return Ok(Copied {
+                    data: 0..0,
+                    range,
+                    charged: 0,
+                    was_zero: true,
+                });
+            }
+        }
+        let end = range.end.min(range.start + request.max(self.rules.unit));
+        let range = range.start..end;
+        let plan = self
+            .plan(range.clone(), first.len, first.zero, nodes)
+            .await?;
+        let mut charged = 0;
+        for Segment { range, kind } in plan {
+            match kind {
+                SegmentKind::Copy => charged += self.copy_data(range, nodes).await?,
+                SegmentKind::Zero => self.zero_all(range, nodes.target.node()).await?,
+            }
+        }
+        Ok(Copied {
+            data: if first.zero || first_end <= end {
+                0..0
+            } else {
+                end..first_end
+            },
+            range,
+            charged,
+            was_zero: false,
+        })
+    }
+
+    /// Cuts `range`, whose first extent is known, into segments.
+    async fn plan(
+        &self,
+        range: Range<u64>,
+        first_len: u64,
+        first_zero: bool,
+        nodes: &Entered,
+    ) -> Result<Vec<Segment>, CopyError> {
+        let align = u64::from(nodes.target.limits().zero_alignment)
+            .max(MIN_ZERO_ALIGN)
+            .next_power_of_two();
+        let mut planner = Planner::new(range.start, align, self.rules.size);
+        planner.push(first_len.min(range.end - range.start), first_zero);
+        for _ in 1..MAX_EXTENTS {
+            let left = range.end - planner.next();
+            if left == 0 {
+                break;
+            }
+            let extent = nodes
+                .source
+                .node()
+                .chain_status(None, planner.next(), left)
+                .await
+                .map_err(source_error)?;
+            planner.push(extent.len.clamp(1, left), extent.zero);
+        }
+        let left = range.end - planner.next();
+        if left > 0 {
+            planner.push(left, false);
+        }
+        Ok(planner.finish())
+    }
+
+    async fn copy_data(&self, range: Range<u64>, nodes: &Entered) -> Result<u64, CopyError> {
+        let len = range.end - range.start;
+        if self.copy_files(range.clone(), nodes).await {
+            return Ok(len);
+        }
+        let buffer = self.pool.take();
+        let mut offset = range.start;
+        while offset < range.end {
+            let len = (range.end - offset).min(self.pool.buffer_size() as u64);
+            let iov = buffer.io_vec(len as usize);
+            nodes
+                .source
+                .read(offset, iov.clone())
+                .await
+                .map_err(source_error)?;
+            self.write_target(offset, iov, &nodes.target).await?;
+            offset += len;
+        }
+        self.pool.give_back(buffer);
+        Ok(len)
+    }
+
+    /// Copies `range` from file to file, where both nodes are no more than that. After a
+    /// failure it is read and written, which says what failed.
+    async fn copy_files(&self, range: Range<u64>, nodes: &Entered) -> bool {
+        let len = range.end - range.start;
+        let Some(from) = nodes.source.file_range(range.start, len) else {
+            return false;
+        };
+        let copied = nodes.target.copy_from(range.start, from).await;
+        (self.written)();
+        copied
+    }
+
+    /// Copies a range that fits a buffer; zeroes go over as zeroes.
+    async fn copy_short(&self, range: Range<u64>, nodes: &Entered) -> Result<u64, CopyError> {
+        let len = range.end - range.start;
+        let buffer = self.pool.take();
+        let iov = buffer.io_vec(len as usize);
+        nodes
+            .source
+            .read(range.start, iov.clone())
+            .await
+            .map_err(source_error)?;
+        if iov.is_zero() {
+            // Or the pool would not take the buffer back.
+            drop(iov);
+            self.zero_all(range, nodes.target.node()).await?;
+        } else {
+            self.write_target(range.start, iov, &nodes.target).await?;
+        }
+        self.pool.give_back(buffer);
+        Ok(len)
+    }
+
+    /// Makes whole chunks from the start of `range` read as zeroes on the target,
+    /// and says which. What reads as zeroes already is left alone, however long.
+    async fn zero_front(
+        &self,
+        range: Range<u64>,
+        target: &Arc<Node>,
+    ) -> Result<Range<u64>, CopyError> {
+        let (zero, len) = self.target_extent(target, &range).await;
+        if zero {
+            let known = self.round_in(&(range.start..range.start + len));
+            if !known.is_empty() {
+                return Ok(known);
+            }
+        }
+        let end = self
+            .round_out(&(range.start..range.start + len.min(MAX_ZERO)))
+            .end
+            .min(range.end);
+        self.write_zeroes(range.start..end, target).await?;
+        Ok(range.start..end)
+    }
+
+    /// Makes all of a short range read as zeroes on the target.
+    async fn zero_all(&self, range: Range<u64>, target: &Arc<Node>) -> Result<(), CopyError> {
+        let (zero, len) = self.target_extent(target, &range).await;
+        if zero && len == range.end - range.start {
+            return Ok(());
+        }
+        self.write_zeroes(range, target).await
+    }
+
+    async fn write_zeroes(&self, range: Range<u64>, target: &Node) -> Result<(), CopyError> {
+        let flags = ZeroFlags {
+            may_unmap: self.rules.unmap,
+            ..ZeroFlags::default()
+        };
+        let written = target
+            .write_zeroes(range.start, range.end - range.start, flags)
+            .await;
+        (self.written)();
+        written.map_err(target_error)
+    }
+
+    async fn write_target(
+        &self,
+        offset: u64,
+        iov: IoVec,
+        target: &InFlight,
+    ) -> Result<(), CopyError> {
+        let written = target.write(offset, iov, WriteFlags::default()).await;
+        (self.written)();
+        written.map_err(target_error)
+    }
+
+    /// Whether the target reads as zeroes from the start of `range`, and how far
+    /// that answer reaches. A target that cannot tell has data. The caller holds the
+    /// range, so the answer stays true: nobody else writes the target there.
+    async fn target_extent(&self, target: &Arc<Node>, range: &Range<u64>) -> (bool, u64) {
+        let len = range.end - range.start;
+        match target.chain_status(None, range.start, len).await {
+            Ok(extent) => {
+                let lasts =
+                    self.rules.layers_last || extent.depth == 1 || target.backing().is_none();
+                (extent.zero && lasts, extent.len.clamp(1, len))
+            }
+            Err(_) => (false, len),
+        }
+    }
+
+    /// The range, widened to whole units (the last one ends with the disk).
+    fn round_out(&self, range: &Range<u64>) -> Range<u64> {
+        let start = range.start & !(self.rules.unit - 1);
+        let end = range.end.checked_next_multiple_of(self.rules.unit);
+        start..end.unwrap_or(self.rules.size).min(self.rules.size)
+    }
+
+    /// The whole units inside the range; empty if there are none.
+    fn round_in(&self, range: &Range<u64>) -> Range<u64> {
+        let start = range.start.checked_next_multiple_of(self.rules.unit);
+        let start = start.unwrap_or(self.rules.size).min(self.rules.size);
+        let end = match range.end >= self.rules.size {
+            true => self.rules.size,
+            false => range.end & !(self.rules.unit - 1),
+        };
+        start..end.max(start)
+    }
+}
+
+fn source_error(error: IoError) -> CopyError {
+    CopyError {
+        side: Side::Source,
+        error,
+    }
+}
+
+fn target_error(error: IoError) -> CopyError {
+    CopyError {
+        side: Side::Target,
+        error,
+    }
+}
