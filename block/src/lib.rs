@@ -14,6 +14,7 @@
 //! No lock of this crate is held across an await, a callback or I/O.
 
 mod backend;
+mod bitmaps;
 mod buffer;
 mod chain;
 mod debug_event;
@@ -40,6 +41,9 @@ mod uring;
 mod wait;
 
 pub use backend::{AttachmentKind, Backend, BackendUser, InFlight};
+pub use bitmaps::{
+    BitmapChange, BitmapHold, FrozenBitmap, NamedBitmap, NamedBitmapError, NewBitmap,
+};
 pub use buffer::{AlignedBuffer, IoVec, MemoryOwner};
 pub use chain::ChainExtent;
 pub use debug_event::DebugEvent;

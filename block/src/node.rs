@@ -4,11 +4,12 @@
 //! thread.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 
+use crate::bitmaps::NamedBitmaps;
 use crate::buffer::{AlignedBuffer, IoVec};
 use crate::debug_event::DebugEvent;
 use crate::dirty_bitmap::DirtyBitmap;
@@ -116,6 +117,8 @@ pub struct Node {
     options: AtomicU8,
     /// Bitmaps that record writes. Replaced as a whole; read when a write ends.
     bitmaps: ArcSwap<Vec<Arc<DirtyBitmap>>>,
+    /// Bitmaps of users, recording or not.
+    pub(crate) named_bitmaps: NamedBitmaps,
     /// Taken out by the first write that goes past it.
     write_threshold: ArcSwapOption<WriteThreshold>,
 }
@@ -137,6 +140,7 @@ impl Node {
             driver,
             options: AtomicU8::new(options.pack()),
             bitmaps: ArcSwap::default(),
+            named_bitmaps: NamedBitmaps::default(),
             write_threshold: ArcSwapOption::empty(),
         })
     }
@@ -236,7 +240,8 @@ impl Node {
     }
 
     /// From now on each write that ends marks its range in `bitmap`, including
-    /// those in flight. Any thread.
+    /// those in flight. What earlier ones marked in other bitmaps can be read there when
+    /// this returns. Any thread.
     pub fn attach_bitmap(&self, bitmap: &Arc<DirtyBitmap>) {
         self.bitmaps.rcu(|all| {
             let mut all = Vec::clone(all);
@@ -245,6 +250,8 @@ impl Node {
             }
             all
         });
+        // See `Mark`.
+        fence(Ordering::SeqCst);
     }
 
     /// `bitmap` is not marked any more. Any thread.
@@ -489,9 +496,9 @@ impl Node {
     /// Changes the size to `size` bytes; what is new reads as zeroes.
     ///
     /// The caller has the right to, holds all requests of the node back (a drained
-    /// section), and tells those above of it: `Graph::resize` does it all. Fails
-    /// with `EPERM` on a read-only node, and `EBUSY` if a bitmap records the
-    /// node's writes: it is as large as the node was.
+    /// section), and tells those above of it: `Graph::resize` does it all. The node's
+    /// named bitmaps get its size. Fails with `EPERM` on a read-only node, and `EBUSY`
+    /// if another bitmap records the node's writes: it is as large as the node was.
     ///
     /// Cancel: the size is the old or the new one.
     pub async fn resize(&self, size: u64) -> Result<(), IoError> {
@@ -499,10 +506,12 @@ impl Node {
         if i64::try_from(size).is_err() {
             return Err(self.error(IoOp::Truncate, size, 0, libc::EFBIG));
         }
-        if !self.bitmaps.load().is_empty() {
+        if !self.unnamed_bitmaps().is_empty() {
             return Err(self.error(IoOp::Truncate, size, 0, libc::EBUSY));
         }
-        self.driver.resize(size).await.map_err(|error| IoError {
+        let resized = self.driver.resize(size).await;
+        self.fit_bitmaps();
+        resized.map_err(|error| IoError {
             // Not every driver knows its node.
             node: match error.errno {
                 libc::EOPNOTSUPP => Arc::clone(&self.name),
@@ -590,8 +599,20 @@ struct Mark<'a> {
 
 impl Drop for Mark<'_> {
     fn drop(&mut self) {
-        for bitmap in self.node.bitmaps.load().iter() {
-            bitmap.set(self.offset, self.len);
+        let mut all = self.node.bitmaps.load();
+        loop {
+            for bitmap in all.iter() {
+                bitmap.set(self.offset, self.len);
+            }
+            // What is marked here may have been copied from already, into a bitmap that
+            // was attached meanwhile. Either that is seen here, or it was attached after
+            // this fence, and what was marked before is seen by who attached it.
+            fence(Ordering::SeqCst);
+            let now = self.node.bitmaps.load();
+            if Arc::ptr_eq(&now, &all) {
+                return;
+            }
+            all = now;
         }
     }
 }

@@ -160,6 +160,16 @@ impl DirtyBitmap {
         self.set_chunks(0, self.chunks);
     }
 
+    /// Marks every chunk that a dirty chunk of `other` touches. What `other` has past
+    /// the end is ignored.
+    pub fn merge(&self, other: &Self) {
+        let mut at = 0;
+        while let Some(range) = other.next_dirty(at) {
+            self.set(range.start, range.end - range.start);
+            at = range.end;
+        }
+    }
+
     /// Clears every chunk that lies *wholly* in `len` bytes at `offset` (the last
     /// one of the disk ends where the disk does), and gives the number of bytes
     /// that were dirty.

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use crate::bitmaps::NamedBitmapError;
 use crate::drivers::{OpenError, ReopenError};
 use crate::error::IoError;
 use crate::permissions::{Perm, PermissionError};
@@ -235,6 +236,9 @@ pub enum GraphError {
     /// Resizing an image to what is not of whole sectors.
     #[error("The new size must be a multiple of 512")]
     UnalignedSize,
+    /// A bitmap cannot be resized with its node.
+    #[error(transparent)]
+    Bitmap(#[from] NamedBitmapError),
     /// The storage cannot be resized, or not to that size.
     #[error(transparent)]
     Io(#[from] IoError),

@@ -9,6 +9,7 @@ use futures_util::future::{Either, join_all, select};
 use super::Graph;
 use super::topology::Topology;
 use crate::backend::AttachmentKind;
+use crate::dirty_bitmap::DirtyBitmap;
 use crate::driver::ChildRole;
 use crate::node::Node;
 use crate::options::{CacheOptions, DetectZeroes, DiscardMode};
@@ -51,7 +52,7 @@ pub struct NodeInfo {
     pub monitor_owned: bool,
     /// Its children.
     pub children: Vec<NodeChild>,
-    /// Bitmaps that record its writes.
+    /// Its bitmaps, the latest first: those without a name, then those with one.
     pub bitmaps: Vec<BitmapInfo>,
 }
 
@@ -67,6 +68,15 @@ pub struct NodeChild {
 /// A bitmap of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BitmapInfo {
+    /// Its name; `None` for those of jobs, and those that record while a named one is
+    /// frozen.
+    pub name: Option<String>,
+    /// Whether writes are recorded in it, or in its successor.
+    pub recording: bool,
+    /// Whether somebody uses it, so that it cannot be changed.
+    pub busy: bool,
+    /// Whether writes may be missing in it.
+    pub inconsistent: bool,
     /// Chunk size in bytes.
     pub granularity: u64,
     /// Dirty bytes, whole chunks.
@@ -136,6 +146,40 @@ impl GraphDump {
         });
         index as u64 + 1
     }
+}
+
+fn bitmaps(node: &Arc<Node>) -> Vec<BitmapInfo> {
+    let unnamed = |bits: &DirtyBitmap, recording| BitmapInfo {
+        name: None,
+        recording,
+        busy: false,
+        inconsistent: false,
+        granularity: bits.granularity(),
+        count: bits.count_bytes(),
+    };
+    let mut all: Vec<BitmapInfo> = Vec::new();
+    all.extend(
+        node.unnamed_bitmaps()
+            .iter()
+            .map(|bits| unnamed(bits, true)),
+    );
+    let named = node.named_bitmaps();
+    for bitmap in named.iter().rev() {
+        let successor = bitmap.successor();
+        all.extend(successor.map(|bits| unnamed(&bits, bitmap.is_recording())));
+    }
+    all.extend(named.iter().rev().map(|bitmap| {
+        let bits = bitmap.bits();
+        BitmapInfo {
+            name: Some(bitmap.name().to_owned()),
+            recording: bitmap.is_recording(),
+            busy: bitmap.is_busy(),
+            inconsistent: bitmap.is_inconsistent(),
+            granularity: bits.granularity(),
+            count: bits.count_bytes(),
+        }
+    }));
+    all
 }
 
 /// Files and formats do, and what shows them does.
@@ -210,14 +254,7 @@ impl Graph {
                     node: edge.target.name().to_owned(),
                 })
                 .collect(),
-            bitmaps: node
-                .bitmaps()
-                .iter()
-                .map(|bitmap| BitmapInfo {
-                    granularity: bitmap.granularity(),
-                    count: bitmap.count_bytes(),
-                })
-                .collect(),
+            bitmaps: bitmaps(node),
         })
     }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{Graph, GraphError};
 use crate::backend::Backend;
+use crate::bitmaps::NamedBitmap;
 use crate::error::IoError;
 use crate::node::{Node, SECTOR_SIZE};
 use crate::permissions::{Perm, Permissions};
@@ -30,9 +31,10 @@ impl Graph {
     /// all who are attached to it or above it
     /// ([`BackendUser::resized`](crate::BackendUser::resized)).
     ///
+    /// Named bitmaps follow: what is new is clean, what has gone is forgotten.
+    ///
     /// Fails, without any change, if a user of the node does not share resizing, if
-    /// requests do not end, if a bitmap records the node's writes, or if the storage
-    /// cannot. Cancel: the size is the old or the new one, and users may not have
+    /// requests do not end, if a bitmap is busy, or if the storage cannot. Cancel: the size is the old or the new one, and users may not have
     /// been told.
     pub async fn resize(&self, node: &Arc<Node>, size: u64) -> Result<(), GraphError> {
         let resizer = Attached {
@@ -49,6 +51,9 @@ impl Graph {
             return Err(GraphError::UnalignedSize);
         }
         let drained = self.drain(node, &[&resizer.backend]).await?;
+        for bitmap in self.bitmaps_above(node) {
+            bitmap.check_resize(size)?;
+        }
         let resized = node.resize(size).await;
         // A size that was changed in spite of an error is told, too.
         self.tell_resized(node);
@@ -56,8 +61,21 @@ impl Graph {
         resized.map_err(|error| resize_error(node, error))
     }
 
-    /// Tells all who may send requests to `node` that its size has changed.
+    /// The named bitmaps of the node, and of those above.
+    fn bitmaps_above(&self, node: &Arc<Node>) -> Vec<Arc<NamedBitmap>> {
+        let topology = self.topology.borrow();
+        let above = topology.above(node.id());
+        let above = above.iter().filter_map(|id| topology.node(*id));
+        above.flat_map(|entry| entry.node.named_bitmaps()).collect()
+    }
+
+    /// Tells all who may send requests to `node` that its size has changed. The named
+    /// bitmaps of all nodes have their nodes' sizes then.
     pub(super) fn tell_resized(&self, node: &Arc<Node>) {
+        let nodes = self.topology.borrow().nodes.clone();
+        for entry in nodes {
+            entry.node.fit_bitmaps();
+        }
         let users = self.topology.borrow().backends_reaching(node.id());
         for backend in users {
             if let Some(user) = backend.user() {

@@ -172,13 +172,20 @@ async fn block_device_info(monitor: &Monitor, node: &NodeInfo, flat: bool) -> Va
     }
     if !node.bitmaps.is_empty() {
         let bitmaps = node.bitmaps.iter().map(|bitmap| {
-            json!({
-                "recording": true,
-                "busy": false,
+            let mut shown = json!({
+                "recording": bitmap.recording,
+                "busy": bitmap.busy,
                 "persistent": false,
                 "granularity": bitmap.granularity,
                 "count": bitmap.count,
-            })
+            });
+            if let Some(name) = &bitmap.name {
+                shown["name"] = Value::from(name.as_str());
+            }
+            if bitmap.inconsistent {
+                shown["inconsistent"] = Value::from(true);
+            }
+            shown
         });
         info["dirty-bitmaps"] = bitmaps.collect();
     }

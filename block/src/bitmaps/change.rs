@@ -1,0 +1,182 @@
+//! Changes of named bitmaps that can be undone, as a transaction needs them.
+
+use std::sync::Arc;
+
+use super::{NamedBitmap, NamedBitmapError, NewBitmap, Usage};
+use crate::dirty_bitmap::DirtyBitmap;
+use crate::node::Node;
+
+/// A change that has been made, and lasts if it is [committed](Self::commit). Dropped,
+/// it is undone: the bitmap is as it was, with the writes recorded since.
+///
+/// Several are committed in any order, and undone in the reverse order of that in which
+/// they were made. On main.
+#[derive(Debug)]
+#[must_use = "dropped, the change is undone"]
+pub struct BitmapChange {
+    bitmap: Arc<NamedBitmap>,
+    before: Option<Before>,
+}
+
+/// What it takes to undo a change.
+///
+/// Bits that are not recorded in any more go on being recorded in until it is certain
+/// that they are not needed again.
+#[derive(Debug)]
+enum Before {
+    Absent,
+    /// It has other bits now.
+    Bits(Arc<DirtyBitmap>),
+    /// It is disabled now: what it had.
+    Enabled(Arc<DirtyBitmap>),
+    Disabled,
+    /// It is busy now, and goes with the commit.
+    Present,
+}
+
+impl BitmapChange {
+    /// Adds a bitmap to `node`. Fails if the name is bad or taken, if the granularity
+    /// is no power of two of at least 512, or for lack of memory.
+    pub fn add(node: &Arc<Node>, new: &NewBitmap<'_>) -> Result<Self, NamedBitmapError> {
+        let bitmap = node.add_bitmap(new)?;
+        Ok(Self::new(&bitmap, Before::Absent))
+    }
+
+    /// Clears it. Fails if it is busy or inconsistent, or for lack of memory.
+    ///
+    /// A write that ends meanwhile is in it afterwards or not; in a drained section
+    /// there is none.
+    pub fn clear(bitmap: &Arc<NamedBitmap>) -> Result<Self, NamedBitmapError> {
+        bitmap.check_usable()?;
+        let bits = bitmap.bits();
+        let clean = DirtyBitmap::new(bits.size(), bits.granularity())?;
+        Ok(Self::with_bits(bitmap, clean))
+    }
+
+    /// Adds what is dirty in `from`, of nodes of the same size, with any granularity.
+    ///
+    /// Fails if it or one of them is busy or inconsistent, if a size differs, or for
+    /// lack of memory.
+    pub fn merge(
+        bitmap: &Arc<NamedBitmap>,
+        from: &[Arc<NamedBitmap>],
+    ) -> Result<Self, NamedBitmapError> {
+        bitmap.check_usable()?;
+        let bits = bitmap.bits();
+        let sum = DirtyBitmap::new(bits.size(), bits.granularity())?;
+        for source in from {
+            source.check_usable()?;
+            let source = source.bits();
+            if source.size() != bits.size() {
+                return Err(NamedBitmapError::Sizes {
+                    target: bits.size(),
+                    from: source.size(),
+                });
+            }
+            sum.merge(&source);
+        }
+        let change = Self::with_bits(bitmap, sum);
+        // Writes that have ended before the new bits were attached are in here.
+        bitmap.bits().merge(&bits);
+        Ok(change)
+    }
+
+    /// Lets it record. Fails if it is busy or inconsistent.
+    pub fn enable(bitmap: &Arc<NamedBitmap>) -> Result<Self, NamedBitmapError> {
+        let mut state = bitmap.lock();
+        bitmap.check(&state, false)?;
+        let before = match std::mem::replace(&mut state.enabled, true) {
+            true => None,
+            false => Some(Before::Disabled),
+        };
+        bitmap.attach(&state);
+        Ok(Self {
+            bitmap: Arc::clone(bitmap),
+            before,
+        })
+    }
+
+    /// Lets it record no more. Fails if it is busy or inconsistent.
+    pub fn disable(bitmap: &Arc<NamedBitmap>) -> Result<Self, NamedBitmapError> {
+        let mut state = bitmap.lock();
+        bitmap.check(&state, false)?;
+        let before = match std::mem::replace(&mut state.enabled, false) {
+            true => Some(Before::Enabled(Arc::clone(&state.bits))),
+            false => None,
+        };
+        Ok(Self {
+            bitmap: Arc::clone(bitmap),
+            before,
+        })
+    }
+
+    /// Removes it from its node: with the commit, and until then it is busy. Fails if
+    /// it is busy.
+    pub fn remove(bitmap: &Arc<NamedBitmap>) -> Result<Self, NamedBitmapError> {
+        let mut state = bitmap.lock();
+        bitmap.check(&state, true)?;
+        state.usage = Usage::Held;
+        drop(state);
+        Ok(Self::new(bitmap, Before::Present))
+    }
+
+    /// The bitmap.
+    pub fn bitmap(&self) -> &Arc<NamedBitmap> {
+        &self.bitmap
+    }
+
+    /// The change lasts.
+    pub fn commit(mut self) {
+        match self.before.take() {
+            Some(Before::Bits(bits) | Before::Enabled(bits)) => self.bitmap.tidy(&bits),
+            Some(Before::Present) => self.bitmap.leave_node(),
+            Some(Before::Absent | Before::Disabled) | None => {}
+        }
+    }
+
+    fn new(bitmap: &Arc<NamedBitmap>, before: Before) -> Self {
+        Self {
+            bitmap: Arc::clone(bitmap),
+            before: Some(before),
+        }
+    }
+
+    fn with_bits(bitmap: &Arc<NamedBitmap>, bits: DirtyBitmap) -> Self {
+        let mut state = bitmap.lock();
+        let before = std::mem::replace(&mut state.bits, Arc::new(bits));
+        bitmap.attach(&state);
+        Self::new(bitmap, Before::Bits(before))
+    }
+}
+
+impl Drop for BitmapChange {
+    fn drop(&mut self) {
+        let Some(before) = self.before.take() else {
+            return;
+        };
+        let bitmap = &self.bitmap;
+        match before {
+            Before::Absent => bitmap.leave_node(),
+            Before::Bits(bits) => {
+                let mut state = bitmap.lock();
+                let undone = std::mem::replace(&mut state.bits, bits);
+                bitmap.attach(&state);
+                drop(state);
+                bitmap.tidy(&undone);
+            }
+            Before::Enabled(_) => {
+                let mut state = bitmap.lock();
+                state.enabled = true;
+                bitmap.attach(&state);
+            }
+            Before::Disabled => {
+                let mut state = bitmap.lock();
+                state.enabled = false;
+                let bits = Arc::clone(&state.bits);
+                drop(state);
+                bitmap.tidy(&bits);
+            }
+            Before::Present => bitmap.lock().usage = Usage::Free,
+        }
+    }
+}
