@@ -1,5 +1,10 @@
 //! Refusals of the monitor side, and the failure that a job ends with.
 
+use std::sync::Arc;
+
+use block::IoOp;
+
+use crate::event::IoSide;
 use crate::state::{JobStatus, JobVerb};
 
 /// Which class of error a client is to see.
@@ -106,6 +111,21 @@ pub struct JobFailure {
     pub message: String,
     /// The kernel's error number, positive.
     pub errno: i32,
+    /// The request that failed, if it was one.
+    pub request: Option<FailedRequest>,
+}
+
+/// Where a job's request failed, for programs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FailedRequest {
+    /// Reading or writing.
+    pub side: IoSide,
+    /// Name of the node that failed.
+    pub node: Arc<str>,
+    /// Start in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
 }
 
 impl JobFailure {
@@ -114,6 +134,7 @@ impl JobFailure {
         Self {
             message: message.into(),
             errno,
+            request: None,
         }
     }
 
@@ -133,9 +154,20 @@ impl JobFailure {
 
 impl From<&block::IoError> for JobFailure {
     /// In the C library's words, as clients of QEMU expect; where it happened is
-    /// for the log.
+    /// for the log and the history.
     fn from(error: &block::IoError) -> Self {
-        Self::from_errno(error.errno)
+        Self {
+            request: Some(FailedRequest {
+                side: match error.op {
+                    IoOp::Read | IoOp::BlockStatus => IoSide::Read,
+                    _ => IoSide::Write,
+                },
+                node: Arc::clone(&error.node),
+                offset: error.offset,
+                len: error.len,
+            }),
+            ..Self::from_errno(error.errno)
+        }
     }
 }
 

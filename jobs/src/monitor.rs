@@ -1,6 +1,7 @@
 //! The monitor side: who holds the job mutex may look jobs up and act on them.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use block::runtime::IothreadHandle;
 use block::{AttachmentKind, BackendUser, GraphHandle};
@@ -9,6 +10,7 @@ use crate::drain::DrainUser;
 use crate::driver::{JobChange, JobDetails, JobDriver, JobKind};
 use crate::effects::Effects;
 use crate::error::JobError;
+use crate::history::EndedJob;
 use crate::home::{Environment, RuntimeEnvironment};
 use crate::id::{JobId, JobKey, TxnKey};
 use crate::progress::Progress;
@@ -129,6 +131,12 @@ impl Jobs {
         Arc::new(DrainUser::new(self.clone(), key, kind))
     }
 
+    /// Jobs that have ended, the last one last: at most [`HISTORY_LEN`](crate::HISTORY_LEN),
+    /// internal ones left out. Any thread.
+    pub fn history(&self) -> Vec<EndedJob> {
+        self.lock().locked.core.history.list()
+    }
+
     /// What `query-jobs` and `query-block-jobs` show, newest job first, as with
     /// QEMU. Internal jobs are left out. Any thread.
     pub fn query(&self) -> Vec<JobInfo> {
@@ -224,6 +232,8 @@ impl JobsGuard<'_> {
                 driver: Arc::clone(driver),
                 id,
                 job_type: spec.kind.name,
+                block_job: spec.kind.block_job,
+                created: SystemTime::now(),
                 given_home: spec.home,
                 progress: Arc::new(Progress::new()),
                 waker: sync::WakerSlot::new(),

@@ -13,6 +13,8 @@ use crate::driver::JobDriver;
 use crate::effects::Effects;
 use crate::error::{JobError, JobFailure};
 use crate::event::{BlockJobProgress, JobEvent, JobEventKind};
+
+use crate::history::{EndedJob, History, JobOutcome};
 use crate::home::{Environment, Home};
 use crate::id::{JobId, JobKey};
 use crate::progress::Progress;
@@ -28,6 +30,8 @@ pub(crate) struct Slot {
     /// `None` for an internal job.
     pub(crate) id: Option<JobId>,
     pub(crate) job_type: &'static str,
+    pub(crate) block_job: bool,
+    pub(crate) created: SystemTime,
     /// The home that the creator asked for.
     pub(crate) given_home: Option<IothreadHandle>,
 
@@ -68,6 +72,8 @@ pub(crate) struct Core {
     pub(crate) quick: VecDeque<MainWork>,
     /// Hooks that may wait: of each transaction one at a time.
     pub(crate) slow: VecDeque<MainWork>,
+    /// What is left of jobs that have ended.
+    pub(crate) history: History,
 }
 
 /// What every [`Jobs`](crate::Jobs), [`JobContext`] and [`Effects`] points to.
@@ -208,6 +214,7 @@ impl Locked<'_> {
                         | Hook::SetSpeed(_) => core.quick.push_back(work),
                     }
                 }
+                Effect::Ended(key, outcome) => core.remember_locked(key, outcome),
                 Effect::Free(key) => {
                     let home = core.homes.remove(&key);
                     if let Some(slot) = core.slots.remove(&key) {
@@ -226,6 +233,27 @@ impl Locked<'_> {
 }
 
 impl Core {
+    /// Internal jobs are nobody's business.
+    fn remember_locked(&mut self, key: JobKey, outcome: JobOutcome) {
+        let Some(slot) = self.slots.get(&key) else {
+            return;
+        };
+        let Some(id) = slot.id.clone() else {
+            return;
+        };
+        let progress = slot.progress.snapshot();
+        self.history.push(EndedJob {
+            id,
+            job_type: slot.job_type,
+            block_job: slot.block_job,
+            created: slot.created,
+            ended: SystemTime::now(),
+            current_progress: progress.current,
+            total_progress: progress.total,
+            outcome,
+        });
+    }
+
     fn announce_locked(&mut self, key: JobKey, what: Announcement) {
         let Some(slot) = self.slots.get(&key) else {
             return;

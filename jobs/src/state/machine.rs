@@ -7,6 +7,7 @@ use super::status::{JobStatus, JobVerb};
 use super::txn::Txn;
 use crate::error::{JobError, JobFailure};
 use crate::event::{ErrorAction, IoSide, IoStatus, OnError};
+use crate::history::JobOutcome;
 use crate::id::{JobKey, TxnKey};
 
 /// Something that happens to a job.
@@ -79,6 +80,8 @@ pub(crate) enum Effect {
     WakeBody(JobKey),
     /// Call a hook of the driver on main; hooks are called in order.
     Hook(JobKey, Hook),
+    /// The job has ended so.
+    Ended(JobKey, JobOutcome),
     /// The job is gone from the machine: let go of its driver, on main.
     Free(JobKey),
     /// A bug: a change of status that the table forbids was refused. To be logged.

@@ -6,6 +6,7 @@ use super::job::{JobSettings, JobState, SoftCancel};
 use super::machine::{Announcement, Effect, Event, Hook, Machine};
 use super::status::JobStatus;
 use crate::error::{JobError, JobFailure};
+use crate::history::JobOutcome;
 use crate::id::{JobId, JobKey, TxnKey};
 
 #[derive(Default)]
@@ -15,6 +16,7 @@ pub(super) struct Rig {
     pub(super) hooks: VecDeque<(JobKey, Hook)>,
     pub(super) started: Vec<JobKey>,
     pub(super) woken: Vec<JobKey>,
+    pub(super) ended: Vec<(JobKey, JobOutcome)>,
     pub(super) freed: Vec<JobKey>,
 }
 
@@ -51,6 +53,7 @@ impl Rig {
                 Effect::StartBody(key) => self.started.push(key),
                 Effect::WakeBody(key) => self.woken.push(key),
                 Effect::Hook(key, hook) => self.hooks.push_back((key, hook)),
+                Effect::Ended(key, outcome) => self.ended.push((key, outcome)),
                 Effect::Free(key) => self.freed.push(key),
                 Effect::Refused { key, from, to } => panic!("{from} -> {to} of {key:?}"),
             }

@@ -6,6 +6,7 @@ use super::rig::{Rig, eio, mirror, settings};
 use super::status::{JobStatus, JobVerb};
 use crate::error::JobError;
 use crate::event::{IoSide, IoStatus, OnError};
+use crate::history::JobOutcome;
 use crate::id::{JobId, JobKey};
 
 const END: &str = "COMPLETED concluded null";
@@ -152,6 +153,7 @@ fn a_job_that_succeeds_tells_the_whole_story_in_order() {
         rig.told(key),
         format!("created running waiting pending {END}")
     );
+    assert_eq!(rig.ended, [(key, JobOutcome::Completed)]);
     assert_eq!(rig.freed, [key]);
     assert!(rig.machine.txns.is_empty());
 }

@@ -2,9 +2,10 @@
 //! has a private one.
 
 use super::job::JobState;
-use super::machine::{Announcement, Hook, Machine};
+use super::machine::{Announcement, Effect, Hook, Machine};
 use super::status::JobStatus;
 use crate::error::JobFailure;
+use crate::history::JobOutcome;
 use crate::id::{JobKey, TxnKey};
 
 /// Jobs that succeed or fail together.
@@ -243,6 +244,12 @@ impl Machine {
         let txn_key = job.txn;
         let started = job.started;
         let auto_dismiss = job.settings.auto_dismiss || !started;
+        let outcome = match &job.failure {
+            _ if job.force_cancel => JobOutcome::Cancelled,
+            Some(failure) => JobOutcome::Failed(failure.clone()),
+            None => JobOutcome::Completed,
+        };
+        self.effects.push(Effect::Ended(key, outcome));
         if started {
             let speed = job.limit.speed();
             let end = if job.force_cancel {

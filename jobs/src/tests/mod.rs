@@ -16,6 +16,7 @@ use crate::{Effects, JobError, JobEvent, JobKey, JobStatus, Jobs, JobsGuard, Mai
 
 mod cancel;
 mod drain;
+mod history;
 mod ids;
 mod leaf;
 mod policies;

@@ -7,6 +7,7 @@
 mod blockdev;
 mod control;
 mod exports;
+mod history;
 mod jobs;
 mod mirror;
 mod nodes;
@@ -104,6 +105,7 @@ static COMMANDS: &[Command] = commands! {
     "query-block-jobs" => jobs::query_block_jobs,
     "query-commands" => control::query_commands,
     "query-iothreads" (machine) => vm::query_iothreads,
+    "query-job-history" => history::query_job_history,
     "query-jobs" => jobs::query_jobs,
     "query-name" (machine) => vm::query_name,
     "query-named-block-nodes" => query::query_named_block_nodes,
