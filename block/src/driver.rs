@@ -100,6 +100,18 @@ impl Default for Limits {
     }
 }
 
+/// Which requests [`BlockDriver::cancel_in_flight`] lets fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CancelReach {
+    /// Those that wait for something of their own accord: a server's return, a limit
+    /// of their rate.
+    Waiting,
+    /// Also those that a server has been sent, if it is silent: what became of them
+    /// does not matter any more. They may be carried out later all the same, and
+    /// others that the server was sent are as lost to it.
+    Hanging,
+}
+
 /// Part that a child plays for its parent node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ChildRole {
@@ -276,22 +288,22 @@ pub trait BlockDriver: Send + Sync + 'static {
         self.filtered().is_some()
     }
 
-    /// Lets requests fail now that wait for something that may never come, such as
-    /// a server's return: whoever waits for them would rather see them fail. Any
-    /// thread; must not block.
+    /// Lets requests fail that may never end, as far as `reach` says: whoever waits
+    /// for them would rather see them fail. Any thread; must not block.
     ///
     /// The default passes it to what a filter shows; formats pass it to their
     /// children.
-    fn cancel_in_flight(&self) {
+    fn cancel_in_flight(&self, reach: CancelReach) {
         if let Some(below) = self.filtered() {
-            below.cancel_in_flight();
+            below.cancel_in_flight(reach);
         }
     }
 
     /// A drained section waits for requests that may be under way in this node:
-    /// those that it holds back of its own accord (a limit of their rate, a server
-    /// that is awaited) must end or go on by themselves. Sections nest, and each
-    /// begin has its end. Called with no lock held, on main.
+    /// those that it holds back to limit their rate must go on by themselves. (Those
+    /// that wait for a lost server wait on: they would fail, and the section can be
+    /// tried again.) Sections nest, and each begin has its end. Called with no lock
+    /// held, on main.
     ///
     /// Requests may come all the same: of users that the section does not hold.
     fn drained_begin(&self) {}

@@ -3,7 +3,17 @@
 //! Errors of opening nodes and changing the graph are in `graph`.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
+
+/// The kernel's text without the number that the standard library adds.
+pub(crate) fn os_text(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.find(" (os error ") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
+    }
+}
 
 /// The operation a failed request wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

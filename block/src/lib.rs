@@ -49,8 +49,8 @@ pub use chain::ChainExtent;
 pub use debug_event::DebugEvent;
 pub use dirty_bitmap::{BitmapError, DirtyBitmap};
 pub use driver::{
-    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, FileRange, Limits, Reopen, Reopened,
-    WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ExtentFlags, FileRange, Limits, Reopen,
+    Reopened, WriteFlags, ZeroFlags,
 };
 pub use drivers::copy_before_write::{
     CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Snapshot, SnapshotObserver, cluster_of,

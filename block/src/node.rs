@@ -14,7 +14,8 @@ use crate::buffer::{AlignedBuffer, IoVec};
 use crate::debug_event::DebugEvent;
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::driver::{
-    BlockDriver, ChildRole, Extent, ExtentFlags, FileRange, Limits, WriteFlags, ZeroFlags,
+    BlockDriver, CancelReach, ChildRole, Extent, ExtentFlags, FileRange, Limits, WriteFlags,
+    ZeroFlags,
 };
 use crate::error::{IoError, IoOp};
 use crate::options::{CacheOptions, DetectZeroes, DiscardMode};
@@ -521,10 +522,10 @@ impl Node {
         })
     }
 
-    /// Lets requests to this node and those below it fail that wait for something
-    /// that may never come. Any thread.
-    pub fn cancel_in_flight(&self) {
-        self.driver.cancel_in_flight();
+    /// Lets requests to this node and those below it fail that may never end, as far
+    /// as `reach` says. Any thread.
+    pub fn cancel_in_flight(&self, reach: CancelReach) {
+        self.driver.cancel_in_flight(reach);
     }
 
     /// Tells the driver of a step of whoever calls. Any thread.

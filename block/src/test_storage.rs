@@ -21,7 +21,9 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use crate::buffer::IoVec;
-use crate::driver::{BlockDriver, BoxFuture, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags};
+use crate::driver::{
+    BlockDriver, BoxFuture, CancelReach, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags,
+};
 use crate::error::{IoError, IoOp};
 use crate::permissions::{PermissionError, Permissions};
 use crate::runtime;
@@ -557,7 +559,7 @@ impl BlockDriver for TestDriver {
         self.storage.state().sections -= 1;
     }
 
-    fn cancel_in_flight(&self) {
+    fn cancel_in_flight(&self, _reach: CancelReach) {
         self.storage.state().cancels += 1;
     }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::qcow2::{BackingFileError, HeaderError};
-use crate::error::IoError;
+use crate::error::{IoError, os_text};
 use crate::nbd::client::NbdError;
 
 /// Why a driver cannot be opened.
@@ -159,15 +159,6 @@ pub enum ReopenError {
     /// It cannot be opened as it is to be.
     #[error(transparent)]
     Open(#[from] OpenError),
-}
-
-/// The kernel's text without the number that the standard library adds.
-pub(super) fn os_text(error: &io::Error) -> String {
-    let text = error.to_string();
-    match text.find(" (os error ") {
-        Some(end) => text[..end].to_owned(),
-        None => text,
-    }
 }
 
 #[cfg(test)]

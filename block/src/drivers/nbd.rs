@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use crate::buffer::{AlignedBuffer, IoVec};
 use crate::driver::{
-    BlockDriver, BoxFuture, Extent, ExtentFlags, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, CancelReach, Extent, ExtentFlags, Limits, Reopen, Reopened, WriteFlags,
+    ZeroFlags,
 };
 use crate::drivers::{OpenError, ReopenError};
 use crate::error::{IoError, IoOp};
@@ -474,8 +475,8 @@ impl BlockDriver for NbdDriver {
         Box::pin(async move { self.status(offset, len).await.map_err(error) })
     }
 
-    fn cancel_in_flight(&self) {
-        self.client.cancel_waiting();
+    fn cancel_in_flight(&self, reach: CancelReach) {
+        self.client.cancel(reach);
     }
 
     fn close(&self) {

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::buffer::IoVec;
 use crate::debug_event::DebugEvent;
 use crate::driver::{
-    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, FileRange, Limits, Reopen, Reopened,
-    WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ExtentFlags, FileRange, Limits, Reopen,
+    Reopened, WriteFlags, ZeroFlags,
 };
 use crate::drivers::{OpenError, ReopenError};
 use crate::error::{IoError, IoOp};
@@ -277,8 +277,8 @@ impl BlockDriver for RawDriver {
         *self.pending() = None;
     }
 
-    fn cancel_in_flight(&self) {
-        self.file.node().cancel_in_flight();
+    fn cancel_in_flight(&self, reach: CancelReach) {
+        self.file.node().cancel_in_flight(reach);
     }
 }
 

@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use crate::buffer::IoVec;
-use crate::driver::{BlockDriver, BoxFuture, ChildRole, Extent, Limits, WriteFlags, ZeroFlags};
+use crate::driver::{
+    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, Limits, WriteFlags, ZeroFlags,
+};
 use crate::drivers::copy_before_write::Snapshot;
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node};
@@ -126,8 +128,8 @@ impl BlockDriver for SnapshotAccessDriver {
         Box::pin(async move { Err(self.refused(IoOp::Truncate, size, 0)) })
     }
 
-    fn cancel_in_flight(&self) {
-        self.file.node().cancel_in_flight();
+    fn cancel_in_flight(&self, reach: CancelReach) {
+        self.file.node().cancel_in_flight(reach);
     }
 
     /// It does nothing that the filter's users could be against.

@@ -7,7 +7,8 @@ use arc_swap::ArcSwap;
 
 use crate::buffer::IoVec;
 use crate::driver::{
-    BlockDriver, BoxFuture, ChildRole, Extent, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, Limits, Reopen, Reopened, WriteFlags,
+    ZeroFlags,
 };
 use crate::drivers::ReopenError;
 use crate::error::IoError;
@@ -116,9 +117,9 @@ impl BlockDriver for ThrottleDriver {
     }
 
     /// Those that wait for the limit need not fail: they go.
-    fn cancel_in_flight(&self) {
+    fn cancel_in_flight(&self, reach: CancelReach) {
         self.member.load().let_go();
-        self.file.node().cancel_in_flight();
+        self.file.node().cancel_in_flight(reach);
     }
 
     fn drained_begin(&self) {

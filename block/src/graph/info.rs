@@ -10,7 +10,7 @@ use super::Graph;
 use super::topology::Topology;
 use crate::backend::AttachmentKind;
 use crate::dirty_bitmap::DirtyBitmap;
-use crate::driver::ChildRole;
+use crate::driver::{CancelReach, ChildRole};
 use crate::node::Node;
 use crate::options::{CacheOptions, DetectZeroes, DiscardMode};
 use crate::permissions::Permissions;
@@ -352,7 +352,8 @@ async fn last_flush(node: &Arc<Node>) {
     let impatience = pin!(async {
         loop {
             sleep(LAST_FLUSH_PATIENCE).await;
-            node.cancel_in_flight();
+            // Not one that is only slow: the watchdog has the last word on that.
+            node.cancel_in_flight(CancelReach::Waiting);
         }
     });
     let Either::Left((result, _)) = select(flush, impatience).await;

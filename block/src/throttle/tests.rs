@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::limits::ThrottleLimits;
 use super::schedule::{Schedule, Turn};
 use super::*;
-use crate::driver::ChildRole;
+use crate::driver::{CancelReach, ChildRole};
 use crate::drivers::throttle::ThrottleDriver;
 use crate::node::{Child, Node, NodeOptions};
 use crate::runtime::{EventLoop, Iothread, spawn_local};
@@ -457,7 +457,7 @@ fn a_limit_does_not_delay_a_drained_section_and_holds_again_afterwards() {
         let late = spawn_write(5);
         settle().await;
         assert_eq!(group.queued(), 1);
-        node.cancel_in_flight();
+        node.cancel_in_flight(CancelReach::Waiting);
         late.await;
     });
 }

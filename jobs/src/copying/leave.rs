@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::{Backend, Graph, GraphError, Node, runtime};
+use block::{Backend, CancelReach, Graph, GraphError, Node, runtime};
 
 /// First and longest wait before the filter's removal is tried again; doubles.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
@@ -45,9 +45,10 @@ async fn keep_taking_out(graph: &Graph, filter: &Arc<Node>) {
 }
 
 /// Lets the requests to the target end that wait for a server to return or for a limit
-/// of its rate, and those that are still on their way there.
+/// of its rate, or were sent to a server that is silent, and those that are still on
+/// their way there.
 pub(crate) fn let_target_go(target: &Arc<Backend>) {
-    target.root().cancel_in_flight();
+    target.root().cancel_in_flight(CancelReach::Hanging);
     // Weakly: main must not be the last to hold the node, since that closes its file.
     let target = Arc::downgrade(target);
     runtime::spawn_local(async move {
@@ -56,7 +57,9 @@ pub(crate) fn let_target_go(target: &Arc<Backend>) {
             runtime::sleep(pause).await;
             pause = (pause * 2).min(LET_GO.1);
             match target.upgrade() {
-                Some(target) if target.in_flight() > 0 => target.root().cancel_in_flight(),
+                Some(target) if target.in_flight() > 0 => {
+                    target.root().cancel_in_flight(CancelReach::Hanging)
+                }
                 _ => return,
             }
         }

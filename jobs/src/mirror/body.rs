@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::runtime;
+use block::{CancelReach, runtime};
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
@@ -381,7 +381,7 @@ impl<'a> Body<'a> {
         if let Some(deadline) = self.guard.missed(now) {
             self.tell_of_stall();
             // What it waits for there does not matter any more.
-            self.places.target.cancel_in_flight();
+            self.places.target.cancel_in_flight(CancelReach::Hanging);
             let rates = self.guard.rates();
             self.failure = Some(JobFailure::new(
                 libc::ETIMEDOUT,

@@ -15,7 +15,7 @@ use crate::driver::{
     BlockDriver, BoxFuture, ChildRole, Extent, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
 };
 use crate::drivers::ReopenError;
-use crate::error::{IoError, IoOp};
+use crate::error::{IoError, IoOp, os_text};
 use crate::node::{Child, Node, SECTOR_SIZE};
 use crate::options::{BlkdebugOptions, DriverOptions};
 use crate::permissions::{Perm, Permissions};
@@ -87,15 +87,6 @@ pub enum BlkdebugError {
     /// Neither on nor off.
     #[error("Parameter '{0}' expects 'on' or 'off'")]
     NotAFlag(&'static str),
-}
-
-/// The kernel's text without the number that the standard library adds.
-fn os_text(error: &io::Error) -> String {
-    let text = error.to_string();
-    match text.find(" (os error ") {
-        Some(end) => text[..end].to_owned(),
-        None => text,
-    }
 }
 
 /// See the module.

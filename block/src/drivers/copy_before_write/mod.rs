@@ -35,7 +35,8 @@ use crate::backend::Backend;
 use crate::buffer::IoVec;
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
 use crate::driver::{
-    BlockDriver, BoxFuture, ChildRole, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ExtentFlags, Limits, WriteFlags,
+    ZeroFlags,
 };
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node};
@@ -352,10 +353,10 @@ impl BlockDriver for CopyBeforeWriteDriver {
     }
 
     /// Also the target's: a guest's request may be waiting for that.
-    fn cancel_in_flight(&self) {
-        self.file.node().cancel_in_flight();
+    fn cancel_in_flight(&self, reach: CancelReach) {
+        self.file.node().cancel_in_flight(reach);
         if let Target::Child(target) = &self.snapshot.target {
-            target.node().cancel_in_flight();
+            target.node().cancel_in_flight(reach);
         }
     }
 

@@ -66,7 +66,7 @@ pub enum BackingFileError {
         format: String,
     },
     /// The file cannot be found.
-    #[error("Could not open '{}': {}", path.display(), crate::drivers::error::os_text(error))]
+    #[error("Could not open '{}': {}", path.display(), crate::error::os_text(error))]
     Find {
         /// Where it was looked for.
         path: PathBuf,

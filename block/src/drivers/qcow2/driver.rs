@@ -8,7 +8,8 @@ use futures_util::FutureExt;
 use super::{Qcow2Driver, backing_of, file_permissions};
 use crate::buffer::IoVec;
 use crate::driver::{
-    BlockDriver, BoxFuture, ChildRole, Extent, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, Limits, Reopen, Reopened, WriteFlags,
+    ZeroFlags,
 };
 use crate::drivers::ReopenError;
 use crate::error::IoError;
@@ -93,13 +94,14 @@ impl BlockDriver for Qcow2Driver {
         self.backing.load().as_ref().map(|backing| backing.node())
     }
 
-    fn cancel_in_flight(&self) {
-        self.file.node().cancel_in_flight();
+    fn cancel_in_flight(&self, reach: CancelReach) {
+        self.file.node().cancel_in_flight(reach);
         if let Some(data_file) = &self.data_file {
-            data_file.node().cancel_in_flight();
+            data_file.node().cancel_in_flight(reach);
         }
         if let Some(backing) = self.backing.load_full() {
-            backing.node().cancel_in_flight();
+            // Others may read it, too: they go on waiting for a server that is silent.
+            backing.node().cancel_in_flight(CancelReach::Waiting);
         }
     }
 

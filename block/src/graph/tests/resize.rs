@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::dirty_bitmap::DirtyBitmap;
+use crate::driver::CancelReach;
 
 /// Counts how often it was told of a new size.
 #[derive(Default)]
@@ -119,7 +120,7 @@ fn drivers_on_the_way_of_held_requests_are_told_of_a_section() {
         assert_eq!(below.sections(), 1);
         drop(drained);
         assert_eq!(below.sections(), 0);
-        filter.cancel_in_flight();
+        filter.cancel_in_flight(CancelReach::Waiting);
         assert_eq!(below.cancels(), 1);
     });
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::error::os_text;
 use crate::nbd::protocol::{ProtocolError, option, option_reply};
 use crate::options::SocketAddress;
 use crate::runtime::RuntimeError;
@@ -192,6 +193,9 @@ pub enum NbdError {
     /// A reply to a request that breaks the rules.
     #[error("The server broke the protocol: {0}")]
     Violation(&'static str),
+    /// The server does not answer, and nobody wants to wait for it.
+    #[error("The server does not answer, and the requests to it were cancelled")]
+    Silent,
     /// The export is not what it was when it was opened.
     #[error("The export has changed since it was opened: {0}")]
     Changed(&'static str),
@@ -217,16 +221,12 @@ impl NbdError {
     }
 }
 
-/// The kernel's text without the number that the standard library adds.
+/// The kernel's text, or QEMU's where the kernel has none.
 fn io_text(error: &io::Error) -> String {
     if error.kind() == io::ErrorKind::UnexpectedEof {
         return "Unexpected end-of-file before all data were read".to_owned();
     }
-    let text = error.to_string();
-    match text.find(" (os error ") {
-        Some(end) => text[..end].to_owned(),
-        None => text,
-    }
+    os_text(error)
 }
 
 fn option_name(number: u32) -> &'static str {

@@ -113,7 +113,7 @@ impl Export {
         if found.size > MAX_SIZE {
             return Err(NbdError::TooLarge);
         }
-        if min > SECTOR && !found.size.is_multiple_of(min.into()) {
+        if !found.size.is_multiple_of(min.into()) {
             return Err(NbdError::PartialBlock {
                 size: found.size,
                 block: min,
@@ -151,6 +151,8 @@ impl Export {
             "it can do less"
         } else if again.min_block > self.min_block || again.max_payload < self.max_payload {
             "its block sizes are others"
+        } else if again.max_range() < self.max_range() {
+            "it takes shorter requests"
         } else {
             return Ok(());
         };

@@ -19,6 +19,7 @@ use super::handshake::{Export, negotiate};
 use super::queue::{CloseOnDrop, Command, LinkState, Queue, Status};
 use super::socket::Socket;
 use super::transmission::{Connection, End};
+use crate::driver::CancelReach;
 use crate::nbd::protocol::MAX_STRING;
 use crate::options::NbdOptions;
 use crate::runtime::{Iothread, sleep, sleep_until, spawn_local, unblock};
@@ -29,6 +30,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(10);
 /// Longest pause while requests wait for the connection.
 const LAST_WAITING_PAUSE: Duration = Duration::from_secs(1);
+/// A connection that lasts so long was of use. After one that does not, the next one
+/// is not made at once.
+const STABLE: Duration = Duration::from_secs(1);
 /// How long closing waits for the server; more than `transmission` gives it.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -116,9 +120,11 @@ impl Client {
     }
 
     /// Fails the requests that wait for the server's return, and those to come until
-    /// it has returned. What is in flight fails if the connection is lost. Any thread.
-    pub(crate) fn cancel_waiting(&self) {
-        self.queue.cancel();
+    /// it has returned. What is in flight fails if the connection is lost; with
+    /// [`CancelReach::Hanging`], a server that then says nothing for a second is
+    /// left. Any thread.
+    pub(crate) fn cancel(&self, reach: CancelReach) {
+        self.queue.cancel(reach);
     }
 
     /// Takes leave of the server and ends the thread. Blocks, 5 s at most.
@@ -193,10 +199,17 @@ impl Life {
         let _close = CloseOnDrop(Arc::clone(&self.queue));
         let export = first.export();
         let mut connection = first;
+        let mut pause = Duration::ZERO;
         loop {
+            let began = Instant::now();
             let (error, unanswered) = match connection.run(&self.queue).await {
                 End::Closed => return,
                 End::Broken(error, unanswered) => (error, unanswered),
+            };
+            // A server that is there and hangs up each time is not run against.
+            pause = match began.elapsed() < STABLE {
+                true => (pause * 2).clamp(FIRST_PAUSE, LAST_WAITING_PAUSE),
+                false => Duration::ZERO,
             };
             let delay = self.options.reconnect_delay;
             tracing::warn!(
@@ -207,11 +220,9 @@ impl Life {
                 reconnect_delay = delay.as_secs(),
                 "Lost the connection to the NBD server: {error}"
             );
-            self.queue.lost(unanswered, !delay.is_zero());
-            connection = match self
-                .reconnect(&export, Instant::now().checked_add(delay))
-                .await
-            {
+            self.queue.lost(unanswered, delay);
+            let patience = Instant::now().checked_add(delay);
+            connection = match self.reconnect(&export, pause, patience).await {
                 Some(connection) => connection,
                 None => return,
             };
@@ -224,10 +235,18 @@ impl Life {
         }
     }
 
-    /// Tries to reach the server until it is there, with growing pauses; `None`: the
-    /// node is closed. Requests wait until `patience`.
-    async fn reconnect(&self, export: &Export, patience: Option<Instant>) -> Option<Connection> {
-        let attempts = pin!(self.attempts(export));
+    /// Tries to reach the server until it is there, after `pause` and with growing
+    /// pauses; `None`: the node is closed. Requests wait until `patience`.
+    async fn reconnect(
+        &self,
+        export: &Export,
+        pause: Duration,
+        patience: Option<Instant>,
+    ) -> Option<Connection> {
+        let attempts = pin!(async {
+            sleep(pause).await;
+            self.attempts(export).await
+        });
         let give_up = pin!(async {
             match patience {
                 Some(at) => sleep_until(at).await,

@@ -7,12 +7,15 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::task::Waker;
+use std::time::{Duration, Instant};
 
 use futures_channel::oneshot;
 use futures_util::task::AtomicWaker;
 
 use crate::buffer::IoVec;
+use crate::driver::CancelReach;
 use crate::range_lock::RangeGuard;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 
 /// What a request gives: nothing, or a block status; else an errno.
@@ -53,12 +56,20 @@ pub(super) struct Request {
     done: oneshot::Sender<Answer>,
     /// How many cancels there had been when it was submitted.
     cancels: u64,
+    /// When a connection first broke with it.
+    lost: Option<Instant>,
 }
 
 impl Request {
     /// Tells the result. Nobody may be waiting any more.
     pub(super) fn finish(self, answer: Answer) {
         let _ = self.done.send(answer);
+    }
+
+    /// Whether it was among the requests in flight when `abandoned` said so
+    /// ([`Queue::abandoned`]).
+    pub(super) fn is_abandoned(&self, abandoned: u64) -> bool {
+        self.cancels < abandoned
     }
 }
 
@@ -79,6 +90,8 @@ pub(super) enum LinkState {
 pub(super) struct Queue {
     /// A leaf lock, held for a few instructions.
     inner: Mutex<Inner>,
+    /// See [`abandoned`](Self::abandoned). Written under the lock, read without.
+    abandoned: AtomicU64,
     /// Wakes the connection's task: requests, room for them, a close, or a failed
     /// request that makes another attempt worth while. Synchronises itself.
     pub(super) task: AtomicWaker,
@@ -103,6 +116,7 @@ impl Queue {
                 wanted: false,
                 cancels: 0,
             }),
+            abandoned: AtomicU64::new(0),
             task: AtomicWaker::new(),
         }
     }
@@ -116,6 +130,7 @@ impl Queue {
                 command,
                 done,
                 cancels: inner.cancels,
+                lost: None,
             };
             match inner.state {
                 LinkState::Connected | LinkState::Waiting => {
@@ -163,38 +178,61 @@ impl Queue {
     }
 
     /// The connection has gone, with `unanswered` requests in it, oldest first. They
-    /// and those to come wait for another if `wait` says so, but for those that were
-    /// cancelled.
-    pub(super) fn lost(&self, unanswered: Vec<Request>, wait: bool) {
-        let cancelled: Vec<Request> = {
+    /// and those to come wait for another, but for those that were cancelled, and those
+    /// with which a connection broke first `patience` ago: one that makes each server
+    /// fail is not asked for ever.
+    pub(super) fn lost(&self, unanswered: Vec<Request>, patience: Duration) {
+        let now = Instant::now();
+        let failed: Vec<Request> = {
             let mut inner = lock(&self.inner);
-            for request in unanswered.into_iter().rev() {
+            for mut request in unanswered.into_iter().rev() {
+                request.lost.get_or_insert(now);
                 inner.pending.push_front(request);
             }
             if inner.state != LinkState::Closed {
                 inner.state = LinkState::Waiting;
             }
             let cancels = inner.cancels;
-            let (cancelled, left): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut inner.pending)
+            let is_over = |request: &Request| {
+                let lost = request.lost.map_or(Duration::ZERO, |lost| now - lost);
+                request.cancels < cancels || lost > patience
+            };
+            let (failed, left): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut inner.pending)
                 .into_iter()
-                .partition(|request| request.cancels < cancels);
+                .partition(is_over);
             inner.pending = left;
-            cancelled.into()
+            failed.into()
         };
-        for request in cancelled {
+        for request in failed {
             request.finish(Err(libc::EIO));
         }
-        if !wait {
+        if patience.is_zero() {
             self.give_up();
         }
     }
 
     /// Nobody wants to wait for a server's return any more: what waits, or is in
     /// flight and comes to wait, fails; what comes later fails until it has returned,
-    /// if it is away. Any thread.
-    pub(super) fn cancel(&self) {
-        lock(&self.inner).cancels += 1;
+    /// if it is away. With [`CancelReach::Hanging`], what is in flight is
+    /// [`abandoned`](Self::abandoned). Any thread.
+    pub(super) fn cancel(&self, reach: CancelReach) {
+        {
+            let mut inner = lock(&self.inner);
+            inner.cancels += 1;
+            if reach == CancelReach::Hanging {
+                self.abandoned.store(inner.cancels, Ordering::Release);
+            }
+        }
         self.give_up();
+        if reach == CancelReach::Hanging {
+            self.task.wake();
+        }
+    }
+
+    /// Which requests are not worth a silent connection: those that
+    /// [`Request::is_abandoned`] knows by this number. 0: none.
+    pub(super) fn abandoned(&self) -> u64 {
+        self.abandoned.load(Ordering::Acquire)
     }
 
     /// Requests wait for a connection no longer: those that do fail. Any thread.

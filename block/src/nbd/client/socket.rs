@@ -3,9 +3,11 @@
 //!
 //! What does not live here: addresses (`connect`), and what the bytes mean.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use rustix::net::{RecvFlags, SendFlags};
 use smallvec::SmallVec;
 
 use crate::buffer::IoVec;
@@ -19,6 +21,8 @@ const READ_AHEAD: usize = 16 << 10;
 /// A non-blocking stream socket, watched by this thread's loop.
 pub(super) struct Socket {
     fd: AsyncFd<OwnedFd>,
+    /// Times that something was received; wraps.
+    heard: Cell<u64>,
 }
 
 /// What is sent in one go, in order.
@@ -41,7 +45,23 @@ impl Part {
 impl Socket {
     /// Uses `fd`, a connected stream socket.
     pub(super) fn new(fd: AsyncFd<OwnedFd>) -> Self {
-        Self { fd }
+        Self {
+            fd,
+            heard: Cell::new(0),
+        }
+    }
+
+    /// A number that changes when something is received.
+    pub(super) fn heard(&self) -> u64 {
+        self.heard.get()
+    }
+
+    /// Waits for something to read, and reads it by `receive`. `Ok(0)`: the peer has
+    /// ended.
+    async fn hear(&self, receive: impl FnMut(&OwnedFd) -> io::Result<usize>) -> io::Result<usize> {
+        let count = self.fd.io(Interest::Readable, receive).await?;
+        self.heard.set(self.heard.get().wrapping_add(1));
+        Ok(count)
     }
 
     /// Fills `buffer`. Fails with `UnexpectedEof` if the peer ends before.
@@ -52,10 +72,7 @@ impl Socket {
         while done < buffer.len() {
             let rest = &mut buffer[done..];
             let count = self
-                .fd
-                .io(Interest::Readable, |fd| {
-                    Ok(rustix::net::recv(fd, &mut *rest, rustix::net::RecvFlags::empty())?.1)
-                })
+                .hear(|fd| Ok(rustix::net::recv(fd, &mut *rest, RecvFlags::empty())?.1))
                 .await?;
             if count == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
@@ -72,11 +89,7 @@ impl Socket {
             done += self
                 .fd
                 .io(Interest::Writable, |fd| {
-                    Ok(rustix::net::send(
-                        fd,
-                        &bytes[done..],
-                        rustix::net::SendFlags::NOSIGNAL,
-                    )?)
+                    Ok(rustix::net::send(fd, &bytes[done..], SendFlags::NOSIGNAL)?)
                 })
                 .await?;
         }
@@ -121,13 +134,12 @@ impl Socket {
                 iov_len: behind.len(),
             });
         }
-        self.fd
-            .io(Interest::Readable, |fd| {
-                // SAFETY: the segments are those of `rest` and `behind`, which
-                // outlive the call and may be written.
-                unsafe { receive_segments(fd.as_raw_fd(), &mut iovecs) }
-            })
-            .await
+        self.hear(|fd| {
+            // SAFETY: the segments are those of `rest` and `behind`, which
+            // outlive the call and may be written.
+            unsafe { receive_segments(fd.as_raw_fd(), &mut iovecs) }
+        })
+        .await
     }
 }
 
@@ -206,10 +218,7 @@ impl<'a> Reader<'a> {
         let ahead = &mut self.ahead[..];
         let count = self
             .socket
-            .fd
-            .io(Interest::Readable, |fd| {
-                Ok(rustix::net::recv(fd, &mut *ahead, rustix::net::RecvFlags::empty())?.1)
-            })
+            .hear(|fd| Ok(rustix::net::recv(fd, &mut *ahead, RecvFlags::empty())?.1))
             .await?;
         if count == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());

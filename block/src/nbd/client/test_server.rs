@@ -63,6 +63,8 @@ struct State {
     log: Vec<(u16, u16, u64, u64)>,
     /// Whether answers are held back.
     holding: bool,
+    /// Whether each request ends its connection.
+    hangs_up: bool,
     /// Requests whose answers are held back.
     held: usize,
     connections: Vec<UnixStream>,
@@ -86,6 +88,7 @@ impl TestServer {
                     disk: vec![0; offer.size],
                     log: Vec::new(),
                     holding: false,
+                    hangs_up: false,
                     held: 0,
                     connections: Vec::new(),
                     accepted: 0,
@@ -167,6 +170,16 @@ impl TestServer {
     pub(crate) fn hold(&self, holding: bool) {
         lock(&self.shared.state).holding = holding;
         self.shared.changed.notify_all();
+    }
+
+    /// Ends each connection at its first request, or no longer.
+    pub(crate) fn hang_up(&self, hangs_up: bool) {
+        lock(&self.shared.state).hangs_up = hangs_up;
+    }
+
+    /// Connections that have been made, ever.
+    pub(crate) fn accepted(&self) -> usize {
+        lock(&self.shared.state).accepted
     }
 
     /// Waits until the answers to `count` requests are held back.
@@ -321,7 +334,7 @@ fn transmit(
             .log
             .push((request.command, request.flags, request.offset, request.len));
         shared.changed.notify_all();
-        if request.command == command::DISC {
+        if request.command == command::DISC || state.hangs_up {
             return Ok(());
         }
         if state.holding {

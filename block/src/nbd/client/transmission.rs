@@ -9,7 +9,7 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select};
 use slab::Slab;
@@ -38,6 +38,11 @@ const MAX_CHUNK: usize = MAX_STRING + 64;
 const REPLIES_PER_TURN: usize = 64;
 /// How long the end of a connection waits for the answers to what is in flight.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
+/// How long a server may be silent that has requests which nobody wants any more.
+/// Less than what jobs have at the end of the program.
+const SILENCE: Duration = Duration::from_secs(1);
+/// How long it may take over them in all, however busy it seems.
+const ABANDONED: Duration = Duration::from_secs(10);
 
 /// Why a connection has ended.
 pub(super) enum End {
@@ -84,8 +89,10 @@ impl Connection {
         let ended = {
             let send = pin!(self.send_requests(queue));
             let receive = pin!(self.receive_replies(queue));
-            match select(send, receive).await {
-                Either::Left((result, _)) | Either::Right((result, _)) => result,
+            let give_up = pin!(self.give_up_if_silent(queue));
+            match select(select(send, receive), give_up).await {
+                Either::Left((Either::Left((result, _)) | Either::Right((result, _)), _)) => result,
+                Either::Right((error, _)) => Err(error),
             }
         };
         let mut unanswered: Vec<Sent> = self.sent.into_inner().into_iter().map(|e| e.1).collect();
@@ -131,6 +138,39 @@ impl Connection {
         }
     }
 
+    /// Ends if the server has been sent requests that nobody wants any more, and is
+    /// silent, or never gets to them: what hangs there has to end here.
+    async fn give_up_if_silent(&self, queue: &Queue) -> NbdError {
+        let has_abandoned = || {
+            let abandoned = queue.abandoned();
+            abandoned > 0
+                && self
+                    .sent
+                    .borrow()
+                    .iter()
+                    .any(|(_, sent)| sent.request.is_abandoned(abandoned))
+        };
+        loop {
+            poll_fn(|cx| {
+                queue.register(cx.waker());
+                match has_abandoned() {
+                    true => Poll::Ready(()),
+                    false => Poll::Pending,
+                }
+            })
+            .await;
+            let began = Instant::now();
+            while has_abandoned() {
+                let heard = self.socket.heard();
+                sleep(SILENCE).await;
+                let is_silent = self.socket.heard() == heard;
+                if has_abandoned() && (is_silent || began.elapsed() > ABANDONED) {
+                    return NbdError::Silent;
+                }
+            }
+        }
+    }
+
     /// Takes as many requests as may be sent now.
     fn next_batch(&self, queue: &Queue, number: &mut u64) -> Vec<Part> {
         let mut sent = self.sent.borrow_mut();
@@ -138,6 +178,12 @@ impl Connection {
         let (mut count, mut bytes) = (0, 0);
         while count < MAX_BATCH && bytes < MAX_BATCH_BYTES && sent.len() < MAX_IN_FLIGHT {
             let Some(request) = queue.take() else { break };
+            if request.command.kind == command::BLOCK_STATUS && self.export.allocation.is_none() {
+                // It came back without: it may all be data.
+                let len = request.command.len;
+                request.finish(Ok(Some(Status { len, flags: 0 })));
+                continue;
+            }
             let entry = sent.vacant_entry();
             *number += 1;
             let cookie = *number << 16 | entry.key() as u64;

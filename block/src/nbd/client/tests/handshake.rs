@@ -251,6 +251,10 @@ fn sizes_and_blocks_that_cannot_be_are_refused() {
             "export length 4608 is not multiple of minimum block size 4096",
         ),
         (
+            sized(1000, [512, 4096, MIB]),
+            "export length 1000 is not multiple of minimum block size 512",
+        ),
+        (
             sized(u64::MAX, [1, 1, MIB]),
             "Could not refresh total sector count: File too large",
         ),
@@ -322,4 +326,28 @@ fn an_export_that_has_changed_cannot_stand_for_the_old_one() {
         check(offer(1 << 20, 5, 4096)),
         changed("its block sizes are others")
     );
+}
+
+#[test]
+fn a_server_that_comes_back_without_extended_headers_is_not_used() {
+    let offer = |extended| {
+        let mut script = greeting();
+        if extended {
+            script.extend(reply(option::EXTENDED_HEADERS, answer::ACK, &[]));
+        } else {
+            script.extend(reply(option::EXTENDED_HEADERS, answer::ERR_UNSUP, &[]));
+            script.extend(reply(option::STRUCTURED_REPLY, answer::ACK, &[]));
+        }
+        script.extend(reply(option::SET_META_CONTEXT, answer::ERR_UNSUP, &[]));
+        script.extend(export_info(1 << 20, 5));
+        script.extend(go_ack());
+        meet(script).unwrap()
+    };
+    // Requests of more than 4 GiB would not be what they were meant to be.
+    let changed = offer(true).check_still_there(&offer(false)).unwrap_err();
+    assert_eq!(
+        changed.to_string(),
+        "The export has changed since it was opened: it takes shorter requests"
+    );
+    assert!(offer(false).check_still_there(&offer(true)).is_ok());
 }

@@ -9,9 +9,10 @@ use futures_util::future::{FutureExt, join_all};
 use futures_util::poll;
 
 use super::super::link::Client;
-use super::super::queue::Command;
+use super::super::queue::{Command, Status};
 use super::super::test_server::{Offer, TestServer};
 use crate::buffer::AlignedBuffer;
+use crate::driver::CancelReach;
 use crate::nbd::protocol::{command, transmission_flag};
 use crate::options::{NbdOptions, SocketAddress};
 use crate::runtime::{EventLoop, unblock};
@@ -114,14 +115,14 @@ fn requests_fail_when_the_server_stays_away_for_too_long() {
 fn a_cancel_fails_those_who_wait_for_the_server_and_no_others() {
     with_client(LONG, |server, client| async move {
         // Nobody waits: nothing happens.
-        client.cancel_waiting();
+        client.cancel(CancelReach::Waiting);
         assert_eq!(client.request(write(0, 1)).await, Ok(None));
         server.hold(true);
         let mut request = pin!(client.request(write(0, 2)));
         assert!(poll!(&mut request).is_pending());
         let held = Arc::clone(&server);
         unblock(move || held.wait_held(1)).await;
-        client.cancel_waiting();
+        client.cancel(CancelReach::Waiting);
         assert!(poll!(&mut request).is_pending());
         let mut late = pin!(client.request(write(512, 2)));
         assert!(poll!(&mut late).is_pending());
@@ -129,10 +130,76 @@ fn a_cancel_fails_those_who_wait_for_the_server_and_no_others() {
         // In flight when it was cancelled; the other came later and waits.
         assert_eq!(request.await, Err(libc::EIO));
         assert!(poll!(&mut late).is_pending());
-        client.cancel_waiting();
+        client.cancel(CancelReach::Waiting);
         assert_eq!(late.await, Err(libc::EIO));
         // Until it has returned, others fail too.
         assert_eq!(client.request(write(0, 2)).await, Err(libc::EIO));
+    });
+}
+
+#[test]
+fn a_silent_server_is_left_when_nobody_wants_its_answers() {
+    with_client(LONG, |server, client| async move {
+        server.hold(true);
+        let mut request = pin!(client.request(write(0, 1)));
+        assert!(poll!(&mut request).is_pending());
+        let held = Arc::clone(&server);
+        unblock(move || held.wait_held(1)).await;
+        client.cancel(CancelReach::Hanging);
+        let mut late = pin!(client.request(write(512, 2)));
+        assert!(poll!(&mut late).is_pending());
+        assert_eq!(request.await, Err(libc::EIO));
+        // Those that came later are done by the next connection.
+        assert!(poll!(&mut late).is_pending());
+        server.hold(false);
+        assert_eq!(late.await, Ok(None));
+        assert_eq!(server.disk(|disk| disk[512]), 2);
+    });
+}
+
+#[test]
+fn a_request_that_ends_each_connection_fails_in_time_and_no_connection_follows_at_once() {
+    let delay = Duration::from_millis(700);
+    with_client(delay, |server, client| async move {
+        server.hang_up(true);
+        assert_eq!(client.request(write(0, 1)).await, Err(libc::EIO));
+        // One at the beginning, then after 0.1, 0.3, 0.7, 1.5 s.
+        assert!(server.accepted() <= 5, "{} connections", server.accepted());
+        server.hang_up(false);
+        while client.request(write(0, 2)).await != Ok(None) {
+            crate::runtime::sleep(Duration::from_millis(5)).await;
+        }
+    });
+}
+
+#[test]
+fn what_comes_back_without_block_status_may_all_be_data() {
+    let status = || Command {
+        kind: command::BLOCK_STATUS,
+        flags: 0,
+        offset: 0,
+        len: 4096,
+        iov: None,
+        _range: None,
+    };
+    with_client(LONG, |server, client| async move {
+        let hole = Status {
+            len: 4096,
+            flags: 3,
+        };
+        assert_eq!(client.request(status()).await, Ok(Some(hole)));
+        server.offer(|offer| offer.allocation = false);
+        server.cut();
+        let data = Status {
+            len: 4096,
+            flags: 0,
+        };
+        // The first one may be answered before the end is noticed.
+        let mut found = client.request(status()).await;
+        while found == Ok(Some(hole)) {
+            found = client.request(status()).await;
+        }
+        assert_eq!(found, Ok(Some(data)));
     });
 }
 
