@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from support.program import BINARY, PATIENCE, run
+from support.program import BINARY, PATIENCE, QmpError, run
 
 MIB = 1024 * 1024
 DONE, FAILED, USAGE, CANCELLED, LOST = 0, 1, 2, 3, 4
@@ -168,6 +168,33 @@ def test_a_copy_ends_well_and_its_node_goes(server):
     assert done.returncode == DONE, done.stderr
     assert target.read_bytes() == server.source.read_bytes()
     assert server.nodes() == {"disk"}
+
+
+def test_an_nbd_export_is_copied_to_and_pivoted_to(server, program):
+    target = server.folder / "exported.img"
+    target.write_bytes(bytes(MIB))
+    os.truncate(target, 8 * MIB)
+    path = server.folder / "target.sock"
+    _, qmp = program.storage_daemon(
+        "--blockdev", f"driver=raw,node-name=x,file.driver=file,file.filename={target}",
+        "--nbd-server", f"addr.type=unix,addr.path={path}",
+        "--export", "nbd,id=e,node-name=x,name=a b,writable=on")
+    uri = f"nbd+unix:///a%20b?socket={path}"
+    refused = server.job("mirror", "disk", f"nbd+unix:///none?socket={path}")
+    assert refused.returncode == FAILED
+    assert "Requested export not available" in refused.stderr
+    done = server.job("mirror", "disk", uri, "--copy-only", "--json")
+    assert done.returncode == DONE, done.stderr
+    assert result(done)["outcome"] == "completed"
+    assert server.nodes() == {"disk"}
+    assert target.read_bytes() == server.source.read_bytes()
+    done = server.job("mirror", "disk", uri, "--complete")
+    assert done.returncode == DONE, done.stderr
+    assert "mirror-disk-target" in server.nodes()
+    # It is the disk now.
+    with pytest.raises(QmpError, match="still in use"):
+        qmp.execute("block-export-del", id="e")
+    assert target.read_bytes() == server.source.read_bytes()
 
 
 def test_verbs_and_a_watcher_on_another_socket(server):

@@ -28,6 +28,7 @@ use crate::backend::{Backend, BackendUser};
 use crate::graph::Graph;
 use crate::nbd::protocol::MAX_STRING;
 use crate::nbd::server::{NbdExport, NbdExportOptions, NbdServer};
+use crate::node::Node;
 use crate::permissions::{Perm, Permissions};
 use crate::runtime::{self, IothreadHandle};
 use crate::wait::LocalWaiters;
@@ -198,12 +199,35 @@ impl Exports {
         server.stop();
         let going: Vec<Rc<Entry>> = self.entries.borrow().clone();
         for entry in going.iter().filter(|entry| !entry.shutting_down.get()) {
-            self.finish_delete(entry);
+            self.finish_delete(entry, entry.nbd.connections() > 0);
         }
+        // A thread that accepts and does not get to it is no reason to wait for ever.
         let closed = pin!(server.closed());
+        let late = pin!(runtime::sleep(limit));
+        let closed = select(closed, late);
         let gone = pin!(self.wait_deleted(&going, limit));
-        let (left, ()) = join(gone, closed).await;
-        Ok(left)
+        Ok(join(gone, closed).await.0)
+    }
+
+    /// Whether there may be an export of that id and of that node, as far as it can be
+    /// told from these: what [`add`](Self::add) looks at first. Gives the node.
+    pub fn check(
+        &self,
+        id: &str,
+        node_name: &str,
+        writable: bool,
+    ) -> Result<Arc<Node>, ExportError> {
+        if !crate::graph::names::is_identifier(id) {
+            return Err(ExportError::InvalidId);
+        }
+        if self.entries.borrow().iter().any(|entry| entry.id == id) {
+            return Err(ExportError::IdInUse { id: id.to_owned() });
+        }
+        let node = self.graph.find_node(node_name)?;
+        if writable && node.read_only() {
+            return Err(ExportError::ReadOnlyNode);
+        }
+        Ok(node)
     }
 
     /// Makes an export. Fails without any change.
@@ -216,16 +240,7 @@ impl Exports {
             iothread,
             kind,
         } = options;
-        if !crate::graph::names::is_identifier(&id) {
-            return Err(ExportError::InvalidId);
-        }
-        if self.entries.borrow().iter().any(|entry| entry.id == id) {
-            return Err(ExportError::IdInUse { id });
-        }
-        let node = self.graph.find_node(&node_name)?;
-        if writable && node.read_only() {
-            return Err(ExportError::ReadOnlyNode);
-        }
+        let node = self.check(&id, &node_name, writable)?;
         let server = self.server.borrow().clone();
         let kind_name = kind.name();
         let ExportKind::Nbd {
@@ -300,10 +315,11 @@ impl Exports {
         // It is this server's, since it is not shutting down.
         let server = self.server.borrow().clone();
         let server = server.ok_or(ExportError::ServerNotRunning)?;
+        let is_used = entry.nbd.connections() > 0;
         if !server.remove_export(&entry.nbd, mode == DeleteMode::Safe) {
             return Err(ExportError::InUse { id: id.to_owned() });
         }
-        self.finish_delete(&entry);
+        self.finish_delete(&entry, is_used);
         Ok(())
     }
 
@@ -356,10 +372,11 @@ impl Exports {
     }
 
     /// The export was removed from its server, and its clients were cut off. The rest
-    /// follows when they have gone: at once, if there are none.
-    fn finish_delete(self: &Rc<Self>, entry: &Rc<Entry>) {
+    /// follows when they have gone: at once if there were none; if there were, after
+    /// whoever deletes it has been told that it goes, however fast they are.
+    fn finish_delete(self: &Rc<Self>, entry: &Rc<Entry>, is_used: bool) {
         entry.shutting_down.set(true);
-        if entry.nbd.connections() == 0 {
+        if !is_used && entry.nbd.connections() == 0 {
             self.end_delete(entry);
             return;
         }

@@ -294,6 +294,19 @@ fn a_client_that_has_just_left_stands_against_no_safe_deletion() {
 }
 
 #[test]
+fn a_deletion_that_cuts_clients_off_returns_before_it_is_done() {
+    with_export(|rig| async move {
+        let client = rig.client(SIMPLE).await;
+        let deleted = rig.exports.delete("e", DeleteMode::Hard).await;
+        deleted.expect("it is there");
+        assert_eq!(rig.shutting_down(), [true]);
+        rig.gone.wait("e").await;
+        let end = client.run(|client| client.stream.read(&mut [0])).await;
+        assert_eq!(end.expect("an orderly end"), 0);
+    });
+}
+
+#[test]
 fn an_export_is_gone_when_its_last_request_has_ended() {
     with_export(|rig| async move {
         let client = rig.client(SIMPLE).await;
@@ -326,6 +339,47 @@ fn an_export_is_gone_when_its_last_request_has_ended() {
         assert!(rig.exports.list().is_empty());
         rig.add("e").expect("the id is free");
         assert_eq!(rig.storage.peek(0, 1), [1], "what was accepted is done");
+    });
+}
+
+#[test]
+fn a_drained_section_comes_in_between_the_pieces_of_long_zeroes() {
+    with_export(|rig| async move {
+        let client = rig.client(SIMPLE).await;
+        rig.storage.poke(0, &[1; SIZE as usize]);
+        rig.storage.hold(Match::op(IoOp::WriteZeroes).range(0..1));
+        let out = compact(&[request(command::WRITE_ZEROES, 1, 0, SIZE)]);
+        client.run(move |client| client.send(&out)).await;
+        rig.storage.wait_held(1).await;
+        let mut section = pin!(rig.graph.drain(&rig.node, &[]));
+        assert!(poll!(section.as_mut()).is_pending());
+        rig.storage.release_all();
+        let drained = section.await.expect("the piece has ended");
+        let left = rig.storage.peek(0, SIZE as usize);
+        assert_eq!((left[0], left[SIZE as usize - 1]), (0, 1));
+        drop(drained);
+        assert_eq!(client.run(Client::simple).await, (1, 0));
+        assert!(rig.storage.snapshot().iter().all(|byte| *byte == 0));
+    });
+}
+
+#[test]
+fn long_zeroes_end_with_their_client() {
+    with_export(|rig| async move {
+        let client = rig.client(SIMPLE).await;
+        rig.storage.poke(0, &[1; SIZE as usize]);
+        rig.storage.hold(Match::op(IoOp::WriteZeroes).range(0..1));
+        let out = compact(&[request(command::WRITE_ZEROES, 1, 0, SIZE)]);
+        client.run(move |client| client.send(&out)).await;
+        rig.storage.wait_held(1).await;
+        rig.exports
+            .delete("e", DeleteMode::Hard)
+            .await
+            .expect("it is there");
+        rig.storage.release_all();
+        rig.gone.wait("e").await;
+        let left = rig.storage.peek(0, SIZE as usize);
+        assert_eq!((left[0], left[SIZE as usize - 1]), (0, 1));
     });
 }
 

@@ -231,9 +231,9 @@ impl Connection {
         let this = Rc::clone(self);
         spawn_local(async move {
             let panicked = CutOnPanic(&this);
-            let (outcome, buffer) = request::perform(&this, &in_flight, &request, data).await;
-            // The reply may have to wait for the client; a drained section does not.
-            drop(in_flight);
+            // Counted out when it ends: the reply may have to wait for the client, a
+            // drained section does not.
+            let (outcome, buffer) = request::perform(&this, in_flight, &request, data).await;
             std::mem::forget(panicked);
             this.reply(&request, load, outcome, buffer);
         })
@@ -309,6 +309,11 @@ impl Connection {
         }
         drop(buffers);
         self.give_load_back(std::mem::take(&mut batch.load));
+    }
+
+    /// Whether the client has gone, or was cut off: replies reach nobody.
+    pub(super) fn is_ended(&self) -> bool {
+        self.ended.get() || self.client.line.is_cut()
     }
 
     pub(super) fn export(&self) -> &NbdExport {

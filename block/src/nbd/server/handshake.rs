@@ -347,11 +347,10 @@ impl Handshake<'_> {
             // Whatever comes of it, an earlier choice is gone.
             self.contexts = None;
         }
-        if self.style == ReplyStyle::Simple {
-            let name = if set { "set" } else { "list" };
-            return Err(Answer::invalid(format!(
-                "request option '{name} meta context' when structured reply is not negotiated"
-            )));
+        if set && self.style == ReplyStyle::Simple {
+            return Err(Answer::invalid(
+                "request option 'set meta context' when structured reply is not negotiated",
+            ));
         }
         let request = MetaContextRequest::decode(data)?;
         let export = self

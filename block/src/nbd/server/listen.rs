@@ -4,13 +4,17 @@
 
 use std::fs;
 use std::io;
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+
+use crate::error::os_text;
 
 /// Where an NBD server listens.
 #[derive(Debug)]
@@ -50,9 +54,15 @@ pub enum ListenError {
         /// What the resolver says.
         reason: String,
     },
-    /// The system does not let us have the address.
-    #[error("Failed to find an available port: {0}")]
+    /// Both kinds of addresses are excluded.
+    #[error("Cannot disable IPv4 and IPv6 at same time")]
+    NoFamily,
+    /// All ports are taken.
+    #[error("Failed to find an available port: {}", os_text(.0))]
     Port(io::Error),
+    /// The system does not let us have the address.
+    #[error("Failed to bind socket: {}", os_text(.0))]
+    Bind(io::Error),
     /// A unix socket's path is empty.
     #[error("The unix socket has no path; give one")]
     NoPath,
@@ -72,7 +82,7 @@ pub enum ListenError {
         path: PathBuf,
     },
     /// The system does not let us have the path.
-    #[error("Failed to bind socket to {}: {source}", .path.display())]
+    #[error("Failed to bind socket to {}: {}", .path.display(), os_text(source))]
     Path {
         /// The path.
         path: PathBuf,
@@ -146,7 +156,10 @@ pub(super) fn listen(address: ListenAddress) -> Result<Listeners, ListenError> {
             ipv6,
         } => {
             let addresses = resolve(&host, &port, ipv4, ipv6)?;
-            let sockets = listen_inet(&addresses, to).map_err(ListenError::Port)?;
+            let sockets = listen_inet(&addresses, to).map_err(|error| match error.kind() {
+                io::ErrorKind::AddrInUse => ListenError::Port(error),
+                _ => ListenError::Bind(error),
+            })?;
             Ok(Listeners {
                 sockets,
                 file: None,
@@ -221,12 +234,14 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
         Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(source) => return Err(failed(source)),
     }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed)
-        }
+    // Without waiting: one that is alive may have more clients than it accepts.
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let connected = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+        .and_then(|socket| rustix::net::connect(&socket, &SocketAddrUnix::new(path)?));
+    match connected {
+        Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(failed),
         // Connected, or too many wait to be: it is alive.
-        _ => Err(failed(io::ErrorKind::AddrInUse.into())),
+        _ => Err(failed(io::Error::from_raw_os_error(libc::EADDRINUSE))),
     }
 }
 
@@ -246,9 +261,7 @@ fn resolve(
         .map_err(|_| failed("Servname not supported for ai_socktype"))?;
     // As QEMU takes them: what is asked for excludes the other, unless both are.
     let (want4, want6) = match (ipv4, ipv6) {
-        (Some(false), Some(false)) => {
-            return Err(failed("neither IPv4 nor IPv6 is allowed"));
-        }
+        (Some(false), Some(false)) => return Err(ListenError::NoFamily),
         (Some(true), None) => (true, false),
         (None, Some(true)) => (false, true),
         (four, six) => (four.unwrap_or(true), six.unwrap_or(true)),
@@ -275,7 +288,10 @@ fn resolve(
         }
     }
     if unique.is_empty() {
-        return Err(failed("Address family for hostname not supported"));
+        return Err(failed(match name.parse::<IpAddr>() {
+            Ok(_) => "Address family for hostname not supported",
+            Err(_) => "Name or service not known",
+        }));
     }
     Ok(unique)
 }
@@ -283,7 +299,7 @@ fn resolve(
 /// Listens on one port of all addresses: the first that is free, of those allowed.
 fn listen_inet(addresses: &[SocketAddr], to: Option<u16>) -> io::Result<Vec<OwnedFd>> {
     let first = addresses.first().map_or(0, SocketAddr::port);
-    let mut last_error = io::Error::from(io::ErrorKind::AddrInUse);
+    let mut last_error = io::Error::from_raw_os_error(libc::EADDRINUSE);
     for port in first..=to.unwrap_or(first).max(first) {
         match listen_all(addresses, port) {
             Ok(sockets) => return Ok(sockets),
@@ -316,7 +332,7 @@ fn listen_all(addresses: &[SocketAddr], mut port: u16) -> io::Result<Vec<OwnedFd
         }
     }
     if sockets.is_empty() {
-        return Err(io::ErrorKind::AddrNotAvailable.into());
+        return Err(io::Error::from_raw_os_error(libc::EADDRNOTAVAIL));
     }
     Ok(sockets)
 }

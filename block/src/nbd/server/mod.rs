@@ -139,11 +139,13 @@ impl Line {
         self.changed.wake();
     }
 
+    fn is_cut(&self) -> bool {
+        self.cut.load(Ordering::Acquire)
+    }
+
     /// Waits until the connection was cut. Cancel: nothing happens.
     async fn until_cut(&self) {
-        self.changed
-            .until(|| self.cut.load(Ordering::Acquire).then_some(()))
-            .await;
+        self.changed.until(|| self.is_cut().then_some(())).await;
     }
 }
 

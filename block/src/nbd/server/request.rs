@@ -14,7 +14,7 @@ use super::reply::{Content, Outcome, Piece, Refusal};
 use crate::backend::InFlight;
 use crate::buffer::AlignedBuffer;
 use crate::driver::{WriteFlags, ZeroFlags};
-use crate::error::IoError;
+use crate::error::{IoError, IoOp};
 use crate::nbd::protocol::{
     BlockDescriptor, MAX_PAYLOAD, Request, allocation_flag, command, command_flag,
 };
@@ -30,6 +30,9 @@ const MAX_PIECES: usize = 64;
 const MAX_EXTENTS: usize = 8192;
 /// After this time a block status request is answered with what is known.
 const STATUS_TIME: Duration = Duration::from_millis(50);
+/// Zeroes are written in pieces of this many bytes: between two of them a drained
+/// section may come in, and the request may end with its client.
+const ZERO_PIECE: u64 = if cfg!(test) { 256 << 10 } else { 256 << 20 };
 /// Reading ahead is done in pieces of this many bytes.
 const CACHE_PIECE: u64 = 1 << 20;
 
@@ -129,17 +132,26 @@ impl Sectors {
     }
 }
 
-/// Carries a request out that was [`check`]ed; `data` is what it writes. Gives the
-/// buffer that the outcome is in, or that was not needed any more.
+/// Carries a request out that was [`check`]ed and counted in; `data` is what it
+/// writes. Gives, when it is counted out, the buffer that the outcome is in, or that
+/// was not needed any more.
 pub(super) async fn perform(
     connection: &Connection,
-    in_flight: &InFlight,
+    in_flight: InFlight,
     request: &Request,
     data: Option<Buffer>,
 ) -> (Outcome, Option<Buffer>) {
+    if request.command == command::WRITE_ZEROES {
+        let outcome = match zeroes_in_pieces(connection, in_flight, request).await {
+            Ok(()) => Outcome::Done,
+            Err(error) => Outcome::Refused(failed(&error, "Writing zeroes failed")),
+        };
+        return (outcome, data);
+    }
+    let in_flight = &in_flight;
     let flags = request.flags;
     let (offset, len) = (request.offset, request.len);
-    let fua = flags & command_flag::FUA != 0 || connection.export().writethrough;
+    let fua = is_fua(connection, request);
     let result = match request.command {
         command::READ => {
             let whole = flags & command_flag::DF != 0 || connection.style == ReplyStyle::Simple;
@@ -151,16 +163,6 @@ pub(super) async fn perform(
                 None => Ok(()),
             };
             result.map_err(|error| failed(&error, "Writing failed"))
-        }
-        command::WRITE_ZEROES => {
-            let flags = ZeroFlags {
-                fua,
-                may_unmap: flags & command_flag::NO_HOLE == 0,
-                no_fallback: flags & command_flag::FAST_ZERO != 0,
-            };
-            write_zeroes(connection, in_flight, offset, len, flags)
-                .await
-                .map_err(|error| failed(&error, "Writing zeroes failed"))
         }
         command::TRIM => trim(connection, in_flight, offset, len, fua)
             .await
@@ -188,6 +190,11 @@ pub(super) async fn perform(
         Err(refusal) => Outcome::Refused(refusal),
     };
     (outcome, data)
+}
+
+/// Whether what is written has to be durable when it is answered.
+fn is_fua(connection: &Connection, request: &Request) -> bool {
+    request.flags & command_flag::FUA != 0 || connection.export().writethrough
 }
 
 fn failed(error: &IoError, text: &'static str) -> Refusal {
@@ -324,6 +331,36 @@ async fn read_edges(
             .await?;
     }
     Ok(())
+}
+
+/// The request may be for all of a large disk, and the storage may have to write it
+/// all.
+async fn zeroes_in_pieces(
+    connection: &Connection,
+    mut in_flight: InFlight,
+    request: &Request,
+) -> Result<(), IoError> {
+    let flags = ZeroFlags {
+        fua: is_fua(connection, request),
+        may_unmap: request.flags & command_flag::NO_HOLE == 0,
+        no_fallback: request.flags & command_flag::FAST_ZERO != 0,
+    };
+    let end = request.offset + request.len;
+    let mut at = request.offset;
+    loop {
+        let piece_end = end.min((at / ZERO_PIECE + 1) * ZERO_PIECE);
+        write_zeroes(connection, &in_flight, at, piece_end - at, flags).await?;
+        at = piece_end;
+        if at >= end {
+            return Ok(());
+        }
+        if connection.is_ended() {
+            // Nobody will hear how it ended.
+            return Err(in_flight.error(IoOp::WriteZeroes, at, end - at, libc::ESHUTDOWN));
+        }
+        drop(in_flight);
+        in_flight = connection.export().backend.enter().await;
+    }
 }
 
 async fn write_zeroes(

@@ -133,6 +133,9 @@ impl Monitor {
 
     /// Makes an export.
     pub(crate) fn add_export(&self, args: ExportArgs) -> Result<(), QmpError> {
+        // Of several mistakes these are told first.
+        self.exports()
+            .check(&args.id, &args.node_name, args.writable)?;
         let iothread = match args.iothread {
             None => None,
             Some(name) => {
