@@ -1,6 +1,7 @@
 //! A file below an image, which grows as the image needs it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::Mutex;
 
@@ -20,6 +21,10 @@ pub(super) struct GrowingFile {
     child: Child,
     /// Held by who makes the file longer. A lock for tasks, not for threads.
     growing: Mutex<()>,
+    /// Data was copied on write to it, which tables elsewhere are to refer to, since
+    /// that was last made durable. Set by who has copied; cleared by who holds the
+    /// barrier of those tables.
+    copied: AtomicBool,
 }
 
 impl GrowingFile {
@@ -27,6 +32,7 @@ impl GrowingFile {
         Self {
             child,
             growing: Mutex::new(()),
+            copied: AtomicBool::new(false),
         }
     }
 
@@ -77,6 +83,23 @@ impl GrowingFile {
     /// Makes all writes that have ended durable.
     pub(super) async fn flush(&self) -> Result<(), IoError> {
         self.child.node().flush().await
+    }
+
+    /// Data was copied on write to the file, in which there are no tables.
+    pub(super) fn set_copied(&self) {
+        self.copied.store(true, Ordering::SeqCst);
+    }
+
+    /// Makes data that was copied on write durable, if there is any.
+    pub(super) async fn flush_copied(&self) -> Result<(), IoError> {
+        if !self.copied.swap(false, Ordering::SeqCst) {
+            return Ok(());
+        }
+        let flushed = self.flush().await;
+        if flushed.is_err() {
+            self.set_copied();
+        }
+        flushed
     }
 
     /// Makes the file at least as long as the range reaches. Storage that cannot

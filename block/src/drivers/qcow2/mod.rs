@@ -185,7 +185,7 @@ async fn open_image(
         let order = match writable {
             false => None,
             true => Some(
-                WriteOrder::load(header, file)
+                WriteOrder::load(header, file, data_file.map(Arc::clone))
                     .await
                     .map_err(|error| io::Error::from_raw_os_error(error.errno))?,
             ),

@@ -14,7 +14,7 @@
 //! entered in its parent its clusters are counted on the storage.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use imago::storage::drivers::CommonStorageHelper;
 
@@ -40,9 +40,10 @@ enum Kind {
     L1,
     /// A block of reference counts.
     Refblock,
-    /// A whole cluster: a second level table, or a table not in use yet.
-    Table,
-    /// Anything else: data that is copied on write.
+    /// A second level table.
+    L2,
+    /// Anything else: data that is copied on write, tables that nothing refers to yet.
+    /// Only what refers to it has to wait for it.
     Data,
 }
 
@@ -54,20 +55,59 @@ pub(super) struct WriteOrder {
     /// Held while the storage is flushed: whatever depends on that waits. A lock for
     /// tasks, which wait for nothing else but the flush while they hold it.
     barrier: tokio::sync::Mutex<()>,
+    /// Where data is copied on write, if not to the image's own file.
+    data_file: Option<Arc<GrowingFile>>,
     /// Leaf lock, held for a few instructions.
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    l1: TableAt,
-    reftable: TableAt,
-    /// The reference count table as it is on the storage: where the blocks are.
-    refblocks: Vec<u64>,
-    /// The same, for look-ups.
-    refblock_set: HashSet<u64>,
+    /// To the second level tables.
+    l1: Pointers,
+    /// To the blocks of reference counts.
+    reftable: Pointers,
     /// What was written since the storage was flushed.
     unflushed: Unflushed,
+}
+
+/// A table of places in the file, as it is on the storage.
+#[derive(Debug, Default)]
+struct Pointers {
+    at: TableAt,
+    /// What the table's entries have of flags is left out.
+    mask: u64,
+    /// By index; 0 for none.
+    places: Vec<u64>,
+    /// The same, for look-ups.
+    set: HashSet<u64>,
+}
+
+impl Pointers {
+    fn new(at: TableAt, bytes: &[u8], mask: u64) -> Self {
+        let places: Vec<u64> = entries(bytes).map(|entry| entry & mask).collect();
+        Self {
+            at,
+            mask,
+            set: places.iter().copied().filter(|place| *place != 0).collect(),
+            places,
+        }
+    }
+
+    /// A part of the table was written.
+    fn written(&mut self, offset: u64, bytes: &[u8]) {
+        let first = offset.saturating_sub(self.at.offset) as usize / 8;
+        for (entry, known) in entries(bytes).zip(self.places.iter_mut().skip(first)) {
+            let place = entry & self.mask;
+            if place != *known {
+                self.set.remove(known);
+                if place != 0 {
+                    self.set.insert(place);
+                }
+                *known = place;
+            }
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,23 +124,29 @@ impl Unflushed {
 }
 
 impl WriteOrder {
-    /// Reads what has to be known of an image that is to be written.
-    pub(super) async fn load(header: &Header, file: &GrowingFile) -> Result<Self, IoError> {
+    /// Reads what has to be known of an image that is to be written. `data_file`: where
+    /// its data is, if not in `file`.
+    pub(super) async fn load(
+        header: &Header,
+        file: &GrowingFile,
+        data_file: Option<Arc<GrowingFile>>,
+    ) -> Result<Self, IoError> {
         let order = Self {
             cluster_bits: header.cluster_bits,
             refcount_order: header.refcount_order,
             barrier: tokio::sync::Mutex::new(()),
+            data_file,
             state: Mutex::default(),
+        };
+        let l1 = TableAt {
+            offset: header.l1_offset,
+            len: header.l1_entries * 8,
         };
         let reftable = TableAt {
             offset: header.reftable_offset,
             len: header.reftable_len,
         };
-        order.load_reftable(file, reftable).await?;
-        order.state().l1 = TableAt {
-            offset: header.l1_offset,
-            len: header.l1_entries * 8,
-        };
+        order.load_tables(file, l1, reftable).await?;
         Ok(order)
     }
 
@@ -108,32 +154,44 @@ impl WriteOrder {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The header bounds the table's length.
-    async fn load_reftable(&self, file: &GrowingFile, at: TableAt) -> Result<(), IoError> {
-        let bytes = file.read_vec(at.offset, at.len as usize).await?;
-        let refblocks: Vec<u64> = entries(&bytes)
-            .map(|entry| entry & REFTABLE_OFFSET)
-            .collect();
-        let mut state = self.state();
-        state.refblock_set = refblocks.iter().copied().filter(|at| *at != 0).collect();
-        state.refblocks = refblocks;
-        state.reftable = at;
+    /// Reads the tables that are not where they were. The header bounds their length.
+    async fn load_tables(
+        &self,
+        file: &GrowingFile,
+        l1: TableAt,
+        reftable: TableAt,
+    ) -> Result<(), IoError> {
+        let (known_l1, known_reftable) = {
+            let state = self.state();
+            (state.l1.at, state.reftable.at)
+        };
+        if l1 != known_l1 {
+            let mut bytes = file.read_vec(l1.offset, sectors(l1.len)).await?;
+            bytes.truncate(l1.len as usize);
+            self.state().l1 = Pointers::new(l1, &bytes, L1_OFFSET);
+        }
+        if reftable != known_reftable {
+            let bytes = file
+                .read_vec(reftable.offset, reftable.len as usize)
+                .await?;
+            self.state().reftable = Pointers::new(reftable, &bytes, REFTABLE_OFFSET);
+        }
         Ok(())
     }
 
     fn kind(&self, offset: u64, len: u64) -> Kind {
-        let cluster = 1 << self.cluster_bits;
+        let cluster = offset & !((1 << self.cluster_bits) - 1);
         let state = self.state();
         if offset < SECTOR_SIZE {
             Kind::Header
-        } else if state.reftable.touches(offset, len) {
+        } else if state.reftable.at.touches(offset, len) {
             Kind::Reftable
-        } else if state.l1.touches(offset, len) {
+        } else if state.l1.at.touches(offset, len) {
             Kind::L1
-        } else if state.refblock_set.contains(&(offset & !(cluster - 1))) {
+        } else if state.reftable.set.contains(&cluster) {
             Kind::Refblock
-        } else if offset.is_multiple_of(cluster) && len.is_multiple_of(cluster) {
-            Kind::Table
+        } else if state.l1.set.contains(&cluster) {
+            Kind::L2
         } else {
             Kind::Data
         }
@@ -154,7 +212,7 @@ impl WriteOrder {
             // Freed clusters: nobody refers to them any more.
             Kind::Refblock => self.barrier(file, |unflushed| unflushed.tables).await?,
             // New clusters: they are counted, and their content is there.
-            Kind::Table => {
+            Kind::L2 => {
                 let depends = |unflushed: Unflushed| unflushed.refblocks || unflushed.data;
                 self.barrier(file, depends).await?;
             }
@@ -173,7 +231,7 @@ impl WriteOrder {
             match kind {
                 Kind::Data => unflushed.data = true,
                 Kind::Refblock => unflushed.refblocks = true,
-                Kind::Table | Kind::Header | Kind::Reftable | Kind::L1 => unflushed.tables = true,
+                Kind::L2 | Kind::Header | Kind::Reftable | Kind::L1 => unflushed.tables = true,
             }
         }
         self.written(file, kind, offset, &iov).await
@@ -196,9 +254,19 @@ impl WriteOrder {
     async fn barrier(
         &self,
         file: &GrowingFile,
-        depends: impl FnOnce(Unflushed) -> bool,
+        depends: impl Fn(Unflushed) -> bool,
     ) -> Result<(), IoError> {
+        const DATA: Unflushed = Unflushed {
+            tables: false,
+            refblocks: false,
+            data: true,
+        };
         let _alone = self.barrier.lock().await;
+        if let Some(data_file) = &self.data_file
+            && depends(DATA)
+        {
+            data_file.flush_copied().await?;
+        }
         let unflushed = {
             let mut state = self.state();
             match depends(state.unflushed) {
@@ -227,7 +295,7 @@ impl WriteOrder {
         let bytes = bytes_of(iov);
         if kind == Kind::Header {
             let (l1, _) = tables(&bytes);
-            let known = self.state().l1;
+            let known = self.state().l1.at;
             // A new reference count table counts itself: `imago` has written the
             // blocks for it.
             if l1.offset == known.offset || l1.len == 0 {
@@ -242,7 +310,7 @@ impl WriteOrder {
             _ => REFTABLE_OFFSET,
         };
         let before = file.read_vec(offset, bytes.len()).await?;
-        let table = self.state().reftable;
+        let table = self.state().reftable.at;
         let first = offset.saturating_sub(table.offset) / 8;
         Ok(entries(&bytes)
             .zip(entries(&before))
@@ -273,7 +341,7 @@ impl WriteOrder {
         let block = {
             let state = self.state();
             let index = usize::try_from(cluster >> self.refblock_bits()).unwrap_or(usize::MAX);
-            state.refblocks.get(index).copied().unwrap_or(0)
+            state.reftable.places.get(index).copied().unwrap_or(0)
         };
         if block == 0 {
             tracing::error!(cluster, "a cluster in use has no reference count");
@@ -306,35 +374,17 @@ impl WriteOrder {
         offset: u64,
         iov: &IoVec,
     ) -> Result<(), IoError> {
+        let bytes = match kind {
+            Kind::Header | Kind::Reftable | Kind::L1 => bytes_of(iov),
+            Kind::Refblock | Kind::L2 | Kind::Data => return Ok(()),
+        };
         match kind {
-            Kind::Header => {
-                let (l1, reftable) = tables(&bytes_of(iov));
-                let moved = {
-                    let mut state = self.state();
-                    state.l1 = l1;
-                    state.reftable != reftable
-                };
-                if moved {
-                    self.load_reftable(file, reftable).await?;
-                }
+            Kind::L1 => self.state().l1.written(offset, &bytes),
+            Kind::Reftable => self.state().reftable.written(offset, &bytes),
+            _ => {
+                let (l1, reftable) = tables(&bytes);
+                self.load_tables(file, l1, reftable).await?;
             }
-            Kind::Reftable => {
-                let bytes = bytes_of(iov);
-                let mut guard = self.state();
-                let state = &mut *guard;
-                let first = offset.saturating_sub(state.reftable.offset) as usize / 8;
-                for (entry, known) in entries(&bytes).zip(state.refblocks.iter_mut().skip(first)) {
-                    let block = entry & REFTABLE_OFFSET;
-                    if block != *known {
-                        state.refblock_set.remove(known);
-                        if block != 0 {
-                            state.refblock_set.insert(block);
-                        }
-                        *known = block;
-                    }
-                }
-            }
-            Kind::L1 | Kind::Refblock | Kind::Table | Kind::Data => {}
         }
         Ok(())
     }
@@ -362,6 +412,11 @@ fn count_in(bytes: &mut [u8], at: u64, refcount_order: u32) -> bool {
         *last = 1;
     }
     true
+}
+
+/// Bytes that have to be read for `len` bytes, which are few enough for memory.
+fn sectors(len: u64) -> usize {
+    len.next_multiple_of(SECTOR_SIZE) as usize
 }
 
 fn bytes_of(iov: &IoVec) -> Vec<u8> {

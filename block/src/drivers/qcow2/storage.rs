@@ -146,7 +146,11 @@ impl Storage for NodeStorage {
                 let iov = copied(&bytes)?;
                 order.write(file, &self.helper, offset, iov).await
             }
-            Target::Data(file) => file.write(offset, copied(&bytes)?).await,
+            Target::Data(file) => {
+                let written = file.write(offset, copied(&bytes)?).await;
+                file.set_copied();
+                written
+            }
             Target::Readable(_) | Target::Backing(_) => {
                 return Err(io::Error::from_raw_os_error(libc::EPERM));
             }
@@ -157,7 +161,11 @@ impl Storage for NodeStorage {
     async unsafe fn pure_write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
         match &self.target {
             Target::Image(file, order) => order.write_zeroes(file, offset, len).await,
-            Target::Data(file) => file.write_zeroes(offset, len).await,
+            Target::Data(file) => {
+                let written = file.write_zeroes(offset, len).await;
+                file.set_copied();
+                written
+            }
             Target::Readable(_) | Target::Backing(_) => {
                 return Err(io::Error::from_raw_os_error(libc::EPERM));
             }

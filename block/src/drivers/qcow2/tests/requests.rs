@@ -16,15 +16,15 @@ use crate::options::{BackingRef, BlockdevRef, DiscardMode};
 use crate::runtime::{Iothread, spawn_local, yield_now};
 use crate::test_storage::{Match, TestStorage};
 
-const CLUSTER: u64 = 4096;
-const SIZE: u64 = 1 << 20;
-const LAYOUT: Layout = Layout {
+pub(super) const CLUSTER: u64 = 4096;
+pub(super) const SIZE: u64 = 1 << 20;
+pub(super) const LAYOUT: Layout = Layout {
     cluster_bits: 12,
     refcount_order: 4,
     size: SIZE,
 };
 
-fn options() -> NodeOptions {
+pub(super) fn options() -> NodeOptions {
     NodeOptions {
         discard: DiscardMode::Unmap,
         ..NodeOptions::default()
@@ -32,7 +32,7 @@ fn options() -> NodeOptions {
 }
 
 /// An image in memory, in node `name`, on node `f` and the name.
-async fn image(graph: &Graph, name: &str, backing: BackingRef) -> (Recorder, Arc<Node>) {
+pub(super) async fn image(graph: &Graph, name: &str, backing: BackingRef) -> (Recorder, Arc<Node>) {
     let recorder = Recorder::new(LAYOUT.image(), 1);
     let file = format!("f{name}");
     graph
@@ -42,20 +42,20 @@ async fn image(graph: &Graph, name: &str, backing: BackingRef) -> (Recorder, Arc
     (recorder, node)
 }
 
-fn filled(len: u64, byte: u8) -> IoVec {
+pub(super) fn filled(len: u64, byte: u8) -> IoVec {
     let iov = AlignedBuffer::new(len as usize).io_vec(len as usize);
     iov.fill(byte);
     iov
 }
 
-async fn write(node: &Node, offset: u64, len: u64, byte: u8) {
+pub(super) async fn write(node: &Node, offset: u64, len: u64, byte: u8) {
     node.write(offset, filled(len, byte), WriteFlags::default())
         .await
         .unwrap();
 }
 
 /// First byte of each sector.
-async fn sectors(node: &Node, offset: u64, len: u64) -> Vec<u8> {
+pub(super) async fn sectors(node: &Node, offset: u64, len: u64) -> Vec<u8> {
     let iov = filled(len, 0xee);
     node.read(offset, iov.clone()).await.unwrap();
     let mut bytes = vec![0; len as usize];
