@@ -68,9 +68,33 @@ pub(crate) struct Rules {
     pub(crate) unit: u64,
     /// Zeroes may be unmapped on the target.
     pub(crate) unmap: bool,
+    /// Zeroes have to be there on the target, and not only to be read: where nothing is
+    /// allocated, something else may show one day.
+    pub(crate) explicit_zeroes: bool,
     /// What the target shows of lower layers stays as it is while the job lasts: where
     /// it is zeroes, none need be written.
     pub(crate) layers_last: bool,
+}
+
+impl Rules {
+    /// Whether the target has zeroes from the start of `range`, and how far that answer
+    /// reaches: at least one byte. A target that cannot tell has data. The caller holds
+    /// the range, so the answer stays true: nobody else writes the target there.
+    pub(crate) async fn target_zeroes(
+        &self,
+        target: &Arc<Node>,
+        range: &Range<u64>,
+    ) -> (bool, u64) {
+        let len = range.end - range.start;
+        match target.chain_status(None, range.start, len).await {
+            Ok(extent) => {
+                let there = extent.depth > 0 || !self.explicit_zeroes;
+                let lasts = self.layers_last || extent.depth == 1 || target.backing().is_none();
+                (extent.zero && there && lasts, extent.len.clamp(1, len))
+            }
+            Err(_) => (false, len),
+        }
+    }
 }
 
 /// Carries ranges over. Home only.
@@ -280,7 +304,7 @@ impl Carrier {
         range: Range<u64>,
         target: &Arc<Node>,
     ) -> Result<Range<u64>, CopyError> {
-        let (zero, len) = self.target_extent(target, &range).await;
+        let (zero, len) = self.rules.target_zeroes(target, &range).await;
         if zero {
             let known = self.round_in(&(range.start..range.start + len));
             if !known.is_empty() {
@@ -297,7 +321,7 @@ impl Carrier {
 
     /// Makes all of a short range read as zeroes on the target.
     async fn zero_all(&self, range: Range<u64>, target: &Arc<Node>) -> Result<(), CopyError> {
-        let (zero, len) = self.target_extent(target, &range).await;
+        let (zero, len) = self.rules.target_zeroes(target, &range).await;
         if zero && len == range.end - range.start {
             return Ok(());
         }
@@ -325,21 +349,6 @@ impl Carrier {
         let written = target.write(offset, iov, WriteFlags::default()).await;
         (self.written)();
         written.map_err(target_error)
-    }
-
-    /// Whether the target reads as zeroes from the start of `range`, and how far
-    /// that answer reaches. A target that cannot tell has data. The caller holds the
-    /// range, so the answer stays true: nobody else writes the target there.
-    async fn target_extent(&self, target: &Arc<Node>, range: &Range<u64>) -> (bool, u64) {
-        let len = range.end - range.start;
-        match target.chain_status(None, range.start, len).await {
-            Ok(extent) => {
-                let lasts =
-                    self.rules.layers_last || extent.depth == 1 || target.backing().is_none();
-                (extent.zero && lasts, extent.len.clamp(1, len))
-            }
-            Err(_) => (false, len),
-        }
     }
 
     /// The range, widened to whole units (the last one ends with the disk).

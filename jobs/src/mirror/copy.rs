@@ -11,7 +11,7 @@ use std::sync::Arc;
 use block::{Backend, LockRange};
 
 use super::state::{DirtyOnDrop, MirrorState};
-use crate::copying::{BufferPool, Carrier, Copied, CopyError, Entered, Look, Rules};
+use crate::copying::{BufferPool, Carrier, Copied, CopyError, Entered, Look};
 
 /// What operations need, shared by all of one job. Home only.
 pub(crate) struct Copier {
@@ -29,12 +29,7 @@ struct Claim {
 
 impl Copier {
     pub(crate) fn new(state: Arc<MirrorState>, source: Arc<Backend>, pool: BufferPool) -> Rc<Self> {
-        let rules = Rules {
-            size: state.size,
-            unit: state.granularity,
-            unmap: state.unmap,
-            layers_last: true,
-        };
+        let rules = state.copy_rules();
         let written = Arc::clone(&state);
         Rc::new(Self {
             state,

@@ -176,7 +176,7 @@ impl MirrorTop {
         let part = mirrored.range();
         let zero = ZeroFlags {
             fua: false,
-            may_unmap: flags.may_unmap && state.unmap,
+            may_unmap: flags.may_unmap && state.rules.unmap,
             no_fallback: false,
         };
         let written = async move {
@@ -218,7 +218,7 @@ impl MirrorTop {
         let part = mirrored.range();
         let zero = ZeroFlags {
             fua: false,
-            may_unmap: state.unmap,
+            may_unmap: state.rules.unmap,
             no_fallback: false,
         };
         let written = async move {
@@ -265,7 +265,7 @@ impl ActivePart {
     /// The caller holds the range lock, so the copier cannot take these chunks.
     fn of(state: &MirrorState, range: &Range<u64>) -> Self {
         let whole = state.round_in(range);
-        if state.whole_chunks {
+        if state.rules.whole_chunks {
             let part = if whole.is_empty() {
                 range.start..range.start
             } else {
@@ -303,7 +303,7 @@ impl ActivePart {
         if !whole.is_empty() {
             state.clear_dirty(whole);
         }
-        if state.whole_chunks {
+        if state.rules.whole_chunks {
             // The ends are the copier's. It waits for the range before it looks.
             state.set_dirty(range.start..self.range.start);
             state.set_dirty(self.range.end..range.end);

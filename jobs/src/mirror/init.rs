@@ -84,17 +84,13 @@ impl Body<'_> {
             let Some(nodes) = self.enter_for_a_step().await else {
                 return true;
             };
-            let left = self.state.size - offset;
             let target = nodes.target.node();
-            let status = target.chain_status(None, offset, left).await;
-            let (zero, len) = match status {
-                Ok(extent) => (extent.zero, extent.len.clamp(1, left)),
-                Err(_) => (false, left),
-            };
+            let rest = offset..self.state.size;
+            let (zero, len) = self.state.copy_rules().target_zeroes(target, &rest).await;
             let len = if zero { len } else { len.min(ZERO_STEP) };
             if !zero {
                 let flags = ZeroFlags {
-                    may_unmap: self.state.unmap,
+                    may_unmap: self.state.rules.unmap,
                     ..ZeroFlags::default()
                 };
                 // A guest's write of the target, in write-blocking mode, comes before or

@@ -19,7 +19,7 @@ use shuttle::{future, thread};
 
 use super::copy::Copier;
 use super::filter::MirrorTop;
-use super::state::MirrorState;
+use super::state::{MirrorState, TargetRules};
 use super::sweep::{Sweep, Swept};
 use super::user::FilterHold;
 use crate::CopyMode;
@@ -152,7 +152,7 @@ impl Model {
             share: Perm::ALL,
         };
         let disk = graph.attach("disk0", &source_node, all, None).unwrap();
-        let state = MirrorState::new(SIZE, CHUNK, mode, true, false).unwrap();
+        let state = MirrorState::new(SIZE, CHUNK, mode, TargetRules::default()).unwrap();
         let state = Arc::new(state);
         let drained = drain(&graph, &source_node, &[]);
         let top = Arc::clone(&state);

@@ -16,7 +16,7 @@ use super::error::MirrorError;
 use super::filter::MirrorTop;
 use super::init::Initial;
 use super::spec::{MirrorSpec, Sizes, SyncMode, sizes};
-use super::state::MirrorState;
+use super::state::{MirrorState, TargetRules};
 use super::user::{FilterHold, ReplacesHold};
 
 /// Default granularity in bytes of a mirror of new writes only.
@@ -74,8 +74,7 @@ struct Plan {
     /// All is dirty before the body begins.
     all_dirty: bool,
     initial: Initial,
-    /// See [`MirrorState::new`].
-    whole_chunks: bool,
+    rules: TargetRules,
 }
 
 fn check(graph: &Graph, spec: &MirrorSpec) -> Result<Plan, MirrorError> {
@@ -119,8 +118,8 @@ fn check(graph: &Graph, spec: &MirrorSpec) -> Result<Plan, MirrorError> {
     if data(&spec.source) == data(&spec.target) {
         return Err(MirrorError::SameNode);
     }
-    let whole_chunks = spec.sync != SyncMode::Full && lacks_layers(&spec.target);
-    let cluster_size = match (whole_chunks, spec.target.limits().cluster_size) {
+    let rules = rules(spec);
+    let cluster_size = match (rules.whole_chunks, spec.target.limits().cluster_size) {
         (true, Some(cluster_size)) => u64::from(cluster_size),
         _ => 0,
     };
@@ -130,14 +129,33 @@ fn check(graph: &Graph, spec: &MirrorSpec) -> Result<Plan, MirrorError> {
         replaces,
         all_dirty,
         initial,
-        whole_chunks,
+        rules,
     })
 }
 
-/// Whether ranges that are not allocated in the target will show something one day that
-/// they do not show now: it stands on an image that is not open.
-fn lacks_layers(target: &Arc<Node>) -> bool {
-    target.limits().cluster_size.is_some() && target.backing().is_none()
+/// How the target is to be written.
+fn rules(spec: &MirrorSpec) -> TargetRules {
+    let target = &spec.target;
+    // Whether ranges that are not allocated will show something one day that they do not
+    // show now: it stands on an image that is not open.
+    let lacks_layers = target.limits().cluster_size.is_some() && target.backing().is_none();
+    let mut lowest = Arc::clone(target);
+    while let Some(below) = lowest.backing() {
+        lowest = below;
+    }
+    let may_lack_layers = lowest.limits().cluster_size.is_some();
+    // Of a part only what was written is copied, over whatever the target shows, here or
+    // where it is exported from. A whole copy leaves nothing of that, unless the user says
+    // that there is nothing.
+    let is_part = match spec.sync {
+        SyncMode::Top => spec.source.backing().is_some(),
+        sync => sync != SyncMode::Full,
+    };
+    TargetRules {
+        unmap: spec.unmap,
+        whole_chunks: spec.sync != SyncMode::Full && lacks_layers,
+        explicit_zeroes: is_part || (may_lack_layers && !spec.target_is_zero),
+    }
 }
 
 /// Whether all is dirty at once, and what is found out by the body.
@@ -215,8 +233,7 @@ fn set_up(
         spec.source.size(),
         plan.sizes.granularity,
         spec.copy_mode,
-        spec.unmap,
-        plan.whole_chunks,
+        plan.rules,
     )?);
     let filter = graph.insert_filter(
         spec.filter_node_name.as_deref(),

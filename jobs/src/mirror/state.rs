@@ -23,15 +23,28 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 
-use block::{Backend, BitmapError, DirtyBitmap, GuestLatency, InFlight, IoError, RangeLock};
+use block::{Backend, BitmapError, DirtyBitmap, GuestLatency, InFlight, IoError, Node, RangeLock};
 
 use crate::CopyMode;
+use crate::copying::Rules;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard};
 
 /// Bytes of private copies that write-blocking requests may hold at a time.
 /// What goes beyond is left to the copier.
 const ACTIVE_BYTES_LIMIT: u64 = 64 << 20;
+
+/// How a target is to be written.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct TargetRules {
+    /// Zeroes may be unmapped.
+    pub(crate) unmap: bool,
+    /// It gets whole chunks only: it stands on an image that is not open, so what is
+    /// written beside a part would show.
+    pub(crate) whole_chunks: bool,
+    /// See [`Rules::explicit_zeroes`].
+    pub(crate) explicit_zeroes: bool,
+}
 
 /// State shared by filter, copier and driver of one mirror.
 pub(crate) struct MirrorState {
@@ -41,11 +54,8 @@ pub(crate) struct MirrorState {
     pub(crate) granularity: u64,
     /// The job's way to the target. Set once, before the mirror is engaged.
     target: OnceLock<Arc<Backend>>,
-    /// Zeroes may be unmapped on the target. Set once.
-    pub(crate) unmap: bool,
-    /// The target gets whole chunks only: it stands on an image that is not open, so
-    /// what is written beside a part would show. Set once.
-    pub(crate) whole_chunks: bool,
+    /// How the target is to be written. Set once.
+    pub(crate) rules: TargetRules,
     /// Ranges in which the target may differ from the source. Atomic.
     pub(crate) dirty: DirtyBitmap,
     /// Ranges whose copy on the target is being written. Synchronises itself.
@@ -88,15 +98,13 @@ impl MirrorState {
         size: u64,
         granularity: u64,
         copy_mode: CopyMode,
-        unmap: bool,
-        whole_chunks: bool,
+        rules: TargetRules,
     ) -> Result<Self, BitmapError> {
         Ok(Self {
             size,
             granularity,
             target: OnceLock::new(),
-            unmap,
-            whole_chunks,
+            rules,
             dirty: DirtyBitmap::new(size, granularity)?,
             in_flight: RangeLock::new(),
             latency: GuestLatency::default(),
@@ -121,6 +129,17 @@ impl MirrorState {
     /// Counts a request to the target in; `None` while there is none to be had.
     pub(crate) fn try_enter_target(&self) -> Option<InFlight> {
         self.target.get()?.try_enter()
+    }
+
+    /// What the copier keeps to.
+    pub(crate) fn copy_rules(&self) -> Rules {
+        Rules {
+            size: self.size,
+            unit: self.granularity,
+            unmap: self.rules.unmap,
+            explicit_zeroes: self.rules.explicit_zeroes,
+            layers_last: true,
+        }
     }
 
     /// Bytes of the disk in dirty chunks.

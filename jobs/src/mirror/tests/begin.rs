@@ -461,3 +461,75 @@ fn a_node_that_does_not_show_the_source_any_more_is_not_replaced() {
         assert_eq!(disk.root().name(), "filter");
     });
 }
+
+/// An image on its own: nothing allocated, of clusters, and what its backing image
+/// would show is not open.
+fn clusters(rig: &Rig) -> TestStorage {
+    let limits = Limits {
+        cluster_size: Some(CHUNK as u32),
+        ..Limits::default()
+    };
+    let storage = TestStorage::with_limits(SIZE, limits);
+    let node = rig
+        .graph
+        .add_node(Some("image"), storage.driver(), NodeOptions::default());
+    node.expect("a node");
+    storage
+}
+
+fn zeroed(storage: &TestStorage) -> u64 {
+    let ended = storage.ended();
+    let zeroes = ended.iter().filter(|e| e.op == IoOp::WriteZeroes);
+    zeroes.map(|e| e.len).sum()
+}
+
+#[test]
+fn zeroes_are_written_to_an_image_that_may_stand_on_another_one() {
+    with_rig(|rig| async move {
+        let image = clusters(&rig);
+        rig.source.poke(CHUNK, &[3; CHUNK as usize]);
+        let spec = MirrorSpec {
+            target: rig.node("image"),
+            ..rig.spec()
+        };
+        rig.ready(spec).await;
+        assert_eq!(zeroed(&image), SIZE - CHUNK);
+    });
+    with_rig(|rig| async move {
+        let image = clusters(&rig);
+        let spec = MirrorSpec {
+            target: rig.node("image"),
+            target_is_zero: true,
+            ..rig.spec()
+        };
+        rig.ready(spec).await;
+        assert_eq!(zeroed(&image), 0, "the user says that nothing is there");
+    });
+}
+
+#[test]
+fn zeroes_of_a_part_of_the_disk_are_always_written() {
+    for copy_mode in [CopyMode::Background, CopyMode::WriteBlocking] {
+        with_rig(|rig| async move {
+            let spec = MirrorSpec {
+                sync: SyncMode::None,
+                copy_mode,
+                ..rig.spec()
+            };
+            let key = rig.ready(spec).await;
+            rig.write_zeroes(2 * CHUNK, CHUNK, true).await;
+            rig.write(5 * CHUNK, CHUNK, 0).await;
+            rig.act(|jobs| jobs.cancel(key, false));
+            rig.wait_for(JobStatus::Null).await;
+            let ended = rig.target.ended();
+            for chunk in [2, 5] {
+                let range = chunk * CHUNK..(chunk + 1) * CHUNK;
+                let written = ended
+                    .iter()
+                    .filter(|e| matches!(e.op, IoOp::Write | IoOp::WriteZeroes))
+                    .any(|e| e.offset <= range.start && range.end <= e.offset + e.len);
+                assert!(written, "{copy_mode:?}: chunk {chunk} of {ended:?}");
+            }
+        });
+    }
+}
