@@ -23,7 +23,7 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 
-use block::{Backend, BitmapError, DirtyBitmap, GuestLatency, InFlight, IoError, Node, RangeLock};
+use block::{Backend, BitmapError, DirtyBitmap, GuestLatency, InFlight, IoError, RangeLock};
 
 use crate::CopyMode;
 use crate::copying::Rules;
