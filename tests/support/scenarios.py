@@ -12,6 +12,9 @@ DRIVERS = {"file", "raw", "null-co", "null-aio", "blkdebug", "copy-before-write"
 
 # Scenarios that cannot be judged from their commands and drivers.
 WAITING = {
+    "bitmap-persistent": "bitmaps that are kept",
+    "nbd-export-bitmap": "bitmaps of exports",
+    "protocol-quit": "bitmaps that are kept",
     "mirror-drive-mirror": "creating qcow2 images",
 }
 
@@ -35,6 +38,17 @@ def _refused_drivers(transcript):
         yield from (word.strip("'") for word in error.split() if word.startswith("'"))
 
 
+def _actions(scenario, transcript):
+    """Commands that are carried out as actions of transactions."""
+    for step, recorded in zip(scenario["steps"], transcript["steps"]):
+        if step.get("execute") != "transaction" or "does not accept value" in str(recorded):
+            continue
+        actions = step.get("arguments", {}).get("actions")
+        for action in actions if isinstance(actions, list) else []:
+            if action.get("type") not in (None, "abort"):
+                yield action["type"]
+
+
 def waits_for(path, commands):
     """What a scenario needs that is not there yet, sorted; empty if nothing."""
     path = pathlib.Path(path)
@@ -45,6 +59,7 @@ def waits_for(path, commands):
     unknown = {step.get("execute") for step in transcript["steps"]
                if step.get("reply", {}).get("error", {}).get("class") == "CommandNotFound"}
     needed = {step["execute"] for step in scenario["steps"] if "execute" in step}
+    needed |= set(_actions(scenario, transcript))
     missing = needed - unknown - set(commands)
     drivers = set(_drivers(scenario["steps"])) - DRIVERS - set(_refused_drivers(transcript))
     return sorted(missing) + [f"driver {name}" for name in sorted(drivers)]

@@ -56,15 +56,17 @@ impl BitmapChange {
     /// Adds what is dirty in `from`, of nodes of the same size, with any granularity.
     ///
     /// Fails if it or one of them is busy or inconsistent, if a size differs, or for
-    /// lack of memory.
+    /// lack of memory; and with the first error of `from` itself.
     pub fn merge(
         bitmap: &Arc<NamedBitmap>,
-        from: &[Arc<NamedBitmap>],
+        from: impl IntoIterator<Item = Result<Arc<NamedBitmap>, NamedBitmapError>>,
     ) -> Result<Self, NamedBitmapError> {
-        bitmap.check_usable()?;
         let bits = bitmap.bits();
         let sum = DirtyBitmap::new(bits.size(), bits.granularity())?;
+        // A source that is not there is told before anything else, as QEMU does.
         for source in from {
+            let source = source?;
+            bitmap.check_usable()?;
             source.check_usable()?;
             let source = source.bits();
             if source.size() != bits.size() {
@@ -75,6 +77,7 @@ impl BitmapChange {
             }
             sum.merge(&source);
         }
+        bitmap.check_usable()?;
         let change = Self::with_bits(bitmap, sum);
         // Writes that have ended before the new bits were attached are in here.
         bitmap.bits().merge(&bits);

@@ -14,6 +14,9 @@ pub enum NamedBitmapError {
     /// The node has a bitmap of that name.
     #[error("Bitmap already exists: {0}")]
     Exists(String),
+    /// Nothing keeps bitmaps of the node when it is closed.
+    #[error("Can't store persistent bitmaps to {0}: Operation not supported")]
+    NotKept(String),
     /// The node has no bitmap of that name.
     #[error("Dirty bitmap '{0}' not found")]
     NotFound(String),

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{MAX_NAME, NamedBitmap, NamedBitmapError, NewBitmap, Usage};
-use crate::dirty_bitmap::DirtyBitmap;
+use super::{MAX_NAME, NamedBitmap, NamedBitmapError, NewBitmap, Usage, default_granularity};
+use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
+use crate::graph::Graph;
 use crate::node::Node;
 use crate::sync::{Mutex, lock};
 
@@ -18,7 +19,7 @@ impl Node {
     /// Makes a bitmap. What is written from now on is recorded in it, if it is enabled.
     ///
     /// Fails if the name is bad or taken, if the granularity is no power of two of at
-    /// least 512, or for lack of memory.
+    /// least 512, if it is to be kept, or for lack of memory.
     pub fn add_bitmap(
         self: &Arc<Self>,
         new: &NewBitmap<'_>,
@@ -26,13 +27,23 @@ impl Node {
         if new.name.is_empty() {
             return Err(NamedBitmapError::EmptyName);
         }
+        let granularity = match new.granularity {
+            Some(granularity) => granularity.into(),
+            None => default_granularity(self),
+        };
+        if !granularity.is_power_of_two() || granularity < DirtyBitmap::MIN_GRANULARITY {
+            return Err(BitmapError::Granularity(granularity).into());
+        }
+        if new.persistent {
+            return Err(NamedBitmapError::NotKept(self.name().to_owned()));
+        }
         if self.named_bitmap(new.name).is_some() {
             return Err(NamedBitmapError::Exists(new.name.to_owned()));
         }
         if new.name.len() > MAX_NAME {
             return Err(NamedBitmapError::NameTooLong(new.name.to_owned()));
         }
-        let bitmap = NamedBitmap::new(self, new)?;
+        let bitmap = NamedBitmap::new(self, new, granularity)?;
         lock(&self.named_bitmaps.all).push(Arc::clone(&bitmap));
         bitmap.attach(&bitmap.lock());
         Ok(bitmap)
@@ -63,6 +74,24 @@ impl Node {
         for bitmap in self.named_bitmaps() {
             bitmap.fit(size);
         }
+    }
+}
+
+impl Graph {
+    /// The bitmap called `name` of the node, or the device on a node, called `node`.
+    ///
+    /// Fails with [`NamedBitmapError::NodeNotFound`] or
+    /// [`NotFound`](NamedBitmapError::NotFound).
+    pub fn find_bitmap(
+        &self,
+        node: &str,
+        name: &str,
+    ) -> Result<Arc<NamedBitmap>, NamedBitmapError> {
+        let Ok(node) = self.find(node) else {
+            return Err(NamedBitmapError::NodeNotFound(node.to_owned()));
+        };
+        let bitmap = node.named_bitmap(name);
+        bitmap.ok_or_else(|| NamedBitmapError::NotFound(name.to_owned()))
     }
 }
 

@@ -49,6 +49,8 @@ pub struct NewBitmap<'a> {
     /// Chunk size in bytes: a power of two, at least 512. `None`: as large as the
     /// node's clusters, at least 4 KiB; 64 KiB without clusters.
     pub granularity: Option<u32>,
+    /// Whether it is to be kept when the node is closed. Nothing can keep one so far.
+    pub persistent: bool,
     /// Whether it records from the beginning.
     pub enabled: bool,
 }
@@ -99,11 +101,11 @@ impl State {
 }
 
 impl NamedBitmap {
-    fn new(node: &Arc<Node>, new: &NewBitmap<'_>) -> Result<Arc<Self>, NamedBitmapError> {
-        let granularity = match new.granularity {
-            Some(granularity) => granularity.into(),
-            None => default_granularity(node),
-        };
+    fn new(
+        node: &Arc<Node>,
+        new: &NewBitmap<'_>,
+        granularity: u64,
+    ) -> Result<Arc<Self>, NamedBitmapError> {
         let this = Self {
             name: new.name.to_owned(),
             node: Arc::downgrade(node),

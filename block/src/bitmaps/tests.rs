@@ -36,6 +36,7 @@ fn new(name: &str) -> NewBitmap<'_> {
     NewBitmap {
         name,
         granularity: Some(CHUNK),
+        persistent: false,
         enabled: true,
     }
 }
@@ -105,6 +106,24 @@ fn bad_names_and_granularities_are_refused() {
                 "Granularity must be power of 2 and at least 512"
             );
         }
+        // The granularity is looked at before the name is looked for, as in QEMU, and
+        // where it is to be kept in between.
+        let kept = NewBitmap {
+            persistent: true,
+            ..new("b")
+        };
+        assert_eq!(
+            refused(kept.clone()),
+            "Can't store persistent bitmaps to a: Operation not supported"
+        );
+        let bad = NewBitmap {
+            granularity: Some(3),
+            ..kept
+        };
+        assert_eq!(
+            refused(bad),
+            "Granularity must be power of 2 and at least 512"
+        );
         assert_eq!(node.named_bitmaps().len(), 2);
     });
 }
@@ -205,8 +224,8 @@ fn a_busy_bitmap_is_left_alone() {
                 BitmapChange::enable(&bitmap).err(),
                 BitmapChange::disable(&bitmap).err(),
                 BitmapChange::remove(&bitmap).err(),
-                BitmapChange::merge(&bitmap, &[]).err(),
-                BitmapChange::merge(&other, std::slice::from_ref(&bitmap)).err(),
+                BitmapChange::merge(&bitmap, []).err(),
+                BitmapChange::merge(&other, [Ok(Arc::clone(&bitmap))]).err(),
             ];
             assert!(refused.iter().all(|error| error.as_ref() == Some(&busy)));
         };
@@ -235,16 +254,16 @@ fn merging_rounds_out_and_needs_equal_sizes() {
         let fine = add(&node, "fine");
         let coarse = node
             .add_bitmap(&NewBitmap {
-                name: "coarse",
                 granularity: Some(4 * CHUNK),
                 enabled: false,
+                ..new("coarse")
             })
             .unwrap();
         write(&node, [5, 255]).await;
-        let sources = [Arc::clone(&fine), Arc::clone(&coarse)];
-        BitmapChange::merge(&coarse, &sources).unwrap().commit();
+        let sources = || [Ok(Arc::clone(&fine)), Ok(Arc::clone(&coarse))];
+        BitmapChange::merge(&coarse, sources()).unwrap().commit();
         assert_eq!(shown(&coarse).0, [4, 5, 6, 7, 252, 253, 254, 255]);
-        BitmapChange::merge(&fine, &sources).unwrap().commit();
+        BitmapChange::merge(&fine, sources()).unwrap().commit();
         assert_eq!(shown(&fine).0, [4, 5, 6, 7, 252, 253, 254, 255]);
         write(&node, [9]).await;
         assert!(fine.bits().is_dirty(9 * 4096));
@@ -253,7 +272,7 @@ fn merging_rounds_out_and_needs_equal_sizes() {
         let larger = graph.add_node(None, larger.driver(), NodeOptions::default());
         let larger = add(&larger.unwrap(), "larger");
         let before = shown(&fine);
-        let error = BitmapChange::merge(&fine, &[coarse, larger]).unwrap_err();
+        let error = BitmapChange::merge(&fine, [Ok(coarse), Ok(larger)]).unwrap_err();
         assert_eq!(
             error.to_string(),
             "Bitmaps are of different sizes (destination size is 1048576, source size is 2097152) \
@@ -281,7 +300,7 @@ fn changes_that_are_dropped_were_never_made() {
             BitmapChange::disable(&b).unwrap(),
         ];
         let c = node.named_bitmap("c").unwrap();
-        changes.push(BitmapChange::merge(&c, std::slice::from_ref(&a)).unwrap());
+        changes.push(BitmapChange::merge(&c, [Ok(Arc::clone(&a))]).unwrap());
         changes.push(BitmapChange::remove(&a).unwrap());
         changes.push(BitmapChange::remove(&c).unwrap());
         while changes.pop().is_some() {}
@@ -301,7 +320,7 @@ fn a_write_during_a_change_is_recorded_whatever_becomes_of_it() {
     let makes: [(Make, &[u64], &[u64]); 3] = [
         (BitmapChange::clear, &[2, 3], &[1, 2, 3]),
         (BitmapChange::disable, &[1, 2], &[1, 2, 3]),
-        (|b| BitmapChange::merge(b, &[]), &[1, 2, 3], &[1, 2, 3]),
+        (|b| BitmapChange::merge(b, []), &[1, 2, 3], &[1, 2, 3]),
     ];
     for (make, committed, undone) in makes {
         for commit in [true, false] {
@@ -413,7 +432,7 @@ fn no_write_is_missed_while_a_bitmap_is_frozen_and_reclaimed_again_and_again() {
         while !ended.load(Ordering::SeqCst) {
             bitmap.freeze().unwrap().reclaim();
             drop(BitmapChange::clear(&bitmap).unwrap());
-            BitmapChange::merge(&bitmap, &[]).unwrap().commit();
+            BitmapChange::merge(&bitmap, []).unwrap().commit();
         }
     });
     let bits = bitmap.bits();

@@ -170,6 +170,12 @@ impl DirtyBitmap {
         }
     }
 
+    /// The bits, 64 chunks in a word, the first one in its lowest bit. A disk without
+    /// chunks has none.
+    pub fn words(&self) -> impl Iterator<Item = u64> {
+        self.levels[0].iter().map(|word| word.load(SeqCst))
+    }
+
     /// Clears every chunk that lies *wholly* in `len` bytes at `offset` (the last
     /// one of the disk ends where the disk does), and gives the number of bytes
     /// that were dirty.

@@ -118,7 +118,8 @@ impl Args {
         format!("{}{name}", self.prefix)
     }
 
-    fn missing(&self, name: &str) -> QmpError {
+    /// What to answer if there is no argument of that name.
+    pub(crate) fn missing(&self, name: &str) -> QmpError {
         QmpError::missing(&self.path(name))
     }
 

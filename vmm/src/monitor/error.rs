@@ -109,6 +109,13 @@ impl From<block::GraphError> for QmpError {
     }
 }
 
+impl From<block::NamedBitmapError> for QmpError {
+    /// The texts of bitmaps are QEMU's already; their causes are part of them.
+    fn from(error: block::NamedBitmapError) -> Self {
+        Self::generic(error.to_string())
+    }
+}
+
 impl From<block::ExportError> for QmpError {
     /// The texts of exports are QEMU's already; their causes are part of them.
     fn from(error: block::ExportError) -> Self {

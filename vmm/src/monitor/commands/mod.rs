@@ -4,6 +4,7 @@
 //! mistakes are reported as QEMU reports them; then it acts. It runs as a task of
 //! its own on main and never blocks there.
 
+mod bitmaps;
 mod blockdev;
 mod control;
 mod exports;
@@ -13,6 +14,7 @@ mod mirror;
 mod nodes;
 mod objects;
 mod query;
+mod transaction;
 mod vm;
 
 use std::future::Future;
@@ -64,6 +66,12 @@ macro_rules! commands {
 
 /// All commands but [`NEGOTIATE`], in alphabetical order.
 static COMMANDS: &[Command] = commands! {
+    "block-dirty-bitmap-add" => bitmaps::block_dirty_bitmap_add,
+    "block-dirty-bitmap-clear" => bitmaps::block_dirty_bitmap_clear,
+    "block-dirty-bitmap-disable" => bitmaps::block_dirty_bitmap_disable,
+    "block-dirty-bitmap-enable" => bitmaps::block_dirty_bitmap_enable,
+    "block-dirty-bitmap-merge" => bitmaps::block_dirty_bitmap_merge,
+    "block-dirty-bitmap-remove" => bitmaps::block_dirty_bitmap_remove,
     "block-export-add" => exports::block_export_add,
     "block-export-del" => exports::block_export_del,
     "block-job-cancel" => jobs::block_job_cancel,
@@ -114,6 +122,8 @@ static COMMANDS: &[Command] = commands! {
     "quit" => control::quit,
     "stop" (machine) => vm::stop,
     "system_reset" (machine) => vm::system_reset,
+    "transaction" => transaction::transaction,
+    "x-debug-block-dirty-bitmap-sha256" => bitmaps::x_debug_block_dirty_bitmap_sha256,
     "x-debug-query-block-graph" => query::query_block_graph,
 };
 
