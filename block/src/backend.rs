@@ -8,12 +8,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::buffer::IoVec;
-use crate::driver::{Extent, FileRange, WriteFlags, ZeroFlags};
+use crate::driver::{ChildRole, Extent, FileRange, WriteFlags, ZeroFlags};
 use crate::error::{IoError, IoOp};
 use crate::gate::{Gate, ShardIndex};
 use crate::node::Node;
 use crate::permissions::{Perm, Permissions};
 use crate::sync::ArcSwap;
+
+/// A number for a user of a node (a backend, or the edge of a node above): those that
+/// came later have higher ones.
+pub(crate) fn next_number() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
 
 /// How an attachment counts among the parents of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +29,8 @@ pub enum AttachmentKind {
     Root,
     /// A job's hold on a node that it copies from or puts a filter on.
     Job,
+    /// That of a node which is being opened, and will have it as a child in this role.
+    Opening(ChildRole),
 }
 
 /// Hooks of whoever owns a [`Backend`], called around drained sections.
@@ -94,9 +103,8 @@ impl Backend {
         permissions: Permissions,
         user: Option<Arc<dyn BackendUser>>,
     ) -> Arc<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
         let backend = Self {
-            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            id: next_number(),
             name: name.to_owned(),
             gate: Gate::new(user.as_ref().is_none_or(|u| u.holds_requests())),
             root: ArcSwap::new(node),
@@ -115,7 +123,8 @@ impl Backend {
         &self.name
     }
 
-    /// A number that no other backend of this process has.
+    /// A number that no other backend of this process has, and none before it had a
+    /// higher one.
     pub fn id(&self) -> u64 {
         self.id
     }
@@ -172,12 +181,10 @@ impl Backend {
 
     /// Who this is, for people: as QEMU says it in its permission errors.
     pub fn describe(&self) -> String {
-        if !self.name.is_empty() {
-            format!("block device '{}'", self.name)
-        } else if let (AttachmentKind::Job, Some(user)) = (self.kind, &self.user) {
-            user.describe()
-        } else {
-            "an unnamed block device".to_owned()
+        match (self.kind, &self.user) {
+            _ if !self.name.is_empty() => format!("block device '{}'", self.name),
+            (AttachmentKind::Job | AttachmentKind::Opening(_), Some(user)) => user.describe(),
+            _ => "an unnamed block device".to_owned(),
         }
     }
 

@@ -1,5 +1,9 @@
 //! A node: one driver with a name, and the checks every request has to pass.
 //!
+//! - `options`: what holds whatever the driver;
+//! - `child`: the edge to a node below;
+//! - `write_threshold`: who wants to hear of writes.
+//!
 //! Who stands above and below is `graph`'s business. A node belongs to no
 //! thread.
 
@@ -14,75 +18,28 @@ use crate::buffer::{AlignedBuffer, IoVec};
 use crate::debug_event::DebugEvent;
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::driver::{
-    BlockDriver, CancelReach, ChildRole, Extent, ExtentFlags, FileRange, Limits, WriteFlags,
-    ZeroFlags,
+    BlockDriver, CancelReach, Extent, ExtentFlags, FileRange, Limits, WriteFlags, ZeroFlags,
 };
 use crate::error::{IoError, IoOp};
-use crate::options::{CacheOptions, DetectZeroes, DiscardMode};
+use crate::options::{DetectZeroes, DiscardMode};
+
+mod child;
+mod options;
+mod write_threshold;
+
+pub use self::child::Child;
+pub use self::options::NodeOptions;
+
+use self::write_threshold::WriteThreshold;
 
 /// Unit of all offsets and lengths that a node accepts.
 pub const SECTOR_SIZE: u64 = 512;
 
+/// Largest size that a node is given, in bytes: QEMU's.
+pub(crate) const MAX_SIZE: u64 = (1 << 63) - (1 << 30);
+
 /// Zeroes that are written as data go out in pieces of this many bytes.
 const ZERO_BUFFER: u32 = 1 << 20;
-
-/// What holds for a node whatever its driver.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct NodeOptions {
-    /// Writes are refused.
-    pub read_only: bool,
-    /// What a discard does.
-    pub discard: DiscardMode,
-    /// What a write of zeroes as data does.
-    pub detect_zeroes: DetectZeroes,
-    /// Cache behaviour. `direct` is the driver's business and only shown here.
-    pub cache: CacheOptions,
-}
-
-impl NodeOptions {
-    const READ_ONLY: u8 = 1;
-    const UNMAP: u8 = 2;
-    const DIRECT: u8 = 4;
-    const NO_FLUSH: u8 = 8;
-    const DETECT_ZEROES: u8 = 16;
-    const DETECT_AND_UNMAP: u8 = 32;
-
-    fn pack(self) -> u8 {
-        let bit = |set: bool, bit: u8| if set { bit } else { 0 };
-        bit(self.read_only, Self::READ_ONLY)
-            | bit(self.discard == DiscardMode::Unmap, Self::UNMAP)
-            | bit(self.cache.direct, Self::DIRECT)
-            | bit(self.cache.no_flush, Self::NO_FLUSH)
-            | match self.detect_zeroes {
-                DetectZeroes::Off => 0,
-                DetectZeroes::On => Self::DETECT_ZEROES,
-                DetectZeroes::Unmap => Self::DETECT_AND_UNMAP,
-            }
-    }
-
-    fn unpack(bits: u8) -> Self {
-        let has = |bit: u8| bits & bit != 0;
-        Self {
-            read_only: has(Self::READ_ONLY),
-            discard: if has(Self::UNMAP) {
-                DiscardMode::Unmap
-            } else {
-                DiscardMode::Ignore
-            },
-            detect_zeroes: if has(Self::DETECT_AND_UNMAP) {
-                DetectZeroes::Unmap
-            } else if has(Self::DETECT_ZEROES) {
-                DetectZeroes::On
-            } else {
-                DetectZeroes::Off
-            },
-            cache: CacheOptions {
-                direct: has(Self::DIRECT),
-                no_flush: has(Self::NO_FLUSH),
-            },
-        }
-    }
-}
 
 /// Largest request of whole blocks that a driver with these limits wants.
 fn max_transfer(limits: Limits) -> u64 {
@@ -122,12 +79,6 @@ pub struct Node {
     pub(crate) named_bitmaps: NamedBitmaps,
     /// Taken out by the first write that goes past it.
     write_threshold: ArcSwapOption<WriteThreshold>,
-}
-
-/// An offset past which somebody wants to hear of a write.
-struct WriteThreshold {
-    offset: u64,
-    tell: Box<dyn Fn(u64) + Send + Sync>,
 }
 
 impl Node {
@@ -202,42 +153,6 @@ impl Node {
     /// The driver itself, for what is not I/O.
     pub fn driver(&self) -> &dyn BlockDriver {
         &*self.driver
-    }
-
-    /// `tell` is called once, by the first write or write of zeroes from now on that
-    /// ends past `offset`, with the number of bytes by which it does: on its thread,
-    /// before it is carried out. It must not block. 0 asks for nothing. What was
-    /// asked for before is forgotten. Any thread.
-    pub fn set_write_threshold(&self, offset: u64, tell: impl Fn(u64) + Send + Sync + 'static) {
-        let threshold = (offset > 0).then(|| {
-            Arc::new(WriteThreshold {
-                offset,
-                tell: Box::new(tell),
-            })
-        });
-        self.write_threshold.store(threshold);
-    }
-
-    /// The offset that a write has to go past to be told of; 0 if none.
-    pub fn write_threshold(&self) -> u64 {
-        let threshold = self.write_threshold.load();
-        threshold.as_ref().map_or(0, |threshold| threshold.offset)
-    }
-
-    fn check_write_threshold(&self, end: u64) {
-        let set = self.write_threshold.load();
-        let Some(threshold) = set.as_ref().filter(|threshold| end > threshold.offset) else {
-            return;
-        };
-        let none = None::<Arc<WriteThreshold>>;
-        let before = self.write_threshold.compare_and_swap(&*set, none);
-        // Of several such writes, the one that took it out tells.
-        if before
-            .as_ref()
-            .is_some_and(|before| Arc::ptr_eq(before, threshold))
-        {
-            (threshold.tell)(end - threshold.offset);
-        }
     }
 
     /// From now on each write that ends marks its range in `bitmap`, including
@@ -498,13 +413,14 @@ impl Node {
     ///
     /// The caller has the right to, holds all requests of the node back (a drained
     /// section), and tells those above of it: `Graph::resize` does it all. The node's
-    /// named bitmaps get its size. Fails with `EPERM` on a read-only node, and `EBUSY`
-    /// if another bitmap records the node's writes: it is as large as the node was.
+    /// named bitmaps get its size. Fails with `EPERM` on a read-only node, `EFBIG` if no
+    /// node can be so large, and `EBUSY` if another bitmap records the node's writes: it
+    /// is as large as the node was.
     ///
     /// Cancel: the size is the old or the new one.
-    pub async fn resize(&self, size: u64) -> Result<(), IoError> {
+    pub(crate) async fn resize(&self, size: u64) -> Result<(), IoError> {
         self.check_writable(IoOp::Truncate, size, 0)?;
-        if i64::try_from(size).is_err() {
+        if size > MAX_SIZE {
             return Err(self.error(IoOp::Truncate, size, 0, libc::EFBIG));
         }
         if !self.unnamed_bitmaps().is_empty() {
@@ -622,52 +538,4 @@ impl Drop for Mark<'_> {
 fn zero_buffer() -> &'static Arc<AlignedBuffer> {
     static ZEROES: OnceLock<Arc<AlignedBuffer>> = OnceLock::new();
     ZEROES.get_or_init(|| AlignedBuffer::new(ZERO_BUFFER as usize))
-}
-
-/// An edge from a node down to the node it stands on.
-///
-/// A driver gets it when it is opened and asks it for the node below with each
-/// request. The graph changes it under drain, in one step for all readers.
-#[derive(Debug)]
-pub struct Child {
-    edge: Arc<Edge>,
-}
-
-#[derive(Debug)]
-struct Edge {
-    role: ChildRole,
-    /// The node below. Written on main, in a drained section.
-    node: ArcSwap<Node>,
-}
-
-impl Child {
-    pub(crate) fn new(role: ChildRole, node: Arc<Node>) -> Self {
-        Self {
-            edge: Arc::new(Edge {
-                role,
-                node: ArcSwap::new(node),
-            }),
-        }
-    }
-
-    /// The node below at this moment. Ask once per request.
-    pub fn node(&self) -> Arc<Node> {
-        self.edge.node.load_full()
-    }
-
-    /// The part that it plays.
-    pub fn role(&self) -> ChildRole {
-        self.edge.role
-    }
-
-    /// The same edge, for the graph's records.
-    pub(crate) fn share(&self) -> Self {
-        Self {
-            edge: Arc::clone(&self.edge),
-        }
-    }
-
-    pub(crate) fn store(&self, node: Arc<Node>) {
-        self.edge.node.store(node);
-    }
 }

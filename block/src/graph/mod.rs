@@ -55,8 +55,9 @@ pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The graph. On main only; other threads use a [`GraphHandle`].
 ///
-/// No `RefCell` borrow of it is held while a driver or a [`BackendUser`] is
-/// called, so these may call back.
+/// No `RefCell` borrow of it is held while a driver or a [`BackendUser`] is told of
+/// something, so these may call back. Who is only asked for a name or a size may look
+/// at the graph, but not change it.
 pub struct Graph {
     id: u64,
     topology: NoLeafCell<Topology>,
@@ -152,8 +153,8 @@ impl Graph {
     /// empty for others. If the node is in a drained section, the backend begins
     /// drained.
     ///
-    /// A [`Root`](AttachmentKind::Root) that needs to write a node under a job's
-    /// filter is attached above the filter, because the job would not see its
+    /// Who needs to write a node under a job's filter is attached above the filter,
+    /// unless it is a [job](AttachmentKind::Job), because the job would not see its
     /// writes below: [`Backend::root`] tells.
     ///
     /// Fails, without any change, if the name is bad or taken, if other users of
@@ -168,7 +169,7 @@ impl Graph {
         self.check_device_name(name)?;
         let mut topology = self.topology.borrow().clone();
         let kind = user.as_ref().map_or(AttachmentKind::Root, |u| u.kind());
-        let target = if kind == AttachmentKind::Root && permissions.need.contains(Perm::WRITE) {
+        let target = if kind != AttachmentKind::Job && permissions.need.contains(Perm::WRITE) {
             above_inserted_filters(&topology, node)
         } else {
             Arc::clone(node)

@@ -6,7 +6,7 @@ use super::{Graph, GraphError};
 use crate::backend::Backend;
 use crate::bitmaps::NamedBitmap;
 use crate::error::IoError;
-use crate::node::{Node, SECTOR_SIZE};
+use crate::node::{MAX_SIZE, Node, SECTOR_SIZE};
 use crate::permissions::{Perm, Permissions};
 
 /// Whoever resizes a node: shares everything.
@@ -15,13 +15,12 @@ const RESIZER: Permissions = Permissions {
     share: Perm::ALL,
 };
 
-/// Largest size of a node, in bytes: QEMU's.
-const MAX_SIZE: u64 = (1 << 63) - (1 << 30);
-
 fn resize_error(node: &Arc<Node>, error: IoError) -> GraphError {
     match error.errno {
         libc::EOPNOTSUPP if node.driver_name() == "raw" => GraphError::FixedRaw,
         libc::EOPNOTSUPP => GraphError::NoResize,
+        // Also of a node below, where it is more.
+        libc::EFBIG if error.offset > MAX_SIZE => GraphError::TooLarge(error.offset),
         _ => error.into(),
     }
 }

@@ -83,6 +83,8 @@ pub(super) struct Topology {
 
 /// One edge to a node, seen from that node.
 struct Parent {
+    /// Higher for those that came later.
+    number: u64,
     describe: String,
     role: &'static str,
     permissions: Permissions,
@@ -326,21 +328,27 @@ impl Topology {
         Ok(())
     }
 
+    /// All edges to a node, in the order in which they came.
     fn parent_edges(&self, node: &Arc<Node>) -> Vec<Parent> {
         let nodes = self.parents_of(node.id()).map(|(parent, edge)| Parent {
+            number: edge.child.number(),
             describe: format!("node '{}'", parent.node.name()),
             role: edge.child.role().as_str(),
             permissions: edge.permissions,
         });
         let backends = self.backends_of(node.id()).map(|entry| Parent {
+            number: entry.backend.id(),
             describe: entry.backend.describe(),
             role: match entry.backend.kind() {
                 AttachmentKind::Root => "root",
                 AttachmentKind::Job => "main node",
+                AttachmentKind::Opening(role) => role.as_str(),
             },
             permissions: entry.permissions,
         });
-        nodes.chain(backends).collect()
+        let mut edges: Vec<Parent> = nodes.chain(backends).collect();
+        edges.sort_by_key(|edge| edge.number);
+        edges
     }
 
     /// The node below in `role`.

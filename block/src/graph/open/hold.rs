@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::Opening;
-use crate::backend::{Backend, BackendUser};
+use crate::backend::{AttachmentKind, Backend, BackendUser};
 use crate::driver::ChildRole;
 use crate::graph::{Graph, GraphError};
 use crate::node::Node;
@@ -15,12 +15,17 @@ use crate::permissions::Permissions;
 
 /// Stands for a node that is not in the graph yet.
 struct Opener {
-    describe: String,
+    parent: String,
+    role: ChildRole,
 }
 
 impl BackendUser for Opener {
+    fn kind(&self) -> AttachmentKind {
+        AttachmentKind::Opening(self.role)
+    }
+
     fn describe(&self) -> String {
-        self.describe.clone()
+        format!("node '{}'", self.parent)
     }
 }
 
@@ -66,7 +71,13 @@ impl Opening<'_> {
     ) -> Result<(), GraphError> {
         let own = self.nodes.iter().find(|e| e.node.id() == node.id());
         let Some(entry) = own.cloned() else {
-            return self.attach(parent, role, node, rights);
+            let opener = Arc::new(Opener {
+                parent: parent.to_owned(),
+                role,
+            });
+            let backend = self.graph.attach("", node, rights, Some(opener))?;
+            self.holds.backends.push(backend);
+            return Ok(());
         };
         for edge in &entry.children {
             let role = edge.child.role();
@@ -76,47 +87,5 @@ impl Opening<'_> {
         node.driver().check_permissions(rights)?;
         node.driver().set_permissions();
         Ok(())
-    }
-
-    fn attach(
-        &mut self,
-        parent: &str,
-        role: ChildRole,
-        node: &Arc<Node>,
-        rights: Permissions,
-    ) -> Result<(), GraphError> {
-        let describe = format!("node '{parent}'");
-        let opener = Arc::new(Opener {
-            describe: describe.clone(),
-        });
-        match self.graph.attach("", node, rights, Some(opener)) {
-            Ok(backend) => {
-                self.holds.backends.push(backend);
-                Ok(())
-            }
-            // It is told as what it stands for.
-            Err(GraphError::Conflict {
-                node,
-                perms,
-                required_by,
-                required_as,
-                unshared_by,
-                unshared_as,
-            }) => {
-                let as_child = |by: &str, known| match by == describe {
-                    true => role.as_str(),
-                    false => known,
-                };
-                Err(GraphError::Conflict {
-                    required_as: as_child(&required_by, required_as),
-                    unshared_as: as_child(&unshared_by, unshared_as),
-                    node,
-                    perms,
-                    required_by,
-                    unshared_by,
-                })
-            }
-            Err(error) => Err(error),
-        }
     }
 }

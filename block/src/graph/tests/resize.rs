@@ -3,6 +3,19 @@
 use super::*;
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::driver::CancelReach;
+use crate::options::{BlockdevOptions, BlockdevRef, DriverOptions, FileOptions, RawOptions};
+
+/// Node `r`: a part of another.
+fn window(file: BlockdevRef, offset: u64, size: Option<u64>) -> BlockdevOptions {
+    BlockdevOptions {
+        node_name: Some("r".to_owned()),
+        ..BlockdevOptions::new(DriverOptions::Raw(RawOptions { file, offset, size }))
+    }
+}
+
+fn on_a() -> BlockdevRef {
+    BlockdevRef::Name("a".to_owned())
+}
 
 /// Counts how often it was told of a new size.
 #[derive(Default)]
@@ -131,22 +144,12 @@ fn a_file_grows_with_zeroes_and_shrinks() {
     std::fs::write(image.path(), [1; 4096]).unwrap();
     let path = image.path().to_owned();
     on_main(|graph| async move {
-        use crate::options::{
-            BlockdevOptions, BlockdevRef, DriverOptions, FileOptions, RawOptions,
-        };
         let file = BlockdevOptions::new(DriverOptions::File(FileOptions {
             filename: path.clone(),
             locking: None,
             host_device: false,
         }));
-        let raw = |size| BlockdevOptions {
-            node_name: Some("r".to_owned()),
-            ..BlockdevOptions::new(DriverOptions::Raw(RawOptions {
-                file: BlockdevRef::Inline(Box::new(file.clone())),
-                offset: 1024,
-                size,
-            }))
-        };
+        let raw = |size| window(BlockdevRef::Inline(Box::new(file.clone())), 1024, size);
         let node = graph.blockdev_add(raw(None)).await.unwrap();
         graph.resize(&node, 512).await.unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), [1; 1536]);
@@ -163,5 +166,38 @@ fn a_file_grows_with_zeroes_and_shrinks() {
         let node = graph.blockdev_add(raw(Some(512))).await.unwrap();
         let error = graph.resize(&node, 1024).await.unwrap_err();
         assert_eq!(error.to_string(), "Cannot resize fixed-size raw disks");
+    });
+}
+
+#[test]
+fn the_newest_user_that_forbids_it_is_named() {
+    on_main(|graph| async move {
+        let (_storage, node) = disk(&graph, "a");
+        let fixed = Permissions {
+            need: Perm::CONSISTENT_READ,
+            share: !Perm::RESIZE,
+        };
+        let _older = graph.attach("vda", &node, fixed, None).unwrap();
+        graph.blockdev_add(window(on_a(), 512, None)).await.unwrap();
+        let error = graph.resize(&node, 512).await.unwrap_err().to_string();
+        assert!(error.contains("unshared by node 'r'"), "{error}");
+        let _newest = graph.attach("vdb", &node, fixed, None).unwrap();
+        let error = graph.resize(&node, 512).await.unwrap_err().to_string();
+        assert!(error.contains("unshared by block device 'vdb'"), "{error}");
+    });
+}
+
+#[test]
+fn a_window_does_not_take_its_file_past_the_largest_size() {
+    on_main(|graph| async move {
+        let (storage, _node) = disk(&graph, "a");
+        let node = graph.blockdev_add(window(on_a(), 512, None)).await.unwrap();
+        let most = 9_223_372_035_781_033_984;
+        let error = graph.resize(&node, most).await.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "offset(9223372035781034496) exceeds maximum(9223372035781033984)"
+        );
+        assert_eq!(storage.size(), SIZE);
     });
 }
