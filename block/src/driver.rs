@@ -165,6 +165,15 @@ impl Reopen<'_> {
         let found = self.children.iter().find(|(known, _)| *known == role);
         found.map(|(_, node)| node)
     }
+
+    /// What becomes of a filter that shows `now`, and by then its child in `role`.
+    pub(crate) fn filter(&self, role: ChildRole, now: &Arc<Node>) -> Reopened {
+        let other = self.child(role).filter(|then| then.id() != now.id());
+        Reopened {
+            read_only: self.options.read_only,
+            size: other.map(|node| node.size()),
+        }
+    }
 }
 
 /// What a node will be once it is reopened.
@@ -172,8 +181,9 @@ impl Reopen<'_> {
 pub struct Reopened {
     /// Whether it refuses writes: asked for, or as a fallback.
     pub read_only: bool,
-    /// Its size in bytes.
-    pub size: u64,
+    /// Its size in bytes, if that becomes another one by this; `None`: it stays, or
+    /// changes for other reasons (an image's file grows all the time).
+    pub size: Option<u64>,
 }
 
 /// A protocol, format or filter driver: the behaviour of one node.

@@ -430,7 +430,7 @@ impl BlockDriver for NbdDriver {
             }
             Ok(Reopened {
                 read_only: to.options.read_only || fixed,
-                size: self.export().size,
+                size: None,
             })
         })
     }

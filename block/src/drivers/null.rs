@@ -125,7 +125,7 @@ impl BlockDriver for NullDriver {
                 Some((name, ..)) => Err(ReopenError::CannotChange((*name).to_owned())),
                 None => Ok(Reopened {
                     read_only: to.options.read_only,
-                    size: old.size,
+                    size: None,
                 }),
             }
         })

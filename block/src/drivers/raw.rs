@@ -1,7 +1,7 @@
 //! `raw`: the bytes of another node, or a part of them.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::buffer::IoVec;
 use crate::debug_event::DebugEvent;
@@ -246,14 +246,15 @@ impl BlockDriver for RawDriver {
             let DriverOptions::Raw(options) = to.driver else {
                 return Err(ReopenError::CannotChange("driver".to_owned()));
             };
-            let below = to
-                .child(ChildRole::File)
-                .map_or_else(|| self.file.node(), Arc::clone);
-            let window = Window::new(to.node, options, &below)?;
+            let now = self.file.node();
+            let below = to.child(ChildRole::File).unwrap_or(&now);
+            let window = Window::new(to.node, options, below)?;
             *self.pending() = Some(window);
+            let stays = below.id() == now.id() && window == self.window();
+            let to_the_end = || below.size().saturating_sub(window.offset);
             Ok(Reopened {
                 read_only: to.options.read_only,
-                size: window.size.unwrap_or(below.size() - window.offset),
+                size: (!stays).then(|| window.size.unwrap_or_else(to_the_end)),
             })
         })
     }
@@ -284,6 +285,8 @@ impl BlockDriver for RawDriver {
 
 #[cfg(all(test, not(shuttle)))]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::buffer::AlignedBuffer;
     use crate::drivers::file::{self, OpenFlags};

@@ -149,13 +149,7 @@ impl BlockDriver for ThrottleDriver {
                 let next = ThrottleMember::new(Arc::clone(group));
                 *lock(&self.next) = Some(Arc::new(next));
             }
-            let file = to
-                .child(ChildRole::File)
-                .map_or_else(|| self.file.node(), Arc::clone);
-            Ok(Reopened {
-                read_only: to.options.read_only,
-                size: file.size(),
-            })
+            Ok(to.filter(ChildRole::File, &self.file.node()))
         })
     }
 

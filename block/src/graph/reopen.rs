@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use futures_util::future::try_join_all;
+
 use super::open::{check_detect_zeroes, inherit};
 use super::topology::{ChildEntry, NodeEntry, Owner, Topology};
 use super::{Graph, GraphError, above_inserted_filters};
@@ -47,13 +49,11 @@ impl Graph {
             outcomes.push(prepared.prepare(self, wanted, &plan).await?);
         }
 
-        let mut sections = Vec::new();
-        for wanted in &queue.entries {
-            sections.push(self.drain(&wanted.node, &[]).await?);
-        }
-        for wanted in &queue.entries {
-            wanted.node.flush().await?;
-        }
+        // So that little is left to be flushed while requests are held.
+        queue.flush().await?;
+        let drains = queue.entries.iter();
+        let sections = try_join_all(drains.map(|wanted| self.drain(&wanted.node, &[]))).await?;
+        queue.flush().await?;
         // Nothing is awaited from here on; but much may have happened meanwhile.
         let mut topology = queue.plan(&self.topology.borrow())?;
         let children = |topology: &Topology, wanted: &Wanted| wanted.children(topology);
@@ -61,7 +61,9 @@ impl Graph {
             if ids(&children(&topology, wanted)) != ids(&children(&plan, wanted)) {
                 return Err(GraphError::ChangedMeanwhile(wanted.node.name().to_owned()));
             }
-            check_size(&topology, &wanted.node, outcome.size)?;
+            if let Some(size) = outcome.size {
+                check_size(&topology, &wanted.node, size)?;
+            }
             if let Some(entry) = topology.node_mut(wanted.node.id()) {
                 entry.options.read_only = outcome.read_only;
             }
@@ -70,7 +72,10 @@ impl Graph {
             .entries
             .iter()
             .zip(&outcomes)
-            .filter(|(wanted, outcome)| wanted.node.size() != node_size(outcome.size))
+            .filter(|(wanted, outcome)| {
+                let size = outcome.size.map(node_size);
+                size.is_some_and(|size| size != wanted.node.size())
+            })
             .map(|(wanted, _)| Arc::clone(&wanted.node))
             .collect();
         let backing = backing_changes(&self.topology.borrow(), &topology, &queue.entries);
@@ -185,6 +190,14 @@ impl Queue {
                 ChildChoice::Node(BlockdevRef::Name(_)) | ChildChoice::Nothing => {}
             }
         }
+    }
+
+    /// What was written is durable, and tables are in their files. Cancel: some are.
+    async fn flush(&self) -> Result<(), GraphError> {
+        for wanted in &self.entries {
+            wanted.node.flush().await?;
+        }
+        Ok(())
     }
 
     /// `current` with the new options and children. Rights are not worked out yet.

@@ -385,13 +385,7 @@ impl BlockDriver for BlkdebugDriver {
             {
                 return Err(ReopenError::CannotChange(name.to_owned()));
             }
-            let image = to
-                .child(ChildRole::Image)
-                .map_or_else(|| self.image.node(), Arc::clone);
-            Ok(Reopened {
-                read_only: to.options.read_only,
-                size: image.size(),
-            })
+            Ok(to.filter(ChildRole::Image, &self.image.node()))
         })
     }
 

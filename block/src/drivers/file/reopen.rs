@@ -237,11 +237,10 @@ impl BlockDriver for FileNode {
                 cache: to.options.cache,
             };
             let current = self.current.load_full();
-            let size = current.size();
             if current.is_open_as(flags) {
                 return Ok(Reopened {
                     read_only: flags.read_only,
-                    size,
+                    size: None,
                 });
             }
             let options = self.options.clone();
@@ -255,7 +254,10 @@ impl BlockDriver for FileNode {
             let read_only = next.read_only;
             let unused = self.next().replace(Arc::new(next));
             close(unused);
-            Ok(Reopened { read_only, size })
+            Ok(Reopened {
+                read_only,
+                size: None,
+            })
         })
     }
 

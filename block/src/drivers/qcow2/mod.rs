@@ -292,7 +292,7 @@ impl Qcow2Driver {
         *self.next() = Some(Next { read_only, image });
         Ok(Reopened {
             read_only,
-            size: self.size.load(Ordering::Relaxed),
+            size: None,
         })
     }
 

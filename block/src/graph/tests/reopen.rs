@@ -406,3 +406,19 @@ fn nodes_swap_places_in_one_list_and_loops_are_named() {
         assert!(x.read_only());
     });
 }
+
+#[test]
+fn what_is_to_be_flushed_for_a_reopen_does_not_hold_requests() {
+    on_main(|graph| async move {
+        let (storage, _node) = disk(&graph, "slow");
+        let node = add(&graph, raw("r", "slow")).await;
+        let user = attach(&graph, "vda", &node);
+        storage.hold(Match::op(IoOp::Flush));
+        let mut reopen = Box::pin(graph.reopen(vec![raw("r", "slow")]));
+        assert!(poll_once(&mut reopen).await.is_none());
+        assert_eq!(storage.held_requests(), [(IoOp::Flush, 0)]);
+        write(&user, 0, 1).await.unwrap();
+        storage.release_all();
+        reopen.await.unwrap();
+    });
+}
