@@ -232,6 +232,12 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// Makes all writes that have ended before this call durable.
     fn flush<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>>;
 
+    /// Whether a flush only takes what this node has in memory to the nodes below, and
+    /// goes on there: then it is wanted whatever the node's `no-flush` says.
+    fn flushes_below(&self) -> bool {
+        self.is_filter()
+    }
+
     /// Kind of the extent that begins at `offset`, as far as it is the same, at
     /// most `len` bytes (`len` is at least 1).
     fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>>;

@@ -223,7 +223,7 @@ impl Node {
         };
         let options = self.options();
         let flags = WriteFlags {
-            fua: flags.fua && !options.cache.no_flush,
+            fua: flags.fua && !self.ignores_flushes(),
             ..flags
         };
         if options.detect_zeroes != DetectZeroes::Off && iov.is_zero() {
@@ -324,7 +324,7 @@ impl Node {
         };
         let options = self.options();
         let flags = ZeroFlags {
-            fua: flags.fua && !options.cache.no_flush,
+            fua: flags.fua && !self.ignores_flushes(),
             may_unmap: flags.may_unmap && options.discard == DiscardMode::Unmap,
             ..flags
         };
@@ -374,12 +374,18 @@ impl Node {
         }
     }
 
-    /// Makes all writes that have ended before this call durable.
+    /// Makes all writes that have ended before this call durable; with the option
+    /// `no-flush` only takes them to the nodes below, which have a say of their own.
     pub async fn flush(&self) -> Result<(), IoError> {
-        if self.options().cache.no_flush {
+        if self.ignores_flushes() {
             return Ok(());
         }
         self.driver.flush().await
+    }
+
+    /// Whether flushes end here, and writes need not be durable.
+    fn ignores_flushes(&self) -> bool {
+        self.options().cache.no_flush && !self.driver.flushes_below()
     }
 
     /// Kind of the extent that begins at `offset`, at most `len` bytes of it.

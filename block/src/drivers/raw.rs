@@ -195,6 +195,10 @@ impl BlockDriver for RawDriver {
         })
     }
 
+    fn flushes_below(&self) -> bool {
+        true
+    }
+
     fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {
         Box::pin(async move {
             let at = self.below(IoOp::BlockStatus, offset, len)?;

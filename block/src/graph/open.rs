@@ -8,7 +8,7 @@ use std::sync::Arc;
 use self::hold::Holds;
 use super::commit::Removed;
 use super::names::ReservedName;
-use super::topology::{BackendEntry, ChildEntry, MAX_DEPTH, NodeEntry, Owner};
+use super::topology::{BackendEntry, ChildEntry, MAX_DEPTH, NodeEntry, Owner, Topology};
 use super::{Graph, GraphError, LocalFuture, above_inserted_filters};
 use crate::backend::{AttachmentKind, Backend, BackendUser};
 use crate::driver::{BlockDriver, ChildRole};
@@ -126,8 +126,17 @@ impl Graph {
     /// children that belong to it. Their files are closed when this returns, unless
     /// somebody still holds a node or has requests in it.
     ///
-    /// Cancel: it is removed, and will be closed.
+    /// Cancel: it is there as before, or removed and will be closed.
     pub async fn blockdev_del(&self, name: &str) -> Result<(), GraphError> {
+        flush_for_removal(self.without(name)?).await;
+        // Somebody may have come to use it meanwhile.
+        let topology = self.without(name)?;
+        self.commit(topology)?.closed().await;
+        Ok(())
+    }
+
+    /// The graph in which nothing keeps the node `name`, if that may be.
+    fn without(&self, name: &str) -> Result<Topology, GraphError> {
         let mut topology = self.topology.borrow().clone();
         let Some(entry) = topology.nodes.iter_mut().find(|e| e.node.name() == name) else {
             return Err(GraphError::NoSuchNode(name.to_owned()));
@@ -149,10 +158,25 @@ impl Graph {
         if used {
             return Err(GraphError::HasParents(name.to_owned()));
         }
-        // The last one to hold a node closes its file, and must not be main.
-        drop(node);
-        self.commit(topology)?.closed().await;
-        Ok(())
+        Ok(topology)
+    }
+}
+
+/// Flushes what `after` does not keep and what stands on nodes that stay. A format
+/// writes out its tables when it is closed, if they have changed; by then others may
+/// have the node below.
+async fn flush_for_removal(mut after: Topology) {
+    for entry in after.remove_orphans() {
+        let mut below = entry.children.iter();
+        let on_others = below.any(|edge| after.node(edge.target.id()).is_some());
+        if on_others
+            && !entry.node.read_only()
+            && let Err(error) = entry.node.flush().await
+        {
+            let node = entry.node.name();
+            // As at any close: it goes all the same.
+            tracing::error!(node, %error, "a node could not be flushed before its end");
+        }
     }
 }
 

@@ -82,6 +82,10 @@ impl BlockDriver for Qcow2Driver {
         Box::pin(self.flush_all())
     }
 
+    fn flushes_below(&self) -> bool {
+        true
+    }
+
     fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {
         Box::pin(self.status(offset, len))
     }

@@ -3,6 +3,7 @@
 //! - `header`: what is refused before anything is read by it;
 //! - `crash`: images are consistent wherever their writer stops;
 //! - `order`: what has to be durable before what;
+//! - `life`: images that are reopened, deleted, or not to be flushed;
 //! - `requests`: what requests do, and what goes wrong with them;
 //! - `check`: looks through an image as 'qemu-img check' does;
 //! - `recorder`: a storage that remembers the order of what was done.
@@ -10,6 +11,7 @@
 mod check;
 mod crash;
 mod header;
+mod life;
 mod order;
 mod recorder;
 mod requests;

@@ -1,0 +1,192 @@
+"""Nodes in use that are reopened or resized: what their clients see."""
+import json
+import subprocess
+
+import pytest
+
+from support.guest import MIB, Guest
+from support.program import QmpError
+
+NULL = {"driver": "null-co", "size": 1 << 20, "read-zeroes": True}
+
+
+def run(*args, check=True):
+    return subprocess.run([str(a) for a in args], check=check, capture_output=True, text=True,
+                          timeout=120)
+
+
+def create(path, size="16M", *options):
+    run("qemu-img", "create", "-q", "-f", "qcow2", *options, path, size)
+    return path
+
+
+class Exports:
+    """A daemon with an NBD server."""
+
+    def __init__(self, program, folder):
+        self.socket = folder / "nbd.sock"
+        self.process, self.qmp = program.storage_daemon()
+        self.qmp.execute("nbd-server-start",
+                         addr={"type": "unix", "data": {"path": str(self.socket)}})
+
+    def add(self, node, writable=True):
+        self.qmp.execute("block-export-add", type="nbd", id=node, node_name=node,
+                         writable=writable)
+
+    def delete(self, node):
+        self.qmp.execute("block-export-del", id=node, mode="hard")
+        self.qmp.event("BLOCK_EXPORT_DELETED", id=node)
+
+    def command(self, node, *commands):
+        parts = [part for command in commands for part in ("-c", command)]
+        return ["qemu-io", "-f", "raw", *parts, f"nbd+unix:///{node}?socket={self.socket}"]
+
+    def io(self, node, *commands):
+        done = run(*self.command(node, *commands))
+        assert "failed" not in done.stdout, done.stdout
+
+    def size(self, node):
+        uri = f"nbd+unix:///{node}?socket={self.socket}"
+        return json.loads(run("qemu-img", "info", "--output=json", uri).stdout)["virtual-size"]
+
+    def refused(self, command, **arguments):
+        with pytest.raises(QmpError) as error:
+            self.qmp.execute(command, **arguments)
+        return error.value.desc
+
+
+@pytest.fixture
+def exports(program, tmp_path):
+    return Exports(program, tmp_path)
+
+
+def qcow2(path, **options):
+    file = {"driver": "file", "filename": str(path)}
+    return {"driver": "qcow2", "node-name": "img", "file": file, **options}
+
+
+def test_an_image_becomes_writable_and_read_only_again(exports, tmp_path):
+    path = create(tmp_path / "a.qcow2")
+    qmp = exports.qmp
+    qmp.execute("blockdev-add", **qcow2(path, **{"read-only": True}))
+    assert "read-only" in exports.refused("block-export-add", type="nbd", id="img",
+                                          node_name="img", writable=True)
+    qmp.execute("blockdev-reopen", options=[qcow2(path)])
+    exports.add("img")
+    exports.io("img", "write -P 1 0 1M", "write -P 2 5M 64k")
+    assert exports.refused("blockdev-reopen", options=[qcow2(path, **{"read-only": True})]) \
+        == "Read-only block node 'img' cannot support read-write users"
+    exports.io("img", "write -P 3 6M 64k")
+    exports.delete("img")
+    qmp.execute("blockdev-reopen", options=[qcow2(path, **{"read-only": True})])
+    # What was written is in the file by now, whatever becomes of the process, and the file
+    # is open to other readers.
+    patterns = ("read -P 1 0 1M", "read -P 2 5M 64k", "read -P 3 6M 64k")
+    parts = [part for command in patterns for part in ("-c", command)]
+    assert "failed" not in run("qemu-io", "-r", "-f", "qcow2", *parts, path).stdout
+    exports.add("img", writable=False)
+    exports.io("img", *patterns)
+    exports.delete("img")
+    # Once more, over what is there.
+    qmp.execute("blockdev-reopen", options=[qcow2(path)])
+    exports.add("img")
+    exports.io("img", "write -P 4 64k 64k")
+    qmp.execute("quit")
+    assert exports.process.wait() == 0
+    run("qemu-img", "check", path)
+    parts = ["-c", "read -P 1 0 64k", "-c", "read -P 4 64k 64k", "-c", "read -P 3 6M 64k"]
+    assert "failed" not in run("qemu-io", "-r", "-f", "qcow2", *parts, path).stdout
+
+
+def test_an_unsafe_cache_costs_no_more_than_the_hosts_memory(exports, tmp_path):
+    path = create(tmp_path / "a.qcow2")
+    exports.qmp.execute("blockdev-add", **qcow2(path, cache={"no-flush": True}))
+    exports.add("img")
+    exports.io("img", "write -P 1 0 1M", "flush")
+    exports.process.end()
+    # The kernel gives the locks of a killed process up a little later.
+    done = run("qemu-io", "-r", "-U", "-f", "qcow2", "-c", "read -P 1 0 1M", path)
+    assert "failed" not in done.stdout, done.stdout
+
+
+def test_a_throttled_node_changes_its_group_under_a_request_that_waits(exports):
+    qmp = exports.qmp
+    for group, limits in (("slow", {"iops-total": 1}), ("fast", {})):
+        qmp.execute("object-add", qom_type="throttle-group", id=group, limits=limits)
+    qmp.execute("blockdev-add", node_name="disk", **NULL)
+
+    def throttle(group):
+        return {"driver": "throttle", "node-name": "thr", "throttle-group": group, "file": "disk"}
+
+    qmp.execute("blockdev-add", **throttle("slow"))
+    exports.add("thr")
+    # At one a second they would take minutes.
+    commands = [f"write {n * 4}k 4k" for n in range(200)]
+    with subprocess.Popen(exports.command("thr", *commands), stdout=subprocess.PIPE,
+                          text=True) as client:
+        line = client.stdout.readline()
+        assert line.startswith("wrote"), line
+        qmp.execute("blockdev-reopen", options=[throttle("fast")])
+        rest, _ = client.communicate(timeout=60)
+    assert rest.count("wrote") == 199 and client.returncode == 0, rest
+    qmp.execute("object-del", id="slow")
+    assert exports.refused("object-del", id="fast") == "object 'fast' is in use, can not be deleted"
+    assert exports.refused("blockdev-reopen", options=[throttle("slow")]) \
+        == "Throttle group 'slow' does not exist"
+    exports.io("thr", "write 0 4k")
+
+
+def test_an_nbd_node_changes_its_rights_and_nothing_else(exports, program, tmp_path):
+    (tmp_path / "server").mkdir()
+    server = Exports(program, tmp_path / "server")
+    server.qmp.execute("blockdev-add", node_name="disk", **NULL)
+    server.add("disk")
+
+    def nbd(**options):
+        address = {"type": "unix", "path": str(server.socket)}
+        return {"driver": "nbd", "node-name": "img", "server": address, "export": "disk", **options}
+
+    qmp = exports.qmp
+    qmp.execute("blockdev-add", **nbd())
+    for option, value in (("export", "other"), ("reconnect-delay", 5)):
+        assert exports.refused("blockdev-reopen", options=[nbd(**{option: value})]) \
+            == f"Cannot change the option '{option}'"
+    exports.add("img")
+    exports.io("img", "write 0 64k")
+    assert exports.refused("blockdev-reopen", options=[nbd(**{"read-only": True})]) \
+        == "Read-only block node 'img' cannot support read-write users"
+    exports.delete("img")
+    qmp.execute("blockdev-reopen", options=[nbd(**{"read-only": True})])
+    exports.refused("block-export-add", type="nbd", id="img", node_name="img", writable=True)
+    qmp.execute("blockdev-reopen", options=[nbd()])
+    exports.add("img")
+    exports.io("img", "write 0 64k", "read 0 64k")
+
+
+def test_an_export_keeps_its_size_and_the_next_one_has_the_new(exports, tmp_path):
+    image = tmp_path / "a.img"
+    image.write_bytes(bytes(1 << 20))
+    exports.qmp.execute("blockdev-add", driver="file", node_name="img", filename=str(image))
+    exports.add("img")
+    assert exports.refused("block_resize", node_name="img", size=2 << 20).startswith(
+        "Permission conflict on node 'img': permissions 'resize' are both required by")
+    assert exports.size("img") == image.stat().st_size == 1 << 20
+    exports.delete("img")
+    exports.qmp.execute("block_resize", node_name="img", size=2 << 20)
+    exports.add("img")
+    assert exports.size("img") == image.stat().st_size == 2 << 20
+    exports.io("img", "write -P 1 1M 1M", "read -P 1 1M 1M")
+
+
+def test_a_guest_sees_the_new_size_of_its_disk(kvm, program):
+    guest = Guest(program, size=32 * MIB, workload="depth=16 mix=w80,r20 adopt=on")
+    guest.wait_working()
+    guest.qmp.execute("block_resize", device="disk0", size=64 * MIB)
+    assert guest.sources[0].stat().st_size == 64 * MIB
+    # It goes on with what it knows, and reads the size when it begins.
+    guest.wait_writes()
+    guest.forget_status()
+    guest.qmp.execute("system_reset")
+    guest.qmp.event("RESET")
+    guest.wait_working()
+    assert [disk["sectors"] for disk in guest.finish()["disks"]] == [64 * MIB // 512]
