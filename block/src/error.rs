@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 /// The kernel's text without the number that the standard library adds.
-pub(crate) fn os_text(error: &io::Error) -> String {
+pub fn os_text(error: &io::Error) -> String {
     let text = error.to_string();
     match text.find(" (os error ") {
         Some(end) => text[..end].to_owned(),

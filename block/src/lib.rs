@@ -56,7 +56,7 @@ pub use drivers::copy_before_write::{
     CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Snapshot, SnapshotObserver, cluster_of,
 };
 pub use drivers::{OpenError, ReopenError};
-pub use error::{IoError, IoErrorKind, IoOp};
+pub use error::{IoError, IoErrorKind, IoOp, os_text};
 pub use export::{
     BitmapRef, DeleteMode, ExportError, ExportInfo, ExportIothread, ExportKind, ExportOptions,
     Exports, ListenAddress, ListenError, NbdServerOptions,

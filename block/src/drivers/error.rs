@@ -27,16 +27,17 @@ pub enum OpenError {
     /// A `copy-before-write` filter cannot keep account of so large a disk.
     #[error("Cannot create block-copy-state: {0}")]
     Snapshot(#[from] crate::dirty_bitmap::BitmapError),
-    /// The file is not of a kind that can be a disk.
-    #[error("'{}' is a {found}; an image must be a regular file or a block device", path.display())]
+    /// The file is not of a kind that can be a disk: a FIFO, a character device, …
+    #[error("'file' driver requires '{}' to be a regular file", path.display())]
     WrongKind {
         /// Path of the file.
         path: PathBuf,
-        /// What it is: `directory`, `FIFO`, …
-        found: &'static str,
     },
     /// `host_device` with something else than a block device.
-    #[error("'{}' is not a block device; use driver 'file'", path.display())]
+    #[error(
+        "'host_device' driver requires '{}' to be either a character or block device",
+        path.display()
+    )]
     NotADevice {
         /// Path of the file.
         path: PathBuf,
@@ -178,15 +179,12 @@ mod tests {
                 "Could not open '/a/b.img': No such file or directory",
             ),
             (
-                OpenError::WrongKind {
-                    path: path.clone(),
-                    found: "FIFO",
-                },
-                "'/a/b.img' is a FIFO; an image must be a regular file or a block device",
+                OpenError::WrongKind { path: path.clone() },
+                "'file' driver requires '/a/b.img' to be a regular file",
             ),
             (
                 OpenError::NotADevice { path: path.clone() },
-                "'/a/b.img' is not a block device; use driver 'file'",
+                "'host_device' driver requires '/a/b.img' to be either a character or block device",
             ),
             (
                 OpenError::NotSupported {

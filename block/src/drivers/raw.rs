@@ -45,6 +45,17 @@ impl Window {
     /// The window of raw node `node` on `below` that `options` ask for.
     fn new(node: &str, options: &RawOptions, below: &Node) -> Result<Self, OpenError> {
         let RawOptions { offset, size, .. } = *options;
+        let available = below.size();
+        if offset > available {
+            return Err(OpenError::OffsetPastEnd { offset, available });
+        }
+        if let Some(size) = size.filter(|size| *size > available - offset) {
+            return Err(OpenError::PastEnd {
+                offset,
+                size,
+                available,
+            });
+        }
         if size.is_some_and(|size| !size.is_multiple_of(SECTOR_SIZE)) {
             return Err(OpenError::UnalignedSize);
         }
@@ -54,18 +65,7 @@ impl Window {
                 offset,
             });
         }
-        let available = below.size();
-        if offset > available {
-            return Err(OpenError::OffsetPastEnd { offset, available });
-        }
-        match size {
-            Some(size) if size > available - offset => Err(OpenError::PastEnd {
-                offset,
-                size,
-                available,
-            }),
-            _ => Ok(Self { offset, size }),
-        }
+        Ok(Self { offset, size })
     }
 }
 

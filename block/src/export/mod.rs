@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::{Either, join, select};
 
 use crate::backend::{Backend, BackendUser};
-use crate::graph::Graph;
+use crate::graph::{Graph, GraphError};
 use crate::nbd::protocol::MAX_STRING;
 use crate::nbd::server::{NbdExport, NbdExportOptions, NbdServer};
 use crate::node::Node;
@@ -265,10 +265,7 @@ impl Exports {
         if let Some(bitmap) = bitmaps.into_iter().next() {
             return Err(self.no_bitmap(bitmap));
         }
-        let user = Arc::new(ExportUser { id: id.clone() });
-        let backend = self
-            .graph
-            .attach("", &node, permissions(writable), Some(user))?;
+        let backend = self.attach(&id, &node, permissions(writable))?;
         let nbd = server.add_export(NbdExportOptions {
             name,
             description,
@@ -287,6 +284,27 @@ impl Exports {
             shutting_down: Cell::new(false),
         }));
         Ok(())
+    }
+
+    /// Of two conflicts, that of what the export needs is told, as by QEMU: what it does
+    /// not share is looked at second.
+    fn attach(
+        &self,
+        id: &str,
+        node: &Arc<Node>,
+        permissions: Permissions,
+    ) -> Result<Arc<Backend>, ExportError> {
+        let user = || Arc::new(ExportUser { id: id.to_owned() });
+        let attached = self.graph.attach("", node, permissions, Some(user()));
+        if let Err(GraphError::Conflict { .. }) = attached {
+            let sharing = Permissions {
+                share: Perm::ALL,
+                ..permissions
+            };
+            let first = self.graph.attach("", node, sharing, Some(user()))?;
+            self.graph.detach(&first);
+        }
+        Ok(attached?)
     }
 
     /// Deletes an export. It is gone at once if no client is connected, else when

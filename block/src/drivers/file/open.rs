@@ -32,20 +32,6 @@ pub(super) struct Opened {
     pub direct: Option<DirectAlignment>,
 }
 
-fn kind_name(kind: std::fs::FileType) -> &'static str {
-    if kind.is_dir() {
-        "directory"
-    } else if kind.is_fifo() {
-        "FIFO"
-    } else if kind.is_socket() {
-        "socket"
-    } else if kind.is_char_device() {
-        "character device"
-    } else {
-        "special file"
-    }
-}
-
 fn is_image(kind: std::fs::FileType) -> bool {
     kind.is_file() || kind.is_block_device()
 }
@@ -76,6 +62,9 @@ pub(super) fn open(
     };
     // Looked at first, since opening a FIFO waits for its other end.
     let kind = std::fs::metadata(path).map_err(failed)?.file_type();
+    if kind.is_dir() && !read_only {
+        return Err(failed(io::Error::from_raw_os_error(libc::EISDIR)));
+    }
     check_kind(options, kind)?;
     let open = |writable: bool| match open_as(path, writable, direct) {
         Err(error) if direct && error.raw_os_error() == Some(libc::EINVAL) => {
@@ -138,10 +127,7 @@ pub(super) fn open(
 fn check_kind(options: &FileOptions, kind: std::fs::FileType) -> Result<(), OpenError> {
     let path = &options.filename;
     if !is_image(kind) {
-        return Err(OpenError::WrongKind {
-            path: path.clone(),
-            found: kind_name(kind),
-        });
+        return Err(OpenError::WrongKind { path: path.clone() });
     }
     if options.host_device && !kind.is_block_device() {
         return Err(OpenError::NotADevice { path: path.clone() });

@@ -252,6 +252,11 @@ fn unescape(token: &[u8]) -> Result<String, JsonError> {
     let mut out = Vec::with_capacity(inner.len());
     let mut at = 0;
     while let Some(&byte) = inner.get(at) {
+        if inner[at..].starts_with(MODIFIED_NUL) {
+            out.push(0);
+            at += MODIFIED_NUL.len();
+            continue;
+        }
         if byte != b'\\' {
             out.push(byte);
             at += 1;
@@ -277,7 +282,19 @@ fn unescape(token: &[u8]) -> Result<String, JsonError> {
         out.push(plain);
         at += 2;
     }
-    String::from_utf8(out).map_err(|_| syntax("invalid UTF-8 sequence in string"))
+    String::from_utf8(out)
+        .ok()
+        .filter(|text| !text.chars().any(is_noncharacter))
+        .ok_or_else(|| syntax("invalid UTF-8 sequence in string"))
+}
+
+/// How a NUL character may be written besides `\u0000`, as in QEMU.
+const MODIFIED_NUL: &[u8] = &[0xc0, 0x80];
+
+/// Whether Unicode will never give it a meaning; QEMU refuses these.
+fn is_noncharacter(character: char) -> bool {
+    let code = u32::from(character);
+    matches!(code, 0xfdd0..=0xfdef) || code & 0xfffe == 0xfffe
 }
 
 /// The character of the `\uXXXX`, or of the surrogate pair, at `at`, and how
@@ -290,18 +307,18 @@ fn unicode_escape(token: &[u8], at: usize) -> Result<(char, usize), JsonError> {
         }
         u32::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
     };
-    let character = match unit(at) {
-        Some(high @ 0xd800..=0xdbff) => match unit(at + 6) {
-            Some(low @ 0xdc00..=0xdfff) => {
-                char::from_u32(0x1_0000 + ((high - 0xd800) << 10) + (low - 0xdc00)).map(|c| (c, 12))
-            }
-            _ => None,
-        },
-        Some(unit) => char::from_u32(unit).map(|c| (c, 6)),
-        None => None,
+    let (code, len) = match (unit(at), unit(at + 6)) {
+        (Some(high @ 0xd800..=0xdbff), Some(low @ 0xdc00..=0xdfff)) => {
+            let code = 0x1_0000 + ((high - 0xd800) << 10) + (low - 0xdc00);
+            (Some(code), 12)
+        }
+        (code, _) => (code, 6),
     };
-    character.ok_or_else(|| {
-        let end = token.len().min(at + 6);
+    let character = code
+        .and_then(char::from_u32)
+        .filter(|character| !is_noncharacter(*character));
+    character.map(|character| (character, len)).ok_or_else(|| {
+        let end = token.len().min(at + len);
         let shown = String::from_utf8_lossy(token.get(at..end).unwrap_or_default());
         JsonError::Syntax(format!("{shown} is not a valid Unicode character"))
     })

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use block::runtime::unblock;
 use block::{
-    AttachmentKind, Backend, BackendUser, DetectZeroes, DiscardMode, Graph, Node, Perm, Permissions,
+    AttachmentKind, Backend, BackendUser, DetectZeroes, DiscardMode, Graph, Node, Perm,
+    Permissions, os_text,
 };
 use jobs::mirror::SyncMode;
 use serde_json::{Value, json};
@@ -268,8 +269,7 @@ async fn existing_format(place: &Place, format: Option<&str>) -> Result<&'static
 
 /// Whether an image can be made as it is asked for: a raw file.
 fn check_can_be_made(source: &Arc<Node>, wanted: &Wanted, place: &Place) -> Result<(), QmpError> {
-    let given = wanted.format.as_deref().filter(|format| !format.is_empty());
-    match given.unwrap_or(source.driver_name()) {
+    match wanted.format.as_deref().unwrap_or(source.driver_name()) {
         "raw" => {}
         "qcow2" => {
             return Err(QmpError::generic(
@@ -355,15 +355,6 @@ async fn make_size(target: &Target, size: u64) -> Result<(), QmpError> {
     }
     graph.set_permissions(&target.hold, Permissions::IDLE)?;
     Ok(())
-}
-
-/// What the kernel said, without its number.
-fn os_text(error: &io::Error) -> String {
-    let text = error.to_string();
-    match text.split_once(" (os error") {
-        Some((text, _)) => text.to_owned(),
-        None => text,
-    }
 }
 
 #[cfg(test)]
