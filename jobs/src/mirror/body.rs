@@ -99,6 +99,8 @@ pub(super) struct Body<'a> {
     /// Nothing has ended for a long time.
     pub(super) hung: bool,
     last_ended: Instant,
+    /// When the guest's requests began a new generation.
+    renewed: Instant,
 }
 
 impl<'a> Body<'a> {
@@ -145,6 +147,7 @@ impl<'a> Body<'a> {
             told: false,
             hung: false,
             last_ended: Instant::now(),
+            renewed: Instant::now(),
             state,
         }
     }
@@ -410,11 +413,16 @@ impl<'a> Body<'a> {
         self.ctx.stalled(rates.dirty, rates.copy);
     }
 
-    /// A target that hangs does not hold the guest of a mirror that only catches up.
+    /// A target that hangs, for the copier or for one of the guest's own requests, does
+    /// not hold the guest of a mirror that only catches up.
     fn look_for_hang(&mut self) {
         if self.operations.is_empty() {
             self.last_ended = Instant::now();
-        } else if self.last_ended.elapsed() >= PATIENCE {
+        }
+        if self.state.renew_generation() {
+            self.renewed = Instant::now();
+        }
+        if self.last_ended.elapsed() >= PATIENCE || self.renewed.elapsed() >= PATIENCE {
             self.hung = true;
             self.state.set_catching_up(false);
         }

@@ -186,7 +186,9 @@ impl Body<'_> {
             self.driver.keep_section(held);
         } else {
             // A job that waits to be finalized by hand must not hold the guest
-            // meanwhile: a pivot then makes a section of its own.
+            // meanwhile, nor a target that nobody looks after: a pivot then catches up
+            // and makes a section of its own.
+            self.state.set_catching_up(false);
             self.driver.end_section(held, self.ctx.id());
         }
     }

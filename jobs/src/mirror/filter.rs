@@ -67,6 +67,11 @@ impl MirrorTop {
     /// Waits for the target's part of a request, as long as the guest is to wait for
     /// the target. Then it goes on by itself, and its range is copied again.
     async fn wait_for_target(&self, part: LocalBoxFuture<'static, ()>, range: Range<u64>) {
+        let counted = self.state.send_active();
+        let part = Box::pin(async move {
+            part.await;
+            drop(counted);
+        });
         if let Either::Right((_, part)) = select(part, self.state.released()).await {
             // The copier waits for the range, and so for what is under way, before
             // anybody takes the target for equal.

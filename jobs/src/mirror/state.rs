@@ -77,6 +77,12 @@ pub(crate) struct MirrorState {
     target_written: AtomicBool,
     /// Bytes that write-blocking requests have in hand. Atomic.
     active_bytes: AtomicU64,
+    /// Requests to the target on behalf of the guest's that are on their way, by the
+    /// parity of the `generation` they began in. Atomic.
+    on_their_way: [AtomicU64; 2],
+    /// Moved on by the job's body, once all of the generation before have ended.
+    /// Atomic.
+    generation: AtomicU64,
     /// Who waits for a change of `engaged` or `catching_up`. A leaf lock, taken
     /// only by those who wait for the target, and to wake them.
     waiters: Mutex<Waiters>,
@@ -115,6 +121,8 @@ impl MirrorState {
             // Whoever wrote it before may not have flushed it.
             target_written: AtomicBool::new(true),
             active_bytes: AtomicU64::new(0),
+            on_their_way: [AtomicU64::new(0), AtomicU64::new(0)],
+            generation: AtomicU64::new(0),
             waiters: Mutex::default(),
             zeroed: AtomicU64::new(0),
             active_failed: AtomicBool::new(false),
@@ -289,6 +297,31 @@ impl MirrorState {
         (before + len <= ACTIVE_BYTES_LIMIT).then_some(reserved)
     }
 
+    /// Counts a request to the target on behalf of a guest's, until dropped.
+    pub(crate) fn send_active(self: &Arc<Self>) -> OnItsWay {
+        let generation = self.generation.load(Ordering::SeqCst);
+        let slot = usize::from(generation % 2 == 1);
+        self.on_their_way[slot].fetch_add(1, Ordering::SeqCst);
+        OnItsWay {
+            state: Arc::clone(self),
+            slot,
+        }
+    }
+
+    /// Begins a new generation if all requests of the one before the present have ended.
+    /// `false`: they have not, and so are as old as the last new generation. The job's
+    /// body only.
+    pub(crate) fn renew_generation(&self) -> bool {
+        let generation = self.generation.load(Ordering::SeqCst);
+        let before = usize::from(generation.is_multiple_of(2));
+        let ended = self.on_their_way[before].load(Ordering::SeqCst) == 0;
+        if ended {
+            self.generation
+                .store(generation.wrapping_add(1), Ordering::SeqCst);
+        }
+        ended
+    }
+
     /// Notes that a write-blocking write of the target failed.
     pub(crate) fn note_active_error(&self, error: IoError) {
         self.set_actively_synced(false);
@@ -397,6 +430,19 @@ impl Drop for ActiveBytes {
         self.state
             .active_bytes
             .fetch_sub(self.len, Ordering::Relaxed);
+    }
+}
+
+/// A request to the target on behalf of a guest's, until dropped.
+#[must_use]
+pub(crate) struct OnItsWay {
+    state: Arc<MirrorState>,
+    slot: usize,
+}
+
+impl Drop for OnItsWay {
+    fn drop(&mut self) {
+        self.state.on_their_way[self.slot].fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -3,7 +3,7 @@
 use block::IoOp;
 use block::test_storage::Match;
 
-use crate::{CopyMode, JobStatus};
+use crate::{CopyMode, JobStatus, OnError};
 
 use super::*;
 
@@ -185,6 +185,102 @@ fn a_target_that_hangs_while_a_mirror_catches_up_does_not_hold_the_guest() {
         }
         assert!(rig.target.held() > 0);
         rig.target.release_all();
+        rig.wait_for(JobStatus::Null).await;
+        assert_eq!(rig.completed(), Some(None));
+        rig.assert_on_target();
+        rig.assert_equal();
+    });
+}
+
+/// Waits until the guest's writes go to the target by themselves. The copier is
+/// expected to wait after an error nearly all the time.
+async fn catches_up(rig: &Rig, offset: u64) {
+    let mut there = 0;
+    for byte in (1..=250).cycle() {
+        rig.write(offset, CHUNK, byte).await;
+        there = match rig.target.peek(offset, 1) == [byte] {
+            true => there + 1,
+            false => 0,
+        };
+        if there == 5 {
+            return;
+        }
+        runtime::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// A mirror that catches up, and never gets there: half of the target fails.
+async fn catching_up(rig: &Rig) -> JobKey {
+    scribble(&rig.source);
+    rig.target
+        .fail(Match::op(IoOp::Write).range(0..SIZE / 2), libc::EIO);
+    let mut spec = rig.spec();
+    spec.on_target_error = OnError::Ignore;
+    let key = rig.start(spec).await;
+    catches_up(rig, SIZE - CHUNK).await;
+    key
+}
+
+#[test]
+fn a_mirror_that_is_paused_while_it_catches_up_does_not_hold_the_guest() {
+    with_rig(|rig| async move {
+        let key = catching_up(&rig).await;
+        rig.act(|jobs| jobs.pause(key));
+        rig.wait_for(JobStatus::Paused).await;
+        rig.target.hold(Match::op(IoOp::Write));
+        rig.write(SIZE - CHUNK, CHUNK, 7).await;
+        assert_eq!(
+            rig.target.held(),
+            0,
+            "nothing is written while it is paused"
+        );
+        rig.target.stop_holding();
+        rig.target.stop_failing();
+        rig.act(|jobs| jobs.resume(key));
+        rig.wait_for(JobStatus::Ready).await;
+        rig.pivot(key).await;
+        rig.assert_equal();
+    });
+}
+
+#[test]
+fn a_target_that_hangs_for_the_guest_alone_does_not_hold_it_while_the_mirror_catches_up() {
+    with_rig(|rig| async move {
+        let key = catching_up(&rig).await;
+        rig.target
+            .hold(Match::op(IoOp::Write).range(SIZE - CHUNK..SIZE));
+        let write = rig.begin_write(SIZE - CHUNK, CHUNK, 7);
+        rig.target.wait_held(1).await;
+        write.await.expect("the write, though the target hangs");
+        assert_eq!(rig.target.held(), 1);
+        rig.target.release_all();
+        rig.target.stop_failing();
+        rig.wait_for(JobStatus::Ready).await;
+        rig.pivot(key).await;
+        rig.assert_equal();
+    });
+}
+
+#[test]
+fn a_mirror_that_caught_up_and_waits_to_be_finalized_does_not_hold_the_guest() {
+    with_rig(|rig| async move {
+        scribble(&rig.source);
+        let mut spec = rig.spec();
+        spec.on_target_error = OnError::Ignore;
+        spec.auto_finalize = false;
+        let key = rig.ready(spec).await;
+        rig.target
+            .fail(Match::op(IoOp::Write).range(0..SIZE / 2), libc::EIO);
+        rig.write(0, SIZE / 2, 6).await;
+        rig.act(|jobs| jobs.complete(key));
+        catches_up(&rig, SIZE - CHUNK).await;
+        rig.target.stop_failing();
+        rig.wait_for(JobStatus::Pending).await;
+        rig.target.hold(Match::op(IoOp::Write));
+        rig.write(SIZE - CHUNK, CHUNK, 7).await;
+        assert_eq!(rig.target.held(), 0, "nothing is written while it waits");
+        rig.target.stop_holding();
+        rig.act(|jobs| jobs.finalize(key));
         rig.wait_for(JobStatus::Null).await;
         assert_eq!(rig.completed(), Some(None));
         rig.assert_on_target();
