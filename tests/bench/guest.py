@@ -146,6 +146,15 @@ def measure(tool, folder, copy_mode):
     return phases
 
 
+def attempt(tool, folder, copy_mode):
+    """As `measure`, once more if the machine ends in the midst of it."""
+    try:
+        return measure(tool, folder, copy_mode)
+    except (EOFError, ConnectionError) as error:
+        print(f"{tool}, {copy_mode}: the machine ended ({error})", file=sys.stderr)
+        return measure(tool, folder, copy_mode)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,7 +170,7 @@ def main():
         for _ in range(args.rounds):
             for tool in TOOLS:
                 with tempfile.TemporaryDirectory(dir=args.directory) as folder:
-                    for name, numbers in measure(tool, pathlib.Path(folder), mode).items():
+                    for name, numbers in attempt(tool, pathlib.Path(folder), mode).items():
                         results[tool][name].append(numbers)
         for name in ("no job", "copying", "ready"):
             cells = [cell(name, results[tool], args.rounds) for tool in TOOLS]

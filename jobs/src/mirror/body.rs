@@ -65,7 +65,7 @@ pub(super) struct Body<'a> {
     /// Bytes in flight as progress counts them.
     in_flight: u64,
     pub(super) pace: Pace,
-    guard: Guard,
+    pub(super) guard: Guard,
     /// Where the scan of the bitmap goes on.
     cursor: u64,
     /// Bytes that were dirty when the scan last began anew.

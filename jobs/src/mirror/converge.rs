@@ -38,6 +38,8 @@ pub(super) const HOLD_LIMIT: Duration = Duration::from_secs(2);
 /// First and longest wait before it is held again after that; doubles.
 pub(super) const HOLD_RETRY: (Duration, Duration) =
     (Duration::from_secs(1), Duration::from_secs(30));
+/// Time in which what is left has got no less after which it does so in any case.
+const STUCK_BEFORE_CATCHING_UP: Duration = Duration::from_secs(3);
 /// Passes beside the guest after which a mirror that is not ready yet catches up.
 const PASSES_BEFORE_CATCHING_UP: u32 = 2;
 
@@ -81,6 +83,7 @@ impl Body<'_> {
             self.sections > 0 || self.passes > 0
         } else {
             self.passes >= PASSES_BEFORE_CATCHING_UP
+                || self.guard.stuck_for(Instant::now()) >= STUCK_BEFORE_CATCHING_UP
         };
         if helps && state.dirty_bytes() > 0 {
             if switches {

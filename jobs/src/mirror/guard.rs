@@ -93,6 +93,11 @@ impl Guard {
         newly
     }
 
+    /// For how long what is left has got no less.
+    pub(super) fn stuck_for(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.best.1)
+    }
+
     /// The deadline, if it is over.
     pub(super) fn missed(&self, now: Instant) -> Option<Duration> {
         self.deadline
@@ -176,6 +181,8 @@ mod tests {
         let lefts: Vec<u64> = (0..25).map(|n| (90 + n % 3) * MIB).collect();
         let stalls = watch(&mut guard, began, &lefts, 5 * MIB);
         assert_eq!(stalls, [10], "told once, 10 s after the best");
+        let last = began + Duration::from_secs(25);
+        assert_eq!(guard.stuck_for(last), Duration::from_secs(24));
         assert!(guard.rates().is_stalled);
         let again = watch(&mut guard, began + Duration::from_secs(25), &[80 * MIB], 0);
         assert!(again.is_empty() && !guard.rates().is_stalled);
