@@ -39,6 +39,8 @@ class Exports:
 
     def command(self, node, *commands):
         parts = [part for command in commands for part in ("-c", command)]
+        if all(command.startswith("read") for command in commands):
+            parts.insert(0, "-r")
         return ["qemu-io", "-f", "raw", *parts, f"nbd+unix:///{node}?socket={self.socket}"]
 
     def io(self, node, *commands):
@@ -123,12 +125,11 @@ def test_a_throttled_node_changes_its_group_under_a_request_that_waits(exports):
     # At one a second they would take minutes.
     commands = [f"write {n * 4}k 4k" for n in range(200)]
     with subprocess.Popen(exports.command("thr", *commands), stdout=subprocess.PIPE,
-                          text=True) as client:
-        line = client.stdout.readline()
-        assert line.startswith("wrote"), line
+                          bufsize=0) as client:
+        assert client.stdout.read(5) == b"wrote"
         qmp.execute("blockdev-reopen", options=[throttle("fast")])
         rest, _ = client.communicate(timeout=60)
-    assert rest.count("wrote") == 199 and client.returncode == 0, rest
+    assert rest.count(b"wrote") == 199 and client.returncode == 0, rest
     qmp.execute("object-del", id="slow")
     assert exports.refused("object-del", id="fast") == "object 'fast' is in use, can not be deleted"
     assert exports.refused("blockdev-reopen", options=[throttle("slow")]) \
