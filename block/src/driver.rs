@@ -238,6 +238,12 @@ pub trait BlockDriver: Send + Sync + 'static {
         self.is_filter()
     }
 
+    /// Whether the node has something in memory that a flush or its [`close`](Self::close)
+    /// has to write to the nodes below.
+    fn is_dirty(&self) -> bool {
+        false
+    }
+
     /// Kind of the extent that begins at `offset`, as far as it is the same, at
     /// most `len` bytes (`len` is at least 1).
     fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>>;

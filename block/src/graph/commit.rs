@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use futures_channel::oneshot;
 
+use super::last_flush::Closing;
 use super::topology::{NodeEntry, Topology};
 use super::{Graph, GraphError};
 use crate::node::Node;
@@ -89,7 +90,15 @@ impl Graph {
         }
         self.topology.replace(new);
         self.inherit_sections();
-        Ok(Removed(removed))
+        Ok(self.removed(removed))
+    }
+
+    /// To be closed: parents first.
+    pub(super) fn removed(&self, nodes: Vec<NodeEntry>) -> Removed {
+        Removed {
+            nodes,
+            closing: Arc::clone(&self.closing),
+        }
     }
 }
 
@@ -98,13 +107,12 @@ impl Graph {
 /// They are closed on a helper thread, since the last close of an image may write
 /// it back, and never end on dead storage. Dropping this does not wait for that.
 #[must_use = "whoever can wait should wait until the nodes are closed"]
-pub(super) struct Removed(Vec<NodeEntry>);
+pub(super) struct Removed {
+    nodes: Vec<NodeEntry>,
+    closing: Arc<Closing>,
+}
 
 impl Removed {
-    pub(super) fn new(nodes: Vec<NodeEntry>) -> Self {
-        Self(nodes)
-    }
-
     /// Waits until they are closed. Who else still holds one, or has requests in
     /// it, keeps its file open.
     ///
@@ -117,16 +125,22 @@ impl Removed {
     }
 
     fn close(&mut self) -> Option<oneshot::Receiver<()>> {
-        let nodes = std::mem::take(&mut self.0);
+        let nodes = std::mem::take(&mut self.nodes);
         if nodes.is_empty() {
             return None;
         }
+        // What a close writes is not held back by their limits.
+        for entry in &nodes {
+            entry.node.driver().drained_begin();
+        }
+        let under_way = self.closing.begin();
         let (done, closed) = oneshot::channel();
         runtime::unblock_detached(move || {
             for entry in &nodes {
                 entry.node.driver().close();
             }
             drop(nodes);
+            drop(under_way);
             // Nobody may be waiting.
             let _ = done.send(());
         });

@@ -1,20 +1,15 @@
 //! What queries say of nodes and backends.
 
-use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
-
-use futures_util::future::{Either, join_all, select};
 
 use super::Graph;
 use super::topology::Topology;
 use crate::backend::AttachmentKind;
 use crate::dirty_bitmap::DirtyBitmap;
-use crate::driver::{CancelReach, ChildRole};
+use crate::driver::ChildRole;
 use crate::node::Node;
 use crate::options::{CacheOptions, DetectZeroes, DiscardMode};
 use crate::permissions::Permissions;
-use crate::runtime::sleep;
 
 /// A node, for `query-named-block-nodes` and `query-block`.
 #[derive(Clone, Debug)]
@@ -193,24 +188,6 @@ fn has_details(topology: &Topology, node: &Arc<Node>) -> bool {
 }
 
 impl Graph {
-    /// Flushes all nodes that are written, so that the program may end: formats keep
-    /// tables in memory. One that hangs keeps nobody else, and a server that is away
-    /// is not waited for. Errors are logged. Cancel: some are flushed.
-    pub async fn flush_all(&self) {
-        let nodes: Vec<_> = self
-            .topology
-            .borrow()
-            .nodes
-            .iter()
-            .map(|entry| Arc::clone(&entry.node))
-            .collect();
-        let flushes = nodes
-            .iter()
-            .filter(|node| !node.read_only())
-            .map(last_flush);
-        join_all(flushes).await;
-    }
-
     /// All nodes, in the order in which they came.
     pub fn nodes(&self) -> Vec<NodeInfo> {
         let nodes: Vec<_> = self
@@ -340,24 +317,5 @@ impl Graph {
                 in_flight: entry.backend.in_flight(),
             })
             .collect()
-    }
-}
-
-/// How long the last flush of a node may take before what waits for a server in it
-/// is given up, again and again.
-const LAST_FLUSH_PATIENCE: Duration = Duration::from_secs(1);
-
-async fn last_flush(node: &Arc<Node>) {
-    let flush = pin!(node.flush());
-    let impatience = pin!(async {
-        loop {
-            sleep(LAST_FLUSH_PATIENCE).await;
-            // Not one that is only slow: the watchdog has the last word on that.
-            node.cancel_in_flight(CancelReach::Waiting);
-        }
-    });
-    let Either::Left((result, _)) = select(flush, impatience).await;
-    if let Err(error) = result {
-        tracing::error!(%error, "a node could not be flushed at the end");
     }
 }

@@ -7,6 +7,7 @@
 //! - `reopen`: `blockdev-reopen`;
 //! - `resize`: `block_resize`;
 //! - `drain`: drained sections;
+//! - `last_flush`: what has to be written before nodes go;
 //! - `handle`: how other threads get here.
 //!
 //! Requests do not come by here: they read the edges (`Child`, `Backend`),
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
 
+use self::last_flush::Closing;
 use crate::backend::{AttachmentKind, Backend, BackendUser};
 use crate::driver::{BlockDriver, ChildRole};
 use crate::leaf::NoLeafCell;
@@ -34,6 +36,7 @@ mod drain;
 mod error;
 mod handle;
 mod info;
+mod last_flush;
 pub(crate) mod names;
 mod open;
 mod reopen;
@@ -69,6 +72,7 @@ pub struct Graph {
     drain_timeout: Cell<Duration>,
     handle: RefCell<Option<GraphHandle>>,
     throttle_groups: ThrottleGroups,
+    closing: Arc<Closing>,
     /// See [`Graph::set_backing_directories`].
     backing_directories: RefCell<Vec<PathBuf>>,
 }
@@ -86,6 +90,7 @@ impl Graph {
             drain_timeout: Cell::new(DEFAULT_DRAIN_TIMEOUT),
             handle: RefCell::default(),
             throttle_groups: ThrottleGroups::default(),
+            closing: Arc::default(),
             backing_directories: RefCell::default(),
         })
     }

@@ -128,7 +128,7 @@ impl Graph {
     ///
     /// Cancel: it is there as before, or removed and will be closed.
     pub async fn blockdev_del(&self, name: &str) -> Result<(), GraphError> {
-        flush_for_removal(self.without(name)?).await;
+        self.flush_for_removal(self.without(name)?).await;
         // Somebody may have come to use it meanwhile.
         let topology = self.without(name)?;
         self.commit(topology)?.closed().await;
@@ -162,24 +162,6 @@ impl Graph {
     }
 }
 
-/// Flushes what `after` does not keep and what stands on nodes that stay. A format
-/// writes out its tables when it is closed, if they have changed; by then others may
-/// have the node below.
-async fn flush_for_removal(mut after: Topology) {
-    for entry in after.remove_orphans() {
-        let mut below = entry.children.iter();
-        let on_others = below.any(|edge| after.node(edge.target.id()).is_some());
-        if on_others
-            && !entry.node.read_only()
-            && let Err(error) = entry.node.flush().await
-        {
-            let node = entry.node.name();
-            // As at any close: it goes all the same.
-            tracing::error!(node, %error, "a node could not be flushed before its end");
-        }
-    }
-}
-
 /// Nodes that have been opened and are not in the graph yet, children first.
 /// Dropping it closes them.
 struct Opening<'a> {
@@ -202,7 +184,7 @@ impl Drop for Opening<'_> {
 
 impl<'a> Opening<'a> {
     fn take(&mut self) -> Removed {
-        Removed::new(self.nodes.drain(..).rev().collect())
+        self.graph.removed(self.nodes.drain(..).rev().collect())
     }
 
     /// While files were opened, jobs' filters may have come above children given by

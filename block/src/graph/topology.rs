@@ -81,6 +81,12 @@ pub(super) struct Topology {
     pub(super) backends: Vec<BackendEntry>,
 }
 
+fn add_once(nodes: &mut Vec<Arc<Node>>, node: &Arc<Node>) {
+    if !nodes.iter().any(|known| known.id() == node.id()) {
+        nodes.push(Arc::clone(node));
+    }
+}
+
 /// One edge to a node, seen from that node.
 struct Parent {
     /// Higher for those that came later.
@@ -162,21 +168,21 @@ impl Topology {
     pub(super) fn below(&self, backends: impl Iterator<Item = u64>) -> Vec<Arc<Node>> {
         let ids: Vec<u64> = backends.collect();
         let mut nodes: Vec<Arc<Node>> = Vec::new();
-        let add = |nodes: &mut Vec<Arc<Node>>, node: &Arc<Node>| {
-            if !nodes.iter().any(|known| known.id() == node.id()) {
-                nodes.push(Arc::clone(node));
-            }
-        };
         for entry in &self.backends {
             if ids.contains(&entry.backend.id()) {
-                add(&mut nodes, &entry.target);
+                add_once(&mut nodes, &entry.target);
             }
         }
+        self.all_below(nodes)
+    }
+
+    /// Different nodes, and all below them.
+    pub(super) fn all_below(&self, mut nodes: Vec<Arc<Node>>) -> Vec<Arc<Node>> {
         let mut next = 0;
         while let Some(node) = nodes.get(next).map(|node| node.id()) {
             next += 1;
             for edge in self.node(node).iter().flat_map(|entry| &entry.children) {
-                add(&mut nodes, &edge.target);
+                add_once(&mut nodes, &edge.target);
             }
         }
         nodes

@@ -86,6 +86,10 @@ impl BlockDriver for Qcow2Driver {
         true
     }
 
+    fn is_dirty(&self) -> bool {
+        !self.is_read_only() && self.changed.load(Ordering::Acquire)
+    }
+
     fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {
         Box::pin(self.status(offset, len))
     }
@@ -182,7 +186,7 @@ impl BlockDriver for Qcow2Driver {
 
     /// Writes out what is left.
     fn close(&self) {
-        if self.is_read_only() || !self.changed.load(Ordering::Acquire) {
+        if !self.is_dirty() {
             return;
         }
         let flushed =

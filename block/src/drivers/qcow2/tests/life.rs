@@ -6,6 +6,7 @@ use std::io::Write as _;
 use super::check::Image;
 use super::recorder::Recorder;
 use super::{Layout, on_main, open_on};
+use crate::backend::{AttachmentKind, BackendUser};
 use crate::buffer::AlignedBuffer;
 use crate::driver::WriteFlags;
 use crate::error::IoOp;
@@ -13,10 +14,12 @@ use crate::graph::Graph;
 use crate::node::{Node, NodeOptions};
 use crate::options::{
     BackingRef, BlockdevOptions, BlockdevRef, DriverOptions, FileOptions, Qcow2Options, RawOptions,
+    ThrottleOptions,
 };
 use crate::permissions::{Perm, Permissions};
 use crate::runtime::spawn_local;
 use crate::test_storage::{Match, TestStorage};
+use crate::throttle::ThrottleLimits;
 
 const LAYOUT: Layout = Layout {
     cluster_bits: 12,
@@ -110,8 +113,7 @@ fn an_image_that_becomes_read_only_leaves_nothing_in_memory() {
     on_main(|graph| async move {
         let recorder = recorded(&graph);
         let node = graph.blockdev_add(no_flush(qcow2(on_f()))).await.unwrap();
-        write(&node, 0, 1).await;
-        write(&node, 4096, 2).await;
+        write_two_clusters(&node).await;
         drop(node);
         let mut read_only = no_flush(qcow2(on_f()));
         read_only.read_only = Some(true);
@@ -126,8 +128,7 @@ fn a_file_is_the_images_until_its_tables_are_written() {
     on_main(|graph| async move {
         let storage = stored(&graph);
         let node = open_on(&graph, "a", "f", BackingRef::None).await.unwrap();
-        write(&node, 0, 1).await;
-        write(&node, 4096, 2).await;
+        write_two_clusters(&node).await;
         drop(node);
         storage.hold(Match::op(IoOp::Write));
         let deleted = spawn_local({
@@ -208,4 +209,96 @@ fn a_file_that_grows_while_it_is_reopened_is_no_obstacle() {
         let content = std::fs::read(image.path()).unwrap();
         assert_eq!(first_bytes(&content), two_clusters());
     });
+}
+
+/// A user without rights, for whom a node is opened.
+struct Idle;
+
+impl BackendUser for Idle {
+    fn kind(&self) -> AttachmentKind {
+        AttachmentKind::Job
+    }
+
+    fn describe(&self) -> String {
+        "a test".to_owned()
+    }
+}
+
+/// A node in the throttle group `slow`, which has no limits yet.
+fn throttled(graph: &Graph, file: BlockdevRef) -> BlockdevOptions {
+    let none = ThrottleLimits::default();
+    graph.throttle_groups().create("slow", none).unwrap();
+    BlockdevOptions::new(DriverOptions::Throttle(ThrottleOptions {
+        file,
+        group: "slow".to_owned(),
+    }))
+}
+
+/// What comes after the first write waits for an hour.
+fn limit(graph: &Graph) {
+    let mut limits = ThrottleLimits::default();
+    limits.bps_write.rate = 1;
+    let group = graph.throttle_groups().find("slow").unwrap();
+    group.set_limits(limits).unwrap();
+}
+
+async fn write_two_clusters(node: &Node) {
+    write(node, 0, 1).await;
+    write(node, 4096, 2).await;
+}
+
+#[test]
+fn no_limit_holds_for_the_tables_of_an_image_that_is_deleted() {
+    for named in [false, true] {
+        on_main(|graph| async move {
+            let storage = stored(&graph);
+            let mut throttle = throttled(&graph, on_f());
+            let below = if named {
+                throttle.node_name = Some("t".to_owned());
+                graph.blockdev_add(throttle).await.unwrap();
+                BlockdevRef::Name("t".to_owned())
+            } else {
+                BlockdevRef::Inline(Box::new(throttle))
+            };
+            let node = graph.blockdev_add(qcow2(below)).await.unwrap();
+            write_two_clusters(&node).await;
+            limit(&graph);
+            drop(node);
+            graph.blockdev_del("a").await.unwrap();
+            assert_eq!(first_bytes(&storage.snapshot()), two_clusters());
+        });
+    }
+}
+
+#[test]
+fn the_end_waits_for_images_that_are_being_closed_whatever_their_limit() {
+    for limited in [false, true] {
+        on_main(|graph| async move {
+            let storage = stored(&graph);
+            let below = match limited {
+                true => BlockdevRef::Inline(Box::new(throttled(&graph, on_f()))),
+                false => on_f(),
+            };
+            let user = graph
+                .open_for(qcow2(below), std::sync::Arc::new(Idle))
+                .await
+                .unwrap();
+            write_two_clusters(&user.root()).await;
+            if limited {
+                limit(&graph);
+            }
+            storage.hold(Match::op(IoOp::Write));
+            graph.detach(&user);
+            drop(user);
+            storage.wait_held(1).await;
+            let mut end = Box::pin(graph.flush_all());
+            let pending = std::future::poll_fn(|cx| {
+                std::task::Poll::Ready(end.as_mut().poll(cx).is_pending())
+            });
+            assert!(pending.await);
+            storage.release_all();
+            end.await;
+            assert_eq!(first_bytes(&storage.snapshot()), two_clusters());
+        });
+    }
 }
