@@ -13,7 +13,6 @@ DRIVERS = {"file", "raw", "null-co", "null-aio", "blkdebug", "copy-before-write"
 # Scenarios that cannot be judged from their commands and drivers.
 WAITING = {
     "bitmap-persistent": "bitmaps that are kept",
-    "nbd-export-bitmap": "bitmaps of exports",
     "protocol-quit": "bitmaps that are kept",
     "mirror-drive-mirror": "creating qcow2 images",
 }

@@ -13,11 +13,6 @@ pub struct BitmapHold {
 }
 
 impl BitmapHold {
-    /// The bits at this moment. They are others only if the node has another size.
-    pub fn bits(&self) -> Arc<DirtyBitmap> {
-        self.bitmap.bits()
-    }
-
     /// The bitmap.
     pub fn bitmap(&self) -> &Arc<NamedBitmap> {
         &self.bitmap

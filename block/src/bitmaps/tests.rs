@@ -236,7 +236,7 @@ fn a_busy_bitmap_is_left_alone() {
             Err(GraphError::Bitmap(NamedBitmapError::Busy(_)))
         ));
         write(&node, [7]).await;
-        assert_eq!(dirty(&hold.bits()), [7]);
+        assert_eq!(dirty(&hold.bitmap().bits()), [7]);
         drop(hold);
         let frozen = bitmap.freeze().unwrap();
         check();

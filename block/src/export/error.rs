@@ -1,5 +1,6 @@
 //! Why something with exports is refused. Texts that QEMU has are QEMU's.
 
+use crate::bitmaps::NamedBitmapError;
 use crate::graph::GraphError;
 use crate::nbd::server::ListenError;
 
@@ -54,18 +55,15 @@ pub enum ExportError {
         /// The name.
         name: String,
     },
-    /// The node that was named has no bitmap of that name.
-    #[error("Dirty bitmap '{name}' not found")]
-    BitmapNotFoundAt {
+    /// A bitmap records what others write, and clients could not know.
+    #[error("Enabled bitmap '{name}' incompatible with readonly export")]
+    BitmapRecords {
         /// The name.
         name: String,
     },
-    /// There is no node of the name that was given for a bitmap.
-    #[error("Node '{node}' not found")]
-    BitmapNodeNotFound {
-        /// The name.
-        node: String,
-    },
+    /// A bitmap is not where it was said to be, or cannot be used.
+    #[error(transparent)]
+    Bitmap(#[from] NamedBitmapError),
     /// No export has that id.
     #[error("Export '{id}' is not found")]
     NotFound {

@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::{Either, join, select};
 
 use crate::backend::{Backend, BackendUser};
+use crate::bitmaps::{BitmapHold, NamedBitmap};
 use crate::graph::{Graph, GraphError};
 use crate::nbd::protocol::MAX_STRING;
 use crate::nbd::server::{NbdExport, NbdExportOptions, NbdServer};
@@ -130,6 +131,8 @@ struct Entry {
     kind: &'static str,
     backend: Arc<Backend>,
     nbd: Arc<NbdExport>,
+    /// Those that it shows, until it is gone.
+    bitmaps: RefCell<Vec<BitmapHold>>,
     /// Of the thread that serves it.
     _hold: Option<Box<dyn Any>>,
     shutting_down: Cell<bool>,
@@ -262,14 +265,20 @@ impl Exports {
         if server.has_export(&name) {
             return Err(ExportError::NameInUse { name });
         }
-        if let Some(bitmap) = bitmaps.into_iter().next() {
-            return Err(self.no_bitmap(bitmap));
-        }
         let backend = self.attach(&id, &node, permissions(writable))?;
+        let holds = match self.hold_bitmaps(&node, bitmaps, writable) {
+            Ok(holds) => holds,
+            Err(error) => {
+                self.graph.detach(&backend);
+                return Err(error);
+            }
+        };
+        let bitmaps = holds.iter().map(|hold| Arc::clone(hold.bitmap()));
         let nbd = server.add_export(NbdExportOptions {
             name,
             description,
             allocation_depth,
+            bitmaps: bitmaps.collect(),
             writable,
             writethrough,
             iothread: iothread.as_ref().map(|thread| thread.handle.clone()),
@@ -280,6 +289,7 @@ impl Exports {
             kind: kind_name,
             backend,
             nbd,
+            bitmaps: RefCell::new(holds),
             _hold: iothread.map(|thread| thread.hold),
             shutting_down: Cell::new(false),
         }));
@@ -369,16 +379,33 @@ impl Exports {
         }
     }
 
-    /// Nodes have no bitmaps with names yet.
-    fn no_bitmap(&self, bitmap: BitmapRef) -> ExportError {
-        let BitmapRef { node, name } = bitmap;
-        match node {
-            Some(node) if self.graph.find_node(&node).is_err() => {
-                ExportError::BitmapNodeNotFound { node }
+    /// Makes the bitmaps busy that are to be shown, each once.
+    fn hold_bitmaps(
+        &self,
+        node: &Arc<Node>,
+        wanted: Vec<BitmapRef>,
+        writable: bool,
+    ) -> Result<Vec<BitmapHold>, ExportError> {
+        let mut found: Vec<Arc<NamedBitmap>> = Vec::new();
+        for BitmapRef { node: at, name } in wanted {
+            let bitmap = match at {
+                Some(at) => self.graph.find_bitmap(&at, &name)?,
+                None => {
+                    let (owner, bitmap) = find_below(node, &name)
+                        .ok_or_else(|| ExportError::BitmapNotFound { name: name.clone() })?;
+                    if !writable && !owner.read_only() && bitmap.is_recording() {
+                        return Err(ExportError::BitmapRecords { name });
+                    }
+                    bitmap
+                }
+            };
+            bitmap.check_usable()?;
+            if !found.iter().any(|known| Arc::ptr_eq(known, &bitmap)) {
+                found.push(bitmap);
             }
-            Some(_) => ExportError::BitmapNotFoundAt { name },
-            None => ExportError::BitmapNotFound { name },
         }
+        let holds = found.iter().map(|bitmap| Ok(bitmap.hold()?));
+        holds.collect()
     }
 
     fn find(&self, id: &str) -> Result<Rc<Entry>, ExportError> {
@@ -408,6 +435,7 @@ impl Exports {
 
     fn end_delete(&self, entry: &Rc<Entry>) {
         self.graph.detach(&entry.backend);
+        entry.bitmaps.borrow_mut().clear();
         self.entries
             .borrow_mut()
             .retain(|other| !Rc::ptr_eq(other, entry));
@@ -434,6 +462,21 @@ impl Exports {
             Either::Right(_) => left(),
         }
     }
+}
+
+/// The bitmap of that name that is next on the way down: of the node, or of what it shows.
+fn find_below(node: &Arc<Node>, name: &str) -> Option<(Arc<Node>, Arc<NamedBitmap>)> {
+    let mut next = Some(Arc::clone(node));
+    while let Some(node) = next {
+        if let Some(bitmap) = node.named_bitmap(name) {
+            return Some((node, bitmap));
+        }
+        next = match node.driver().filtered() {
+            Some(below) => Some(below),
+            None => node.backing(),
+        };
+    }
+    None
 }
 
 /// What an export does with its node, and lets others do: all but resizing, which

@@ -246,6 +246,10 @@ pub mod allocation_flag {
 /// Name of QEMU's context that tells how many layers down the data is: 0 not
 /// allocated, 1 in the top layer, 2 in its backing image, ….
 pub const QEMU_ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
+/// QEMU's contexts of dirty bitmaps begin so; the bitmap's name follows.
+pub const QEMU_DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
+/// In the status of a dirty bitmap's context: the range is dirty.
+pub const DIRTY: u32 = 1 << 0;
 /// What the names of QEMU's dirty bitmap contexts begin with.
 pub const QEMU_DIRTY_BITMAP_PREFIX: &str = "qemu:dirty-bitmap:";
 

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::sectors::SectorGate;
 use crate::backend::Backend;
+use crate::bitmaps::NamedBitmap;
 use crate::nbd::protocol::{BlockSizes, MAX_PAYLOAD, transmission_flag};
 use crate::runtime::IothreadHandle;
 use crate::wait::Waiters;
@@ -14,6 +15,8 @@ pub(crate) struct NbdExportOptions {
     pub(crate) name: String,
     pub(crate) description: Option<String>,
     pub(crate) allocation_depth: bool,
+    /// Held by whoever makes the export, until the last connection has gone.
+    pub(crate) bitmaps: Vec<Arc<NamedBitmap>>,
     pub(crate) writable: bool,
     pub(crate) writethrough: bool,
     pub(crate) iothread: Option<IothreadHandle>,
@@ -25,6 +28,7 @@ pub(crate) struct NbdExport {
     pub(super) name: String,
     pub(super) description: Option<String>,
     pub(super) allocation_depth: bool,
+    pub(super) bitmaps: Vec<Arc<NamedBitmap>>,
     pub(super) writable: bool,
     pub(super) writethrough: bool,
     /// Who serves it; `None`: any thread of the server.
@@ -49,6 +53,7 @@ impl NbdExport {
             name: options.name,
             description: options.description,
             allocation_depth: options.allocation_depth,
+            bitmaps: options.bitmaps,
             writable: options.writable,
             writethrough: options.writethrough,
             iothread: options.iothread,

@@ -13,7 +13,8 @@ use super::socket::{Input, Segment, Stream};
 use crate::nbd::protocol::{
     BASE_ALLOCATION, EXPORT_NAME_PADDING, ExportInfo, INIT_MAGIC, InfoRequest, MAX_STRING,
     MetaContextRequest, OPTION_MAGIC, OptionHeader, OptionReplyHeader, ProtocolError,
-    QEMU_ALLOCATION_DEPTH, encode_meta_context, handshake_flag, info, option, option_reply,
+    QEMU_ALLOCATION_DEPTH, QEMU_DIRTY_BITMAP, encode_meta_context, handshake_flag, info, option,
+    option_reply,
 };
 
 /// Longest data of an option that is looked at: room for a name and a few
@@ -35,16 +36,20 @@ pub(super) enum ReplyStyle {
 }
 
 /// Metadata contexts that the client has chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Contexts {
     pub(super) base_allocation: bool,
     pub(super) allocation_depth: bool,
+    /// Places in the export's list of bitmaps, each once.
+    pub(super) bitmaps: Vec<usize>,
 }
 
 /// Numbers of the contexts on the wire.
 pub(super) const BASE_ALLOCATION_ID: u32 = 0;
 /// As [`BASE_ALLOCATION_ID`].
 pub(super) const ALLOCATION_DEPTH_ID: u32 = 1;
+/// As [`BASE_ALLOCATION_ID`], of the export's first bitmap.
+pub(super) const FIRST_BITMAP_ID: u32 = 2;
 
 /// What was agreed on.
 pub(super) struct Agreed {
@@ -242,7 +247,7 @@ impl Handshake<'_> {
     fn agreed(&self, export: ExportUse) -> Agreed {
         // Contexts count for the export that they were chosen for.
         let contexts = match &self.contexts {
-            Some((chosen_for, contexts)) if Arc::ptr_eq(chosen_for, &export) => *contexts,
+            Some((chosen_for, contexts)) if Arc::ptr_eq(chosen_for, &export) => contexts.clone(),
             _ => Contexts::default(),
         };
         Agreed {
@@ -340,7 +345,7 @@ impl Handshake<'_> {
     }
 
     /// § "`NBD_OPT_SET_META_CONTEXT`". A query is a name, or to list them also what
-    /// names begin with (up to their colon); no query lists all and chooses none.
+    /// names begin with (up to a colon); no query lists all and chooses none.
     fn meta_context(&mut self, option: u32, data: &[u8]) -> Result<(), Answer> {
         let set = option == option::SET_META_CONTEXT;
         if set {
@@ -358,33 +363,35 @@ impl Handshake<'_> {
             .shared
             .find_export(request.export)
             .ok_or_else(|| unknown_export(request.export))?;
-        let wanted = |name: &str, prefix: &str| {
+        let wanted = |name: &str, prefixes: &[&str]| {
             let all = !set && request.queries.is_empty();
-            let named = |query: &&str| *query == name || (!set && *query == prefix);
+            let named = |query: &&str| *query == name || (!set && prefixes.contains(query));
             all || request.queries.iter().any(named)
         };
-        let contexts = Contexts {
-            base_allocation: wanted(BASE_ALLOCATION, "base:"),
-            allocation_depth: export.allocation_depth && wanted(QEMU_ALLOCATION_DEPTH, "qemu:"),
+        let mut contexts = Contexts {
+            base_allocation: wanted(BASE_ALLOCATION, &["base:"]),
+            allocation_depth: export.allocation_depth && wanted(QEMU_ALLOCATION_DEPTH, &["qemu:"]),
+            bitmaps: Vec::new(),
         };
-        for (chosen, id, name) in [
-            (
-                contexts.base_allocation,
-                BASE_ALLOCATION_ID,
-                BASE_ALLOCATION,
-            ),
-            (
-                contexts.allocation_depth,
-                ALLOCATION_DEPTH_ID,
-                QEMU_ALLOCATION_DEPTH,
-            ),
-        ] {
-            if chosen {
-                let mut payload = Vec::new();
-                // The number means something for those that are chosen only.
-                encode_meta_context(if set { id } else { 0 }, name, &mut payload);
-                self.reply(option, option_reply::META_CONTEXT, &payload);
+        let mut chosen = Vec::new();
+        if contexts.base_allocation {
+            chosen.push((BASE_ALLOCATION_ID, BASE_ALLOCATION.to_owned()));
+        }
+        if contexts.allocation_depth {
+            chosen.push((ALLOCATION_DEPTH_ID, QEMU_ALLOCATION_DEPTH.to_owned()));
+        }
+        for (place, bitmap) in export.bitmaps.iter().enumerate() {
+            let name = format!("{QEMU_DIRTY_BITMAP}{}", bitmap.name());
+            if wanted(&name, &["qemu:", QEMU_DIRTY_BITMAP]) {
+                contexts.bitmaps.push(place);
+                chosen.push((FIRST_BITMAP_ID + place as u32, name));
             }
+        }
+        for (id, name) in chosen {
+            let mut payload = Vec::new();
+            // The number means something for those that are chosen only.
+            encode_meta_context(if set { id } else { 0 }, &name, &mut payload);
+            self.reply(option, option_reply::META_CONTEXT, &payload);
         }
         if set {
             self.contexts = Some((export, contexts));

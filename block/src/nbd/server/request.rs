@@ -9,14 +9,17 @@ use std::time::{Duration, Instant};
 
 use super::buffers::Buffer;
 use super::connection::Connection;
-use super::handshake::{ALLOCATION_DEPTH_ID, BASE_ALLOCATION_ID, Contexts, ReplyStyle};
+use super::handshake::{
+    ALLOCATION_DEPTH_ID, BASE_ALLOCATION_ID, Contexts, FIRST_BITMAP_ID, ReplyStyle,
+};
 use super::reply::{Content, Outcome, Piece, Refusal};
 use crate::backend::InFlight;
 use crate::buffer::AlignedBuffer;
+use crate::dirty_bitmap::DirtyBitmap;
 use crate::driver::{WriteFlags, ZeroFlags};
 use crate::error::{IoError, IoOp};
 use crate::nbd::protocol::{
-    BlockDescriptor, MAX_PAYLOAD, Request, allocation_flag, command, command_flag,
+    BlockDescriptor, DIRTY, MAX_PAYLOAD, Request, allocation_flag, command, command_flag,
 };
 use crate::node::SECTOR_SIZE;
 
@@ -26,7 +29,8 @@ const MIN_SPARSE_READ: u64 = 64 << 10;
 const LOOK_AHEAD: u64 = 64 << 20;
 /// Parts that one read is told in.
 const MAX_PIECES: usize = 64;
-/// Extents of one answer. A client asks again for the rest.
+/// Extents of one answer, of each of two contexts or fewer of each of more. A client asks
+/// again for the rest.
 const MAX_EXTENTS: usize = 8192;
 /// After this time a block status request is answered with what is known.
 const STATUS_TIME: Duration = Duration::from_millis(50);
@@ -176,7 +180,7 @@ pub(super) async fn perform(
             .map_err(|error| failed(&error, "Reading ahead failed")),
         command::BLOCK_STATUS => {
             let one = flags & command_flag::REQ_ONE != 0;
-            let status = status(connection.contexts, in_flight, offset, len, one).await;
+            let status = status(connection, in_flight, offset, len, one).await;
             let outcome = match status {
                 Ok(contexts) => Outcome::Status(contexts),
                 Err(error) => Outcome::Refused(failed(&error, "Asking for block status failed")),
@@ -442,47 +446,86 @@ async fn cache(in_flight: &InFlight, offset: u64, len: u64) -> Result<(), IoErro
 
 /// Extents of each chosen context, from the beginning of the range on.
 async fn status(
-    contexts: Contexts,
+    connection: &Connection,
     in_flight: &InFlight,
     offset: u64,
     len: u64,
     one: bool,
 ) -> Result<Vec<(u32, Vec<BlockDescriptor>)>, IoError> {
     let begun = Instant::now();
+    let contexts = &connection.contexts;
+    let most = (2 * MAX_EXTENTS / (2 + contexts.bitmaps.len())).max(1);
+    let most = if one { 1 } else { most };
+    let enough = |extents: usize| extents >= most || begun.elapsed() > STATUS_TIME;
+    let mut chosen = Vec::with_capacity(2 + contexts.bitmaps.len());
+    if contexts.base_allocation || contexts.allocation_depth {
+        let end = offset + len;
+        let sectors = Sectors::of(offset, len);
+        let mut allocation: Vec<BlockDescriptor> = Vec::new();
+        let mut depths: Vec<BlockDescriptor> = Vec::new();
+        let mut at = sectors.start;
+        while at < sectors.end {
+            let extent = in_flight
+                .node()
+                .chain_status(None, at, sectors.end - at)
+                .await?;
+            let len = end.min(at + extent.len) - offset.max(at);
+            at += extent.len;
+            let mut flags = 0;
+            if !extent.data {
+                flags |= allocation_flag::HOLE;
+            }
+            if extent.zero {
+                flags |= allocation_flag::ZERO;
+            }
+            push(&mut allocation, len, flags.into());
+            push(&mut depths, len, extent.depth.into());
+            if enough(allocation.len().max(depths.len())) {
+                break;
+            }
+        }
+        if contexts.base_allocation {
+            chosen.push((BASE_ALLOCATION_ID, allocation));
+        }
+        if contexts.allocation_depth {
+            chosen.push((ALLOCATION_DEPTH_ID, depths));
+        }
+    }
+    for place in &contexts.bitmaps {
+        if let Some(bitmap) = connection.export().bitmaps.get(*place) {
+            let extents = dirty(&bitmap.bits(), offset, len, enough);
+            chosen.push((FIRST_BITMAP_ID + *place as u32, extents));
+        }
+    }
+    Ok(chosen)
+}
+
+/// Dirty and clean extents, from the beginning of the range on, until there are
+/// `enough`: one at least. What is past the bitmap's end is clean.
+fn dirty(
+    bits: &DirtyBitmap,
+    offset: u64,
+    len: u64,
+    enough: impl Fn(usize) -> bool,
+) -> Vec<BlockDescriptor> {
     let end = offset + len;
-    let sectors = Sectors::of(offset, len);
-    let mut allocation: Vec<BlockDescriptor> = Vec::new();
-    let mut depths: Vec<BlockDescriptor> = Vec::new();
-    let mut at = sectors.start;
-    while at < sectors.end {
-        let extent = in_flight
-            .node()
-            .chain_status(None, at, sectors.end - at)
-            .await?;
-        let len = end.min(at + extent.len) - offset.max(at);
-        at += extent.len;
-        let mut flags = 0;
-        if !extent.data {
-            flags |= allocation_flag::HOLE;
+    let mut extents = Vec::new();
+    let mut at = offset;
+    while at < end {
+        let run = bits.next_dirty_area(at, end - at);
+        let (start, stop) = run.map_or((end, end), |run| (run.start.min(end), run.end.min(end)));
+        if start > at {
+            push(&mut extents, start - at, 0);
+            at = start;
+        } else {
+            push(&mut extents, stop - at, DIRTY.into());
+            at = stop;
         }
-        if extent.zero {
-            flags |= allocation_flag::ZERO;
-        }
-        push(&mut allocation, len, flags.into());
-        push(&mut depths, len, extent.depth.into());
-        let enough = allocation.len().max(depths.len()) >= MAX_EXTENTS;
-        if one || enough || begun.elapsed() > STATUS_TIME {
+        if enough(extents.len()) {
             break;
         }
     }
-    let mut chosen = Vec::with_capacity(2);
-    if contexts.base_allocation {
-        chosen.push((BASE_ALLOCATION_ID, allocation));
-    }
-    if contexts.allocation_depth {
-        chosen.push((ALLOCATION_DEPTH_ID, depths));
-    }
-    Ok(chosen)
+    extents
 }
 
 fn push(extents: &mut Vec<BlockDescriptor>, len: u64, status: u64) {
