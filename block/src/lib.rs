@@ -53,7 +53,8 @@ pub use driver::{
     Reopened, WriteFlags, ZeroFlags,
 };
 pub use drivers::copy_before_write::{
-    CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Snapshot, SnapshotObserver, cluster_of,
+    CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Snapshot, SnapshotAccount,
+    SnapshotObserver, cluster_of,
 };
 pub use drivers::{OpenError, ReopenError};
 pub use error::{IoError, IoErrorKind, IoOp, os_text};

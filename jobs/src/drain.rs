@@ -27,6 +27,14 @@ impl DrainUser {
             blocker: job_type.map(|it| format!("block device is in use by block job: {it}")),
         }
     }
+
+    /// The same for a node that others may use beside the job.
+    pub(crate) fn beside_others(self) -> Self {
+        Self {
+            blocker: None,
+            ..self
+        }
+    }
 }
 
 impl BackendUser for DrainUser {

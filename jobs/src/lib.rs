@@ -30,6 +30,7 @@
 #![forbid(unsafe_code)]
 
 mod backoff;
+pub mod backup;
 mod context;
 mod copying;
 mod drain;

@@ -137,6 +137,16 @@ impl Jobs {
         self.lock().locked.core.history.list()
     }
 
+    /// As [`Jobs::backend_user`], of a node that others may use beside the job, as far as
+    /// permissions go.
+    pub(crate) fn backend_user_beside_others(
+        &self,
+        key: JobKey,
+        kind: AttachmentKind,
+    ) -> Arc<dyn BackendUser> {
+        Arc::new(DrainUser::new(self.clone(), key, kind).beside_others())
+    }
+
     /// What `query-jobs` and `query-block-jobs` show, newest job first, as with
     /// QEMU. Internal jobs are left out. Any thread.
     pub fn query(&self) -> Vec<JobInfo> {

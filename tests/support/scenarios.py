@@ -12,6 +12,7 @@ DRIVERS = {"file", "raw", "null-co", "null-aio", "blkdebug", "copy-before-write"
 
 # Scenarios that cannot be judged from their commands and drivers.
 WAITING = {
+    "backup-compress": "compressed clusters in qcow2",
     "bitmap-persistent": "bitmaps that are kept",
     "protocol-quit": "bitmaps that are kept",
     "mirror-drive-mirror": "creating qcow2 images",

@@ -1,16 +1,19 @@
 //! What jobs that copy have in common.
 //!
 //! - `carry`, `plan`, `pool`: carrying a range over;
+//! - `hold`: who keeps others off the filter;
 //! - `pace`: why the guest does not suffer from it;
 //! - `leave`: taking a job's filter and its attachments off the graph.
 
 mod carry;
+mod hold;
 mod leave;
 mod pace;
 mod plan;
 mod pool;
 
 pub(crate) use carry::{Carrier, Copied, CopyError, Entered, Look, Rules, Side};
+pub(crate) use hold::FilterHold;
 pub(crate) use leave::{
     LEAVE_DRAIN, detach_when_idle, let_target_go, take_out, take_out_some_time,
 };

@@ -17,7 +17,8 @@ use super::filter::MirrorTop;
 use super::init::Initial;
 use super::spec::{MirrorSpec, Sizes, SyncMode, sizes};
 use super::state::{MirrorState, TargetRules};
-use super::user::{FilterHold, ReplacesHold};
+use super::user::ReplacesHold;
+use crate::copying::FilterHold;
 
 /// Default granularity in bytes of a mirror of new writes only.
 const NONE_GRANULARITY: u32 = 64 << 10;
@@ -292,6 +293,7 @@ fn set_up(
     let target_backend = attach(&spec.target, WRITE_TARGET, as_target)?;
     let hold = Arc::new(FilterHold {
         job_id: spec.job_id.clone(),
+        job_type: KIND.name,
     });
     let filter_hold = attach(&filter, Permissions::IDLE, hold)?;
 

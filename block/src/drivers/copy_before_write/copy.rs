@@ -3,8 +3,8 @@
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, OnceLock};
 
 use super::snapshot::{Claim, Snapshot};
 use crate::backend::{Backend, InFlight};
@@ -28,8 +28,8 @@ thread_local! {
 pub(super) enum Target {
     /// A child of the filter.
     Child(Child),
-    /// A job's way to it.
-    Backend(Arc<Backend>),
+    /// A job's way to it, once that is there.
+    Job(OnceLock<Arc<Backend>>),
 }
 
 /// The target for the time of a request.
@@ -43,7 +43,7 @@ impl Target {
     pub(super) fn enter(&self) -> Option<Entered> {
         match self {
             Self::Child(child) => Some(Entered::Child(child.node())),
-            Self::Backend(backend) => backend.try_enter().map(Entered::Backend),
+            Self::Job(backend) => backend.get()?.try_enter().map(Entered::Backend),
         }
     }
 }
@@ -192,7 +192,7 @@ async fn carry_over(snapshot: &Snapshot, range: Range<u64>) -> Result<u64, IoErr
 
 async fn zero(target: &Entered, range: Range<u64>) -> Result<(), IoError> {
     let len = range.end - range.start;
-    if reads_as_zero_for_good(target.node(), &range).await {
+    if has_zeroes(target.node(), &range).await {
         return Ok(());
     }
     let flags = ZeroFlags {
@@ -205,15 +205,13 @@ async fn zero(target: &Entered, range: Range<u64>) -> Result<(), IoError> {
     }
 }
 
-/// Whether `node` reads as zeroes there and does so until somebody writes it: what
-/// shows through from a lower layer may change, it may be the source itself.
-async fn reads_as_zero_for_good(node: &Arc<Node>, range: &Range<u64>) -> bool {
+/// Whether `node` itself has zeroes there. What is only read, because nothing is there,
+/// may be something else one day: lower layers may change, one may even be the source,
+/// and others may not be open.
+async fn has_zeroes(node: &Arc<Node>, range: &Range<u64>) -> bool {
     let len = range.end - range.start;
     match node.chain_status(None, range.start, len).await {
-        Ok(extent) => {
-            let own = extent.depth == 1 || node.backing().is_none();
-            own && extent.zero && extent.len >= len
-        }
+        Ok(extent) => extent.depth == 1 && extent.zero && extent.len >= len,
         Err(_) => false,
     }
 }

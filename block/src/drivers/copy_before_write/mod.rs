@@ -16,9 +16,10 @@
 use std::cell::Cell;
 use std::future::Future;
 use std::ops::Range;
+use std::pin::pin;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select};
@@ -30,8 +31,7 @@ mod tests;
 mod waiting;
 
 use self::copy::Target;
-pub use self::snapshot::{Claim, Snapshot, SnapshotObserver};
-use crate::backend::Backend;
+pub use self::snapshot::{Claim, Snapshot, SnapshotAccount, SnapshotObserver};
 use crate::buffer::IoVec;
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
 use crate::driver::{
@@ -71,6 +71,8 @@ pub struct CopyBeforeWriteDriver {
     file: Child,
     snapshot: Arc<Snapshot>,
     policy: CbwPolicy,
+    /// What is copied is discarded on the source.
+    discards: bool,
 }
 
 /// The cluster of a snapshot that is kept in `target`, in bytes: a power of two.
@@ -92,34 +94,40 @@ impl CopyBeforeWriteDriver {
         part: Option<&DirtyBitmap>,
     ) -> Result<Self, BitmapError> {
         let cluster = cluster_of(&target.node(), 0);
-        Self::with_target(file, Target::Child(target), policy, cluster, part)
+        let account = SnapshotAccount::new(file.node().size(), cluster, part)?;
+        Ok(Self::with_target(
+            file,
+            Target::Child(target),
+            account,
+            policy,
+        ))
     }
 
-    /// As [`new`](Self::new), for a job that has `target` attached, and with clusters of
-    /// `cluster` bytes (a power of two).
-    pub fn for_job(
-        file: Child,
-        target: Arc<Backend>,
-        policy: CbwPolicy,
-        cluster: u64,
-        part: Option<&DirtyBitmap>,
-    ) -> Result<Self, BitmapError> {
-        Self::with_target(file, Target::Backend(target), policy, cluster, part)
+    /// As [`new`](Self::new), for a job that attaches the target by itself and then says
+    /// so ([`Snapshot::set_target`]).
+    pub fn for_job(file: Child, account: SnapshotAccount, policy: CbwPolicy) -> Self {
+        Self::with_target(file, Target::Job(OnceLock::new()), account, policy)
+    }
+
+    /// With the right to discard the source ([`Snapshot::discard_source`]).
+    pub fn that_discards(mut self) -> Self {
+        self.discards = true;
+        self
     }
 
     fn with_target(
         file: Child,
         target: Target,
+        account: SnapshotAccount,
         policy: CbwPolicy,
-        cluster: u64,
-        part: Option<&DirtyBitmap>,
-    ) -> Result<Self, BitmapError> {
-        let snapshot = Snapshot::new(file.share(), target, cluster, part)?;
-        Ok(Self {
+    ) -> Self {
+        let snapshot = Snapshot::new(file.share(), target, account);
+        Self {
             file,
             snapshot: Arc::new(snapshot),
             policy,
-        })
+            discards: false,
+        }
     }
 
     /// The snapshot that it keeps.
@@ -147,22 +155,28 @@ impl CopyBeforeWriteDriver {
         range: &Range<u64>,
         clusters: Range<u64>,
     ) -> Result<(), IoError> {
+        let snapshot = &self.snapshot;
         let given_up = Rc::new(Cell::new(false));
-        let secured = copy::secure(Arc::clone(&self.snapshot), clusters, Rc::clone(&given_up));
-        let result = match self.policy.timeout {
-            None => secured.await,
-            Some(timeout) => {
-                let task = runtime::spawn_local(secured);
-                let timer = std::pin::pin!(runtime::sleep(timeout));
-                match select(task, timer).await {
-                    Either::Left((result, _)) => result,
-                    Either::Right(((), task)) => {
-                        // What is under way ends some time; the target is in use until
-                        // then.
-                        given_up.set(true);
-                        task.detach();
-                        Err(self.snapshot.error(op, range, libc::ETIMEDOUT))
-                    }
+        let secured = copy::secure(Arc::clone(snapshot), clusters.clone(), Rc::clone(&given_up));
+        let timeout = async {
+            match self.policy.timeout {
+                Some(timeout) => runtime::sleep(timeout).await,
+                None => std::future::pending().await,
+            }
+        };
+        // The snapshot may cease to be needed while its target hangs.
+        let released = snapshot.until(clusters, || snapshot.lets_pass());
+        let (timeout, released) = (pin!(timeout), pin!(released));
+        let stop = select(timeout, released);
+        let result = match select(Box::pin(secured), stop).await {
+            Either::Left((result, _)) => result,
+            Either::Right((why, secured)) => {
+                // What is under way ends some time; the target is in use until then.
+                given_up.set(true);
+                runtime::spawn_local(secured).detach();
+                match why {
+                    Either::Left(_) => Err(snapshot.error(op, range, libc::ETIMEDOUT)),
+                    Either::Right(_) => Ok(()),
                 }
             }
         };
@@ -374,11 +388,15 @@ impl BlockDriver for CopyBeforeWriteDriver {
                 share: Perm::ALL.without(Perm::RESIZE),
             };
         }
+        let mut need = users.need;
+        if need.contains(Perm::WRITE) {
+            need |= Perm::CONSISTENT_READ;
+        }
+        if self.discards {
+            need |= Perm::WRITE;
+        }
         Permissions {
-            need: match users.need.contains(Perm::WRITE) {
-                true => users.need | Perm::CONSISTENT_READ,
-                false => users.need,
-            },
+            need,
             // Nobody may write past the filter.
             share: users.share.without(Perm::WRITE | Perm::RESIZE),
         }

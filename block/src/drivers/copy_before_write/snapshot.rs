@@ -29,8 +29,9 @@ use std::sync::{Arc, OnceLock};
 
 use super::copy::Target;
 use super::waiting::{Change, Waiting};
+use crate::backend::Backend;
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
-use crate::error::IoOp;
+use crate::error::{IoError, IoOp};
 use crate::latency::GuestLatency;
 use crate::node::{Child, Node};
 
@@ -47,6 +48,43 @@ pub trait SnapshotObserver: Send + Sync {
 
     /// Something is done, to be done again, or the snapshot is broken.
     fn changed(&self);
+}
+
+/// The account of a snapshot that is to be: all of it is to be copied, and readable.
+#[derive(Debug)]
+pub struct SnapshotAccount {
+    todo: DirtyBitmap,
+    pending: DirtyBitmap,
+    access: DirtyBitmap,
+}
+
+impl SnapshotAccount {
+    /// Of a disk of `size` bytes in clusters of `cluster` bytes (a power of two): of all
+    /// of it, or of what `part` has set.
+    ///
+    /// Errors: bad or too small clusters for the size; not enough memory.
+    pub fn new(size: u64, cluster: u64, part: Option<&DirtyBitmap>) -> Result<Self, BitmapError> {
+        let new = || DirtyBitmap::new(size, cluster);
+        let account = Self {
+            todo: new()?,
+            pending: new()?,
+            access: new()?,
+        };
+        let all = [&account.access, &account.pending, &account.todo];
+        match part {
+            None => all.into_iter().for_each(DirtyBitmap::set_all),
+            Some(part) => {
+                let mut at = 0;
+                while let Some(area) = part.next_dirty(at) {
+                    for bitmap in all {
+                        bitmap.set(area.start, area.end - area.start);
+                    }
+                    at = area.end;
+                }
+            }
+        }
+        Ok(account)
+    }
 }
 
 /// The snapshot of a `copy-before-write` filter. Any thread.
@@ -80,24 +118,21 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// A snapshot of `source` as it is at this moment, in clusters of `cluster` bytes (a
-    /// power of two): of all of it, or of what `part` has set.
-    pub(super) fn new(
-        source: Child,
-        target: Target,
-        cluster: u64,
-        part: Option<&DirtyBitmap>,
-    ) -> Result<Self, BitmapError> {
-        let size = source.node().size();
-        let new = || DirtyBitmap::new(size, cluster);
-        let snapshot = Self {
-            size,
-            cluster,
+    /// A snapshot of `source` as it is at this moment, of which nothing is copied.
+    pub(super) fn new(source: Child, target: Target, account: SnapshotAccount) -> Self {
+        let SnapshotAccount {
+            todo,
+            pending,
+            access,
+        } = account;
+        Self {
+            size: todo.size(),
+            cluster: todo.granularity(),
             source,
             target,
-            todo: new()?,
-            pending: new()?,
-            access: new()?,
+            todo,
+            pending,
+            access,
             broken: AtomicI32::new(0),
             ended: AtomicBool::new(false),
             frozen: AtomicUsize::new(0),
@@ -106,21 +141,21 @@ impl Snapshot {
             waiting: Waiting::default(),
             observer: OnceLock::new(),
             latency: GuestLatency::default(),
-        };
-        let all = [&snapshot.access, &snapshot.pending, &snapshot.todo];
-        match part {
-            None => all.into_iter().for_each(DirtyBitmap::set_all),
-            Some(part) => {
-                let mut at = 0;
-                while let Some(area) = part.next_dirty(at) {
-                    for bitmap in all {
-                        bitmap.set(area.start, area.end - area.start);
-                    }
-                    at = area.end;
-                }
-            }
         }
-        Ok(snapshot)
+    }
+
+    /// A job's way to the target, before requests come. The first call counts.
+    pub fn set_target(&self, backend: Arc<Backend>) {
+        if let Target::Job(target) = &self.target {
+            let _ = target.set(backend);
+        }
+    }
+
+    /// Discards on the source what has been copied. The filter was made with the right
+    /// to.
+    pub async fn discard_source(&self, range: Range<u64>) -> Result<(), IoError> {
+        let len = range.end.saturating_sub(range.start);
+        self.source.node().discard(range.start, len).await
     }
 
     /// Size of the disk in bytes.
@@ -231,10 +266,17 @@ impl Snapshot {
         self.pending.is_clean()
     }
 
-    /// The clusters that are not copied, for who keeps account of them: in bytes, from
-    /// `from` on, in order.
-    pub fn next_pending(&self, from: u64) -> Option<Range<u64>> {
-        self.pending.next_dirty(from)
+    /// A bitmap of the clusters that are not copied, those included that somebody copies.
+    ///
+    /// Errors: not enough memory.
+    pub fn not_copied(&self) -> Result<DirtyBitmap, BitmapError> {
+        let left = DirtyBitmap::new(self.size, self.cluster)?;
+        let mut at = 0;
+        while let Some(run) = self.pending.next_dirty(at) {
+            left.set(run.start, run.end - run.start);
+            at = run.end;
+        }
+        Ok(left)
     }
 
     /// The first run of clusters from `from` on that are to be copied and that nobody
@@ -386,7 +428,7 @@ impl Snapshot {
     }
 
     /// An error of a request to the snapshot.
-    pub(super) fn error(&self, op: IoOp, range: &Range<u64>, errno: i32) -> crate::IoError {
+    pub(super) fn error(&self, op: IoOp, range: &Range<u64>, errno: i32) -> IoError {
         let len = range.end.saturating_sub(range.start);
         self.source.node().error(op, range.start, len, errno)
     }

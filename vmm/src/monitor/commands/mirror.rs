@@ -13,7 +13,7 @@ use crate::monitor::Monitor;
 use crate::monitor::args::Args;
 use crate::monitor::error::{ErrorClass, QmpError};
 
-mod target;
+pub(super) mod target;
 
 const SYNC_MODES: &[(&str, SyncMode)] = &[
     ("top", SyncMode::Top),
@@ -23,13 +23,13 @@ const SYNC_MODES: &[(&str, SyncMode)] = &[
     ("bitmap", SyncMode::Bitmap),
 ];
 
-const MODES: &[(&str, Mode)] = &[
+pub(super) const MODES: &[(&str, Mode)] = &[
     ("existing", Mode::Existing),
     ("absolute-paths", Mode::AbsolutePaths),
 ];
 
 /// `auto` is QEMU's name for its default of guest devices.
-const ON_ERROR: &[(&str, OnError)] = &[
+pub(super) const ON_ERROR: &[(&str, OnError)] = &[
     ("report", OnError::Report),
     ("ignore", OnError::Ignore),
     ("enospc", OnError::Enospc),
@@ -177,14 +177,14 @@ pub(super) async fn drive_mirror(monitor: Rc<Monitor>, mut args: Args) -> Outcom
     start(&monitor, tuning.apply(spec)).await
 }
 
-fn root_node(graph: &Graph, device: &str) -> Result<std::sync::Arc<Node>, QmpError> {
+pub(super) fn root_node(graph: &Graph, device: &str) -> Result<std::sync::Arc<Node>, QmpError> {
     let source = graph.find(device)?;
     graph.check_root_node(&source)?;
     Ok(source)
 }
 
 /// The id of the device on `node`; empty if there is none.
-fn device_on(graph: &Graph, node: &Node) -> String {
+pub(super) fn device_on(graph: &Graph, node: &Node) -> String {
     let on_it = |backend: &BackendInfo| !backend.name.is_empty() && backend.node == node.name();
     let device = graph.backends().into_iter().find(on_it);
     device.map_or_else(String::new, |backend| backend.name)

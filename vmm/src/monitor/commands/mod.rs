@@ -4,6 +4,7 @@
 //! mistakes are reported as QEMU reports them; then it acts. It runs as a task of
 //! its own on main and never blocks there.
 
+mod backup;
 mod bitmaps;
 mod blockdev;
 mod control;
@@ -85,10 +86,12 @@ static COMMANDS: &[Command] = commands! {
     "block-set-write-threshold" => nodes::block_set_write_threshold,
     "block_resize" => nodes::block_resize,
     "blockdev-add" => blockdev::blockdev_add,
+    "blockdev-backup" => backup::blockdev_backup,
     "blockdev-del" => blockdev::blockdev_del,
     "blockdev-mirror" => mirror::blockdev_mirror,
     "blockdev-reopen" => blockdev::blockdev_reopen,
     "cont" (machine) => vm::cont,
+    "drive-backup" => backup::drive_backup,
     "drive-mirror" => mirror::drive_mirror,
     "human-monitor-command" (machine) => control::human_monitor_command,
     "job-cancel" => jobs::job_cancel,

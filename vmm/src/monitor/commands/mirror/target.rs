@@ -1,4 +1,5 @@
-//! The target of `drive-mirror`: a file or an address instead of a node.
+//! The target of `drive-mirror` and `drive-backup`: a file or an address instead of a
+//! node.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
@@ -21,7 +22,7 @@ use crate::monitor::error::QmpError;
 
 /// `mode`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mode {
+pub(in crate::monitor::commands) enum Mode {
     /// The image is there.
     Existing,
     /// It is made.
@@ -29,12 +30,12 @@ pub(super) enum Mode {
 }
 
 /// What the user asked for.
-pub(super) struct Wanted {
-    pub(super) target: String,
-    pub(super) format: Option<String>,
-    pub(super) node_name: Option<String>,
-    pub(super) mode: Mode,
-    pub(super) sync: SyncMode,
+pub(in crate::monitor::commands) struct Wanted {
+    pub(in crate::monitor::commands) target: String,
+    pub(in crate::monitor::commands) format: Option<String>,
+    pub(in crate::monitor::commands) node_name: Option<String>,
+    pub(in crate::monitor::commands) mode: Mode,
+    pub(in crate::monitor::commands) sync: SyncMode,
 }
 
 /// Formats that an image can be opened with.
@@ -59,19 +60,19 @@ const MAKER: Permissions = Permissions {
 };
 
 /// A target that was opened. Dropped, the node goes if nobody else uses it.
-pub(super) struct Target {
+pub(in crate::monitor::commands) struct Target {
     graph: Rc<Graph>,
     hold: Arc<Backend>,
     is_new: bool,
 }
 
 impl Target {
-    pub(super) fn node(&self) -> Arc<Node> {
+    pub(in crate::monitor::commands) fn node(&self) -> Arc<Node> {
         self.hold.root()
     }
 
     /// Whether it was made just now, and so reads as zeroes.
-    pub(super) fn is_new(&self) -> bool {
+    pub(in crate::monitor::commands) fn is_new(&self) -> bool {
         self.is_new
     }
 }
@@ -94,7 +95,7 @@ impl BackendUser for TargetHold {
     }
 
     fn describe(&self) -> String {
-        "the target of drive-mirror".to_owned()
+        "a target that is being opened".to_owned()
     }
 }
 
@@ -158,7 +159,7 @@ fn legacy_nbd(text: &str) -> Result<Value, QmpError> {
 /// Opens the target, and makes it before if it is to be made.
 ///
 /// Cancel: the target is closed; a file that was made stays.
-pub(super) async fn open(
+pub(in crate::monitor::commands) async fn open(
     graph: &Rc<Graph>,
     source: &Arc<Node>,
     wanted: Wanted,

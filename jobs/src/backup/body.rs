@@ -1,0 +1,445 @@
+//! The job's body: copies beside the guest what nobody has copied yet.
+//!
+//! One task on the job's home; its operations run inside it, side by side.
+
+use std::ops::Range;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use block::{Claim, Snapshot, SnapshotObserver, runtime};
+use futures_util::future::{Either, select};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+
+use crate::copying::{
+    BufferPool, Carrier, Copied, CopyError, Entered, INTERVAL, Look, Pace, Rules, Side,
+    window_of_speed,
+};
+use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, Progress, SLICE};
+
+use super::driver::{BackupDriver, Places};
+
+/// Largest buffer, which is the largest request to a node.
+const MAX_REQUEST: u64 = 1 << 20;
+/// Smallest request while the guest is active (clusters may be larger).
+const MIN_REQUEST: u64 = 256 << 10;
+/// Least that is in flight while the guest is active, and most.
+const WINDOW: (u64, u64) = (512 << 10, 16 << 20);
+/// Most bytes that one operation looks at, when all before were zeroes.
+const MAX_LEAP: u64 = 1 << 30;
+/// Wait while somebody drains a node.
+const BUSY: Duration = Duration::from_millis(1);
+/// Buffers that are kept.
+const BUFFERS: usize = 16;
+
+/// An operation in flight.
+struct Done {
+    /// What it counts for in the window.
+    cost: u64,
+    result: Result<Copied, CopyError>,
+}
+
+/// Tells the job what guests' requests have copied.
+struct Observer {
+    progress: Arc<Progress>,
+    notifier: JobNotifier,
+}
+
+impl SnapshotObserver for Observer {
+    fn copied_by_guest(&self, len: u64, moved: u64) {
+        self.progress.add_done(len);
+        self.notifier.charge(moved);
+    }
+
+    fn changed(&self) {
+        self.notifier.notify();
+    }
+}
+
+/// State of the body. Home only.
+pub(super) struct Body<'a> {
+    ctx: &'a JobContext,
+    notifier: JobNotifier,
+    driver: &'a BackupDriver,
+    places: &'a Places,
+    snapshot: Arc<Snapshot>,
+    carrier: Rc<Carrier>,
+    operations: FuturesUnordered<Pin<Box<dyn Future<Output = Done>>>>,
+    window_used: u64,
+    pace: Pace,
+    /// Where the scan goes on.
+    cursor: u64,
+    /// The source has data there.
+    data: Range<u64>,
+    /// How much to look at at once where extents are not known.
+    leap: u64,
+    /// Bytes started since the last rest.
+    since_rest: u64,
+    /// Nothing is started before this instant (rest, failure).
+    not_before: Option<Instant>,
+    backoff: Backoff,
+    /// The first failure since the policy was last asked: nothing is started until
+    /// everything has ended, and the policy has been asked.
+    failed: Option<CopyError>,
+}
+
+impl<'a> Body<'a> {
+    pub(super) fn new(ctx: &'a JobContext, driver: &'a BackupDriver, places: &'a Places) -> Self {
+        let snapshot = Arc::clone(&places.snapshot);
+        let notifier = ctx.notifier();
+        snapshot.observe(Arc::new(Observer {
+            progress: Arc::clone(ctx.progress()),
+            notifier: notifier.clone(),
+        }));
+        let rules = Rules {
+            size: snapshot.size(),
+            unit: snapshot.cluster(),
+            unmap: true,
+            explicit_zeroes: driver.settings().explicit_zeroes,
+            // The source may be a layer of the target.
+            layers_last: false,
+        };
+        let request = MAX_REQUEST.min(driver.settings().max_chunk);
+        let pool = BufferPool::new(request as usize, BUFFERS);
+        let (floor, ceiling) = (WINDOW.0.max(snapshot.cluster()), WINDOW.1);
+        Self {
+            ctx,
+            notifier,
+            driver,
+            places,
+            carrier: Rc::new(Carrier::new(rules, pool, || ())),
+            operations: FuturesUnordered::new(),
+            window_used: 0,
+            pace: Pace::new(floor, ceiling.max(floor), Instant::now()),
+            cursor: 0,
+            data: 0..0,
+            leap: request,
+            since_rest: 0,
+            not_before: None,
+            backoff: Backoff::new(),
+            failed: None,
+            snapshot,
+        }
+    }
+
+    /// Runs until all is copied, or the job is cancelled or has failed.
+    pub(super) async fn run(mut self) -> Result<(), JobFailure> {
+        self.report_progress();
+        if self.driver.settings().only_top {
+            self.skip_lower_layers().await?;
+        }
+        loop {
+            if self.ctx.is_force_cancelled() {
+                self.quiesce().await;
+                return Ok(());
+            }
+            if let Some(failure) = BackupDriver::broken(self.places) {
+                self.quiesce().await;
+                self.report_progress();
+                return Err(failure);
+            }
+            if self.failed.is_some() {
+                self.quiesce().await;
+                self.report_progress();
+                self.ask_policy()?;
+            }
+            if self.ctx.is_pause_requested() {
+                self.quiesce().await;
+                self.report_progress();
+                if self.failed.is_none() {
+                    self.ctx.pause_point().await;
+                }
+                continue;
+            }
+            if self.driver.take_user_resumed() {
+                // Who resumed the job has done something about what failed.
+                self.not_before = None;
+                self.backoff.reset();
+            }
+            if self.is_complete() {
+                self.report_progress();
+                if self.flush().await {
+                    // Looked at after the last copy.
+                    return BackupDriver::broken(self.places).map_or(Ok(()), Err);
+                }
+                continue;
+            }
+            self.adapt();
+            let wait = self.start_operations();
+            self.report_progress();
+            if self.operations.is_empty() {
+                self.ctx.sleep(wait).await;
+            } else {
+                self.wait_for_operation(wait).await;
+            }
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        !self.driver.settings().only_guest
+            && self.operations.is_empty()
+            && self.snapshot.is_complete()
+    }
+
+    /// Waits until nothing of the body's own is in flight.
+    async fn quiesce(&mut self) {
+        while let Some(done) = self.operations.next().await {
+            self.ended(done);
+        }
+    }
+
+    /// Takes what lower layers have out of the snapshot. Until that is done, guests'
+    /// requests look at the layers themselves.
+    ///
+    /// Errors: the source could not be asked.
+    async fn skip_lower_layers(&mut self) -> Result<(), JobFailure> {
+        // What lower layers have begins here, as far as it is not left out yet.
+        let mut lower = 0;
+        let mut offset = 0;
+        while offset < self.snapshot.size() {
+            self.ctx.pause_point().await;
+            if self.ctx.is_force_cancelled() {
+                return Ok(());
+            }
+            let Some(nodes) = self.enter() else {
+                runtime::sleep(BUSY).await;
+                continue;
+            };
+            let Some(base) = nodes.source.node().backing() else {
+                break;
+            };
+            let left = self.snapshot.size() - offset;
+            let source = nodes.source.node();
+            let extent = source.chain_status(Some(&base), offset, left).await;
+            // Whatever the policy: what is not known cannot be left out.
+            let extent = extent.map_err(|error| JobFailure::from(&error))?;
+            let end = offset + extent.len.clamp(1, left);
+            if extent.depth == 0 {
+                // With what was left of the extent before, if that is to go, too.
+                self.snapshot.skip(lower..end);
+                lower = self.snapshot.round_in(&(lower..end)).end.max(lower);
+            } else {
+                lower = end;
+            }
+            offset = end;
+            self.report_progress();
+        }
+        self.snapshot.all_looked_at();
+        Ok(())
+    }
+
+    fn enter(&self) -> Option<Entered> {
+        Some(Entered {
+            source: self.places.source_backend.try_enter()?,
+            target: self.places.target_backend.try_enter()?,
+        })
+    }
+
+    /// Flushes the target. `false`: it failed, or something more urgent came up.
+    async fn flush(&mut self) -> bool {
+        let Some(target) = self.places.target_backend.try_enter() else {
+            self.ctx.sleep(BUSY).await;
+            return false;
+        };
+        let task = runtime::spawn_local(async move { target.flush().await });
+        let mut task = pin!(task);
+        loop {
+            let kicked = pin!(self.ctx.kicked());
+            match select(task.as_mut(), kicked).await {
+                Either::Left((Ok(()), _)) => return true,
+                Either::Left((Err(error), _)) => {
+                    let side = Side::Target;
+                    self.failed.get_or_insert(CopyError { side, error });
+                    return false;
+                }
+                // What is under way goes on by itself.
+                Either::Right(_) if self.ctx.is_force_cancelled() => return false,
+                Either::Right(_) => {}
+            }
+        }
+    }
+
+    /// Lets the controller look at the guest, if it is time to.
+    fn adapt(&mut self) {
+        let now = Instant::now();
+        if self.pace.is_due(now) {
+            self.pace.decide(self.snapshot.latency().take(), now);
+        }
+    }
+
+    fn wait_left(&self) -> Option<Duration> {
+        let left = self.not_before?.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
+    }
+
+    /// Starts what may be started; gives the time after which there may be more to start
+    /// even if nothing ends, at most a slice.
+    fn start_operations(&mut self) -> Duration {
+        loop {
+            if self.driver.settings().only_guest || self.failed.is_some() {
+                return SLICE;
+            }
+            if let Some(left) = self.wait_left() {
+                return left.min(SLICE);
+            }
+            if self.pace.is_calm() {
+                return INTERVAL;
+            }
+            if self.operations.len() >= self.driver.settings().max_workers {
+                return SLICE;
+            }
+            let limited = self.ctx.throttle_wait();
+            if !limited.is_zero() {
+                return limited.min(SLICE);
+            }
+            let window = self.pace.window();
+            let request = self.request_size(window);
+            let Some((range, look)) = self.next_range(request) else {
+                return SLICE;
+            };
+            let cost = (range.end - range.start).min(request);
+            let window = window.min(window_of_speed(self.ctx.speed(), request));
+            if self.window_used > 0 && self.window_used + cost > window {
+                return SLICE;
+            }
+            let Some(nodes) = self.enter() else {
+                // Somebody drains a node; the job is about to be paused.
+                return BUSY;
+            };
+            // A guest's request may have been first.
+            let Some(claim) = self.snapshot.claim(range.clone()) else {
+                continue;
+            };
+            self.cursor = claim.range().end;
+            self.start(claim, look, cost, nodes);
+            self.since_rest += cost;
+            if self.since_rest >= self.pace.floor() {
+                self.since_rest = 0;
+                let rest = self.pace.rest();
+                if !rest.is_zero() {
+                    self.not_before = Some(Instant::now() + rest);
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, claim: Claim, look: Look, cost: u64, nodes: Entered) {
+        self.window_used += cost;
+        let carrier = Rc::clone(&self.carrier);
+        let snapshot = Arc::clone(&self.snapshot);
+        let discards = self.driver.settings().discard_source;
+        self.operations.push(Box::pin(async move {
+            let result = carrier.carry(claim.range(), look, &nodes).await;
+            if let Ok(copied) = &result {
+                claim.copied_to(copied.range.end);
+                if discards && let Err(error) = snapshot.discard_source(copied.range.clone()).await
+                {
+                    // It is a hint, and the copy is there.
+                    tracing::debug!(%error, "backup: the source is not discarded");
+                }
+            }
+            Done { cost, result }
+        }));
+    }
+
+    /// Size of a request under this window: several fit in it, so that the guest never
+    /// waits for a long one.
+    fn request_size(&self, window: u64) -> u64 {
+        let most = MAX_REQUEST.min(self.driver.settings().max_chunk);
+        let cluster = self.snapshot.cluster();
+        (window / 4).clamp(MIN_REQUEST.min(most), most).max(cluster) / cluster * cluster
+    }
+
+    /// The next range from the cursor on that is to be copied, and how to look at it.
+    fn next_range(&mut self, request: u64) -> Option<(Range<u64>, Look)> {
+        let reach = self.leap.max(request);
+        let next = self.snapshot.next_todo(self.cursor, reach);
+        let mut range = match next {
+            Some(range) => range,
+            None => self.snapshot.next_todo(0, reach)?,
+        };
+        // What is not copied does not change, so what was found of it holds.
+        let until = match self.data.contains(&range.start) {
+            true => self.snapshot.round_in(&(0..self.data.end)).end,
+            false => 0,
+        };
+        if until > range.start {
+            range.end = range.end.min(until).min(range.start + request);
+            return Some((range, Look::Data));
+        }
+        let len = range.end - range.start;
+        // Left over between what the guest has had copied: short, and likely data.
+        if len < MIN_REQUEST {
+            let look = self.carrier.look_at_written(&range, request);
+            return Some((range, look));
+        }
+        Some((range, Look::Probe { request }))
+    }
+
+    async fn wait_for_operation(&mut self, wait: Duration) {
+        let timer = pin!(runtime::sleep(wait.min(SLICE)));
+        let kicked = pin!(self.ctx.kicked());
+        let done = match select(self.operations.next(), select(timer, kicked)).await {
+            Either::Left((done, _)) => done,
+            Either::Right(_) => None,
+        };
+        if let Some(done) = done {
+            self.ended(done);
+        }
+    }
+
+    fn ended(&mut self, done: Done) {
+        self.window_used -= done.cost;
+        match done.result {
+            Ok(copied) => {
+                let len = copied.range.end - copied.range.start;
+                self.ctx.progress().add_done(len);
+                self.notifier.charge(copied.charged);
+                self.backoff.reset();
+                if copied.was_zero {
+                    self.leap = self.leap.saturating_mul(2).min(MAX_LEAP);
+                } else {
+                    self.leap = self.carrier.pool().buffer_size() as u64;
+                }
+                if copied.data.end > self.data.end || !self.data.contains(&self.cursor) {
+                    self.data = copied.data;
+                }
+            }
+            Err(error) => {
+                self.failed.get_or_insert(error);
+            }
+        }
+    }
+
+    /// Acts on a failure as the policy of its side says. What failed is to be copied
+    /// again.
+    ///
+    /// Errors: the job is to fail.
+    fn ask_policy(&mut self) -> Result<(), JobFailure> {
+        let Some(CopyError { side, error }) = self.failed.take() else {
+            return Ok(());
+        };
+        let settings = self.driver.settings();
+        let (policy, io_side) = match side {
+            Side::Source => (settings.on_source_error, IoSide::Read),
+            Side::Target => (settings.on_target_error, IoSide::Write),
+        };
+        let action = self.ctx.io_failed(io_side, error.errno, policy);
+        tracing::warn!(job = self.ctx.id(), %error, action = action.name(), "backup request failed");
+        match action {
+            ErrorAction::Report => Err(JobFailure::from(&error)),
+            ErrorAction::Ignore | ErrorAction::Stop => {
+                self.cursor = 0;
+                self.not_before = Some(Instant::now() + self.backoff.failed());
+                Ok(())
+            }
+        }
+    }
+
+    /// Tells what is left: to be copied, or being copied by anybody.
+    fn report_progress(&self) {
+        let left = self.snapshot.pending_bytes();
+        self.ctx.progress().set_remaining(left);
+    }
+}

@@ -1,0 +1,397 @@
+//! Starting a backup, in two steps: everything is prepared in a drained section (of all
+//! the disks that are to be backed up at the same instant), and then the job runs; or
+//! nothing has happened at all.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use block::{
+    AttachmentKind, Backend, BackendUser, CopyBeforeWriteDriver, Drained, FrozenBitmap, Graph,
+    GraphError, NamedBitmap, Node, Perm, Permissions, Snapshot, SnapshotAccount,
+};
+
+use crate::copying::FilterHold;
+use crate::{JobDriver, JobKey, JobSpec, Jobs};
+
+use super::driver::{BackupDriver, KIND, Places, Settings};
+use super::error::BackupError;
+use super::spec::{BackupSpec, BackupSync, BitmapMode};
+
+/// Longest that the guest is held because some of its requests do not end.
+const DRAIN: Duration = Duration::from_secs(2);
+/// Requests of the body in flight at most, whatever `max-workers` says: more do not copy
+/// faster.
+const MAX_WORKERS: usize = 64;
+
+/// The job's hold on the source: nobody may change its size.
+const READ_SOURCE: Permissions = Permissions {
+    need: Perm::CONSISTENT_READ,
+    share: Perm::ALL.without(Perm::RESIZE),
+};
+/// The job's hold on the target. Others may write what it shows of lower layers: the
+/// source may be one of them.
+const WRITE_TARGET: Permissions = Permissions {
+    need: Perm::WRITE,
+    share: Perm::ALL.without(Perm::RESIZE),
+};
+
+/// Starts a backup of the source as it is at this moment. The job has been created and
+/// is running when this returns.
+///
+/// Thread: main. Errors: what [`BackupError`] says; source, target and jobs are as
+/// before then. Cancel: the same.
+pub async fn start_backup(
+    graph: &Rc<Graph>,
+    jobs: &Jobs,
+    spec: BackupSpec,
+) -> Result<JobKey, BackupError> {
+    // What is refused anyway does not hold the guest.
+    check(graph, &spec)?;
+    let drained = graph.drain_within(&spec.source, &[], DRAIN).await?;
+    let prepared = prepare_backup(graph, jobs, spec, &drained)?;
+    let key = prepared.start();
+    let held = drained.elapsed();
+    drop(drained);
+    tracing::info!(
+        held_us = u64::try_from(held.as_micros()).unwrap_or(u64::MAX),
+        "backup: filter inserted"
+    );
+    Ok(key)
+}
+
+/// A backup whose filter is in place, and whose job has been created.
+///
+/// Dropping it cancels the job, which then leaves the graph by itself.
+#[must_use = "a backup that is prepared is to be started or taken back"]
+pub struct PreparedBackup {
+    graph: Rc<Graph>,
+    jobs: Jobs,
+    driver: Arc<BackupDriver>,
+    key: JobKey,
+    decided: bool,
+}
+
+impl PreparedBackup {
+    /// The job.
+    pub fn key(&self) -> JobKey {
+        self.key
+    }
+
+    /// The job runs, and everything counts that the guest does from the end of the
+    /// section on.
+    pub fn start(mut self) -> JobKey {
+        self.decided = true;
+        let effects = self.jobs.lock().start(self.key);
+        self.jobs.run(effects);
+        self.key
+    }
+
+    /// Takes everything back. `drained` is the section in which it was prepared, still
+    /// held. Clients see the job being cancelled.
+    pub fn take_back(mut self, drained: &Drained) {
+        self.decided = true;
+        self.driver.set_at_end(None);
+        self.driver.take_back(&self.graph, drained);
+        self.cancel();
+    }
+
+    fn cancel(&self) {
+        // Nothing has happened: the bitmap is as it was.
+        self.driver.set_at_end(None);
+        // Nobody can have cancelled or started it before.
+        let cancelled = self.jobs.lock().cancel(self.key, true);
+        if let Ok(effects) = cancelled {
+            self.jobs.run(effects);
+        }
+    }
+}
+
+impl Drop for PreparedBackup {
+    fn drop(&mut self) {
+        if !self.decided {
+            self.cancel();
+        }
+    }
+}
+
+/// What a start comes down to.
+struct Plan {
+    /// Bytes per cluster of the account.
+    cluster: u64,
+    /// The same, as users know it.
+    shown_cluster: u64,
+    /// The user's bitmap, and what is to become of it.
+    bitmap: Option<(Arc<NamedBitmap>, BitmapMode)>,
+}
+
+fn check(graph: &Graph, spec: &BackupSpec) -> Result<Plan, BackupError> {
+    let mode = spec.check_bitmap_mode()?;
+    let mut bitmap = None;
+    if let Some(name) = &spec.bitmap {
+        let found = find_bitmap(spec, name)?;
+        let mode = mode.ok_or(BackupError::ModeRequired)?;
+        found.check_usable()?;
+        spec.check_bitmap_use(mode)?;
+        bitmap = Some((found, mode));
+    } else if mode.is_some() {
+        return Err(BackupError::ModeWithoutBitmap);
+    }
+    if spec.source.id() == spec.target.id() {
+        return Err(BackupError::SameNode);
+    }
+    if spec.compress {
+        let devices = graph.backends().into_iter();
+        let device = devices
+            .filter(|it| it.node == spec.target.name())
+            .map(|it| it.name)
+            .find(|name| !name.is_empty());
+        return Err(BackupError::Compression(device.unwrap_or_default()));
+    }
+    graph.check_not_blocked(&spec.source)?;
+    graph.check_not_blocked(&spec.target)?;
+    spec.check_perf()?;
+    if spec.source.size() != spec.target.size() {
+        return Err(BackupError::Sizes);
+    }
+    let (cluster, shown_cluster) = spec.clusters()?;
+    if spec.discard_source {
+        let name = spec.source.name();
+        let used = graph.backends().iter().any(|it| it.node == name)
+            || graph.check_root_node(&spec.source).is_err();
+        if used {
+            return Err(BackupError::DiscardUsed(name.to_owned()));
+        }
+    }
+    Ok(Plan {
+        cluster,
+        shown_cluster,
+        bitmap,
+    })
+}
+
+fn find_bitmap(spec: &BackupSpec, name: &str) -> Result<Arc<NamedBitmap>, BackupError> {
+    let bitmap = spec.source.named_bitmap(name);
+    bitmap.ok_or_else(|| BackupError::NoSuchBitmap(name.to_owned()))
+}
+
+/// What becomes of the user's bitmap.
+pub(super) struct AtEnd {
+    bitmap: FrozenBitmap,
+    mode: BitmapMode,
+}
+
+impl AtEnd {
+    /// Sets the bitmap to what its mode says, after a success or a failure.
+    pub(super) fn apply(self, success: bool, snapshot: &Snapshot) {
+        let Self { bitmap, mode } = self;
+        match (mode, success) {
+            (BitmapMode::OnSuccess | BitmapMode::Always, true) => bitmap.abdicate(),
+            (BitmapMode::OnSuccess, false) | (BitmapMode::Never, _) => bitmap.reclaim(),
+            (BitmapMode::Always, false) => match snapshot.not_copied() {
+                Ok(not_copied) => bitmap.abdicate_with(&not_copied),
+                Err(error) => {
+                    tracing::warn!(%error, "backup: the bitmap keeps what it had");
+                    bitmap.reclaim();
+                }
+            },
+        }
+    }
+}
+
+/// Takes back what was done, when dropped before [`Undo::disarm`].
+struct Undo<'a> {
+    graph: &'a Rc<Graph>,
+    jobs: &'a Jobs,
+    drained: &'a Drained,
+    filter: Option<Arc<Node>>,
+    job: Option<JobKey>,
+    backends: Vec<Arc<Backend>>,
+}
+
+impl Undo<'_> {
+    fn disarm(mut self) {
+        self.filter = None;
+        self.job = None;
+        self.backends.clear();
+    }
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        for backend in self.backends.drain(..) {
+            self.graph.detach(&backend);
+        }
+        if let Some(filter) = self.filter.take()
+            && let Err(error) = self.graph.remove_filter(&filter, self.drained)
+        {
+            // It was put in within the same section, and has copied nothing.
+            tracing::error!(%error, "backup: the filter could not be taken out again");
+        }
+        if let Some(key) = self.job.take() {
+            let effects = self.jobs.lock().set_up_failed(key);
+            self.jobs.run(effects);
+        }
+    }
+}
+
+/// Prepares a backup in a drained section of its source (at least): the source is copied
+/// as it is in that section.
+///
+/// Thread: main; nothing is awaited. Errors: what [`BackupError`] says; everything is as
+/// before then.
+pub fn prepare_backup(
+    graph: &Rc<Graph>,
+    jobs: &Jobs,
+    spec: BackupSpec,
+    drained: &Drained,
+) -> Result<PreparedBackup, BackupError> {
+    let plan = check(graph, &spec)?;
+    let at_end = match &plan.bitmap {
+        Some((bitmap, mode)) => Some(AtEnd {
+            bitmap: bitmap.freeze()?,
+            mode: *mode,
+        }),
+        None => None,
+    };
+    let part = at_end.as_ref().filter(|_| spec.takes_from_bitmap());
+    let part = part.map(|at_end| at_end.bitmap.bits().as_ref());
+    let account = SnapshotAccount::new(spec.source.size(), plan.cluster, part)?;
+    let mut snapshot = None;
+    let filter = graph
+        .insert_filter(
+            spec.filter_node_name.as_deref(),
+            &spec.source,
+            &[],
+            drained,
+            |source| {
+                let mut filter = CopyBeforeWriteDriver::for_job(source, account, spec.policy);
+                if spec.discard_source {
+                    filter = filter.that_discards();
+                }
+                snapshot = Some(Arc::clone(filter.kept()));
+                Box::new(filter)
+            },
+        )
+        .map_err(BackupError::Filter)?;
+    let mut undo = Undo {
+        graph,
+        jobs,
+        drained,
+        filter: Some(Arc::clone(&filter)),
+        job: None,
+        backends: Vec::new(),
+    };
+    let Some(snapshot) = snapshot else {
+        // The filter is made by whoever inserts it.
+        return Err(GraphError::NotFilter(filter.name().to_owned()).into());
+    };
+    // Before there is a job: clients would see it come and go.
+    let user = Arc::new(TargetUser(spec.job_id.clone()));
+    let user: Arc<dyn BackendUser> = user;
+    let may_write = graph.attach("", &spec.target, WRITE_TARGET, Some(user));
+    graph.detach(&may_write.map_err(BackupError::Filter)?);
+    let only_top = spec.sync == BackupSync::Top && spec.source.backing().is_some();
+    if only_top {
+        snapshot.only_allocated();
+    }
+    let driver = Arc::new(BackupDriver::new(settings(&spec, &plan, only_top)));
+    let job = JobSpec {
+        id: Some(spec.job_id.clone()),
+        auto_finalize: spec.auto_finalize,
+        auto_dismiss: spec.auto_dismiss,
+        txn: spec.txn,
+        home: spec.home.clone(),
+        ..JobSpec::new(KIND)
+    };
+    let as_driver: Arc<dyn JobDriver> = Arc::clone(&driver) as _;
+    let (key, effects) = jobs.lock().create(job, &as_driver)?;
+    jobs.run(effects);
+    undo.job = Some(key);
+    if spec.speed != 0 {
+        // A bad one is found out this late by QEMU too, and seen: created, null.
+        let effects = jobs.lock().set_speed(key, spec.speed)?;
+        jobs.run(effects);
+    }
+
+    let mut attach = |node: &Arc<Node>, permissions, user: Arc<dyn BackendUser>| {
+        let backend = graph.attach("", node, permissions, Some(user))?;
+        undo.backends.push(Arc::clone(&backend));
+        Ok::<_, GraphError>(backend)
+    };
+    // The filter stands for the job there.
+    let as_source = jobs.backend_user_beside_others(key, AttachmentKind::Job);
+    let source_backend = attach(&spec.source, READ_SOURCE, as_source)?;
+    let as_target = jobs.backend_user(key, AttachmentKind::Job);
+    let target_backend = attach(&spec.target, WRITE_TARGET, as_target)?;
+    let hold = Arc::new(FilterHold {
+        job_id: spec.job_id.clone(),
+        job_type: KIND.name,
+    });
+    let filter_hold = attach(&filter, Permissions::IDLE, hold)?;
+
+    snapshot.set_target(Arc::clone(&target_backend));
+    let progress = jobs.lock().progress(key);
+    if let Ok(progress) = progress {
+        progress.set_remaining(snapshot.pending_bytes());
+    }
+    driver.set_places(Places {
+        filter,
+        snapshot,
+        source_backend,
+        target_backend,
+        filter_hold,
+    });
+    driver.set_at_end(at_end);
+    undo.disarm();
+    Ok(PreparedBackup {
+        graph: Rc::clone(graph),
+        jobs: jobs.clone(),
+        driver,
+        key,
+        decided: false,
+    })
+}
+
+/// Whether zeroes have to be there on the target: a copy of a part may go over others, and
+/// an image with clusters may stand on one that is not open.
+fn explicit_zeroes(spec: &BackupSpec) -> bool {
+    let mut lowest = Arc::clone(&spec.target);
+    while let Some(below) = lowest.backing() {
+        lowest = below;
+    }
+    spec.sync != BackupSync::Full || lowest.limits().cluster_size.is_some()
+}
+
+fn settings(spec: &BackupSpec, plan: &Plan, only_top: bool) -> Settings {
+    Settings {
+        on_source_error: spec.on_source_error,
+        on_target_error: spec.on_target_error,
+        max_workers: usize::try_from(spec.perf.max_workers)
+            .unwrap_or(MAX_WORKERS)
+            .clamp(1, MAX_WORKERS),
+        max_chunk: match u64::try_from(spec.perf.max_chunk) {
+            Ok(0) | Err(_) => u64::MAX,
+            Ok(most) => (most / plan.shown_cluster)
+                .max(1)
+                .saturating_mul(plan.shown_cluster),
+        },
+        only_guest: spec.sync == BackupSync::None,
+        only_top,
+        discard_source: spec.discard_source,
+        explicit_zeroes: explicit_zeroes(spec),
+    }
+}
+
+/// Stands for a job that is to be, while it is seen whether the target can be written.
+struct TargetUser(String);
+
+impl BackendUser for TargetUser {
+    fn kind(&self) -> AttachmentKind {
+        AttachmentKind::Job
+    }
+
+    fn describe(&self) -> String {
+        format!("{} job '{}'", KIND.name, self.0)
+    }
+}

@@ -1,0 +1,248 @@
+//! `blockdev-backup` and `drive-backup`, alone and as actions of a transaction: their
+//! arguments are read, then what they name is found or opened, and then they are
+//! prepared in a drained section of all sources together.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block::{CbwPolicy, Drained, Node};
+use jobs::backup::{
+    BackupError, BackupPerf, BackupSpec, BackupSync, BitmapMode, PreparedBackup, prepare_backup,
+    start_backup,
+};
+use jobs::mirror::SyncMode;
+use jobs::{OnError, TxnKey};
+
+use super::blockdev::drivers::{ON_CBW_ERROR, cbw_policy};
+use super::mirror::target::{self, Mode, Target, Wanted};
+use super::mirror::{MODES, ON_ERROR, device_on, root_node};
+use super::{Outcome, done};
+use crate::monitor::Monitor;
+use crate::monitor::args::Args;
+use crate::monitor::error::{ErrorClass, QmpError};
+
+const SYNC_MODES: &[(&str, BackupSync)] = &[
+    ("top", BackupSync::Top),
+    ("full", BackupSync::Full),
+    ("none", BackupSync::None),
+    ("incremental", BackupSync::Incremental),
+    ("bitmap", BackupSync::Bitmap),
+];
+
+const BITMAP_MODES: &[(&str, BitmapMode)] = &[
+    ("on-success", BitmapMode::OnSuccess),
+    ("never", BitmapMode::Never),
+    ("always", BitmapMode::Always),
+];
+
+pub(super) async fn blockdev_backup(monitor: Rc<Monitor>, args: Args) -> Outcome {
+    let backup = BackupArgs::blockdev(args)?;
+    backup.find(&monitor).await?.start(&monitor).await
+}
+
+pub(super) async fn drive_backup(monitor: Rc<Monitor>, args: Args) -> Outcome {
+    let backup = BackupArgs::drive(args)?;
+    backup.find(&monitor).await?.start(&monitor).await
+}
+
+/// The arguments of a backup, read.
+pub(super) struct BackupArgs {
+    job_id: Option<String>,
+    device: String,
+    sync: BackupSync,
+    speed: Option<i64>,
+    bitmap: Option<String>,
+    bitmap_mode: Option<BitmapMode>,
+    compress: Option<bool>,
+    on_source_error: Option<OnError>,
+    on_target_error: Option<OnError>,
+    policy: CbwPolicy,
+    auto_finalize: Option<bool>,
+    auto_dismiss: Option<bool>,
+    filter_node_name: Option<String>,
+    discard_source: Option<bool>,
+    perf: BackupPerf,
+    target: TargetArg,
+}
+
+enum TargetArg {
+    /// A node.
+    Node(String),
+    /// A file or an address.
+    Place {
+        target: String,
+        format: Option<String>,
+        mode: Option<Mode>,
+    },
+}
+
+impl BackupArgs {
+    /// Those of `blockdev-backup`.
+    pub(super) fn blockdev(args: Args) -> Result<Self, QmpError> {
+        Self::take(args, |args| {
+            Ok(TargetArg::Node(args.required_str("target")?))
+        })
+    }
+
+    /// Those of `drive-backup`.
+    pub(super) fn drive(args: Args) -> Result<Self, QmpError> {
+        Self::take(args, |args| {
+            Ok(TargetArg::Place {
+                target: args.required_str("target")?,
+                format: args.optional_str("format")?,
+                mode: args.optional_enum("mode", MODES)?,
+            })
+        })
+    }
+
+    fn take(
+        mut args: Args,
+        target: impl FnOnce(&mut Args) -> Result<TargetArg, QmpError>,
+    ) -> Result<Self, QmpError> {
+        let taken = Self {
+            job_id: args.optional_str("job-id")?,
+            device: args.required_str("device")?,
+            sync: args.required_enum("sync", SYNC_MODES)?,
+            speed: args.optional_i64("speed")?,
+            bitmap: args.optional_str("bitmap")?,
+            bitmap_mode: args.optional_enum("bitmap-mode", BITMAP_MODES)?,
+            compress: args.optional_bool("compress")?,
+            on_source_error: args.optional_enum("on-source-error", ON_ERROR)?,
+            on_target_error: args.optional_enum("on-target-error", ON_ERROR)?,
+            policy: cbw_policy(
+                args.optional_enum("on-cbw-error", ON_CBW_ERROR)?,
+                args.optional_u32("cbw-timeout")?,
+            ),
+            auto_finalize: args.optional_bool("auto-finalize")?,
+            auto_dismiss: args.optional_bool("auto-dismiss")?,
+            filter_node_name: args.optional_str("filter-node-name")?,
+            discard_source: args.optional_bool("discard-source")?,
+            perf: match args.optional_object("x-perf")? {
+                Some(args) => perf(args)?,
+                None => BackupPerf::default(),
+            },
+            target: target(&mut args)?,
+        };
+        args.finish()?;
+        Ok(taken)
+    }
+
+    /// Finds the source, and finds or opens the target.
+    ///
+    /// Cancel: what was opened is closed.
+    pub(super) async fn find(self, monitor: &Monitor) -> Result<ReadyBackup, QmpError> {
+        let graph = &monitor.graph;
+        let (source, target, opened) = match &self.target {
+            TargetArg::Node(target) => (graph.find(&self.device)?, graph.find(target)?, None),
+            TargetArg::Place {
+                target,
+                format,
+                mode,
+            } => {
+                let source = root_node(graph, &self.device)?;
+                graph.check_not_blocked(&source)?;
+                let wanted = Wanted {
+                    target: target.clone(),
+                    format: format.clone(),
+                    node_name: None,
+                    mode: mode.unwrap_or(Mode::AbsolutePaths),
+                    sync: match self.sync {
+                        BackupSync::Full => SyncMode::Full,
+                        BackupSync::Top => SyncMode::Top,
+                        BackupSync::None => SyncMode::None,
+                        BackupSync::Bitmap => SyncMode::Bitmap,
+                        BackupSync::Incremental => SyncMode::Incremental,
+                    },
+                };
+                let opened = {
+                    let _alone = monitor.graph_commands.lock().await;
+                    target::open(graph, &source, wanted).await?
+                };
+                // The device may stand on another node by now.
+                let source = root_node(graph, &self.device)?;
+                (source, opened.node(), Some(opened))
+            }
+        };
+        // A job without an id is called like the device on its source; where there is
+        // none, the empty id is refused.
+        let job_id = self.job_id.unwrap_or_else(|| device_on(graph, &source));
+        let spec = BackupSpec::new(job_id, source, target);
+        let spec = BackupSpec {
+            sync: self.sync,
+            bitmap: self.bitmap,
+            bitmap_mode: self.bitmap_mode,
+            compress: self.compress.unwrap_or(spec.compress),
+            speed: self.speed.unwrap_or(spec.speed),
+            on_source_error: self.on_source_error.unwrap_or(spec.on_source_error),
+            on_target_error: self.on_target_error.unwrap_or(spec.on_target_error),
+            policy: self.policy,
+            filter_node_name: self.filter_node_name,
+            discard_source: self.discard_source.unwrap_or(spec.discard_source),
+            perf: self.perf,
+            auto_finalize: self.auto_finalize.unwrap_or(spec.auto_finalize),
+            auto_dismiss: self.auto_dismiss.unwrap_or(spec.auto_dismiss),
+            ..spec
+        };
+        Ok(ReadyBackup {
+            spec,
+            _opened: opened,
+        })
+    }
+}
+
+/// `x-perf`. Copying within a file system is done where it can be, whatever
+/// `use-copy-range` says.
+fn perf(mut args: Args) -> Result<BackupPerf, QmpError> {
+    let default = BackupPerf::default();
+    args.optional_bool("use-copy-range")?;
+    let perf = BackupPerf {
+        max_workers: args
+            .optional_i64("max-workers")?
+            .unwrap_or(default.max_workers),
+        max_chunk: args.optional_i64("max-chunk")?.unwrap_or(default.max_chunk),
+        min_cluster_size: args
+            .optional_u64("min-cluster-size")?
+            .unwrap_or(default.min_cluster_size),
+    };
+    args.finish()?;
+    Ok(perf)
+}
+
+/// A backup whose nodes are there.
+pub(super) struct ReadyBackup {
+    spec: BackupSpec,
+    /// Keeps a target open that was opened for it, until the job has it.
+    _opened: Option<Target>,
+}
+
+impl ReadyBackup {
+    /// The node to be drained.
+    #[expect(dead_code, reason = "a transaction begins with it")]
+    pub(super) fn source(&self) -> &Arc<Node> {
+        &self.spec.source
+    }
+
+    /// Prepares it in a drained section of its source, as a member of `txn` if that is
+    /// given. The source is copied as it is in that section.
+    #[expect(dead_code, reason = "a transaction goes on with it")]
+    pub(super) fn prepare(
+        self,
+        monitor: &Monitor,
+        txn: Option<TxnKey>,
+        drained: &Drained,
+    ) -> Result<PreparedBackup, QmpError> {
+        let spec = BackupSpec { txn, ..self.spec };
+        prepare_backup(&monitor.graph, monitor.jobs(), spec, drained).map_err(refusal)
+    }
+
+    async fn start(self, monitor: &Monitor) -> Outcome {
+        start_backup(&monitor.graph, monitor.jobs(), self.spec)
+            .await
+            .map_err(refusal)?;
+        done()
+    }
+}
+
+fn refusal(error: BackupError) -> QmpError {
+    QmpError::with_causes(ErrorClass::Generic, &error)
+}
