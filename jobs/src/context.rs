@@ -9,11 +9,13 @@ use std::time::Duration;
 
 use block::GraphHandle;
 
+use crate::compare::Comparison;
 use crate::drain::OwnDrain;
 use crate::event::{ErrorAction, IoSide, OnError};
 use crate::home::LocalFuture;
 use crate::id::JobKey;
 use crate::monitor::Jobs;
+use crate::pair::ActivePair;
 use crate::progress::Progress;
 use crate::shared::{Shared, Slot};
 use crate::state::{Event, JobState};
@@ -64,6 +66,16 @@ impl JobContext {
         JobNotifier {
             slot: Arc::clone(&self.slot),
         }
+    }
+
+    /// The pairs of nodes that jobs keep equal.
+    pub(crate) fn pairs(&self) -> Vec<ActivePair> {
+        self.shared.pairs()
+    }
+
+    /// What the comparison has found, for the history. Once.
+    pub(crate) fn set_comparison(&self, found: Comparison) {
+        let _ = self.slot.comparison.set(found);
     }
 
     /// Whether the body is to stop at once.
@@ -330,6 +342,10 @@ pub struct JobNotifier {
 }
 
 impl JobNotifier {
+    pub(crate) fn new(slot: Arc<Slot>) -> Self {
+        Self { slot }
+    }
+
     /// Ends the body's present or next [`JobContext::sleep`], `idle` or `kicked`.
     pub fn notify(&self) {
         if !self.slot.notified.swap(true, Ordering::SeqCst) {

@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use block::{BoxFuture, Graph};
 
+use crate::compare::Comparison;
 use crate::context::JobContext;
 use crate::error::JobFailure;
+use crate::pair::CopyPair;
 use crate::state::SoftCancel;
 
 /// What is true of every job of one kind.
@@ -108,6 +110,11 @@ pub trait JobDriver: Send + Sync + 'static {
         JobDetails::default()
     }
 
+    /// Any thread: the two nodes that the job keeps equal, while it does.
+    fn pair(&self) -> Option<CopyPair> {
+        None
+    }
+
     /// Main: all members of the transaction are done; last chance to fail.
     fn prepare<'a>(&'a self, graph: &'a Rc<Graph>) -> BoxFuture<'a, Result<(), JobFailure>> {
         let _ = graph;
@@ -174,7 +181,7 @@ impl CopyMode {
 }
 
 /// Details that only some kinds of jobs have.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct JobDetails {
     /// Mirror: source and target are the same at each completed write.
     pub actively_synced: Option<bool>,
@@ -182,6 +189,8 @@ pub struct JobDetails {
     pub copy_mode: Option<CopyMode>,
     /// Mirror: how it gets on.
     pub rates: Option<CopyRates>,
+    /// Comparison: what it has found so far.
+    pub comparison: Option<Comparison>,
 }
 
 /// How a copying gets on against a guest that writes.

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::SystemTime;
 
+use crate::compare::Comparison;
 use crate::error::JobFailure;
 use crate::id::JobId;
 
@@ -39,6 +40,8 @@ pub struct EndedJob {
     pub total_progress: u64,
     /// How it ended.
     pub outcome: JobOutcome,
+    /// What a comparison had found by then.
+    pub comparison: Option<Comparison>,
 }
 
 /// The last [`HISTORY_LEN`] of them. Behind the job mutex.
@@ -78,6 +81,7 @@ mod tests {
                 current_progress: number,
                 total_progress: number,
                 outcome: JobOutcome::Completed,
+                comparison: None,
             });
         }
         let list = history.list();

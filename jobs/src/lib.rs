@@ -31,6 +31,7 @@
 
 mod backoff;
 pub mod backup;
+pub mod compare;
 mod context;
 mod copying;
 mod drain;
@@ -44,6 +45,7 @@ mod id;
 mod main_task;
 pub mod mirror;
 mod monitor;
+mod pair;
 mod progress;
 mod query;
 mod shared;
@@ -67,6 +69,7 @@ pub use history::{EndedJob, HISTORY_LEN, JobOutcome};
 pub use id::{JobId, JobKey, TxnKey};
 pub use main_task::MainJobs;
 pub use monitor::{ChangeRequest, JobSpec, Jobs, JobsGuard};
+pub use pair::CopyPair;
 pub use progress::{Progress, ProgressSnapshot};
 pub use query::JobInfo;
 pub use state::{JobStatus, JobVerb, SLICE, SoftCancel};

@@ -1,6 +1,6 @@
 //! The monitor side: who holds the job mutex may look jobs up and act on them.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use block::runtime::IothreadHandle;
@@ -13,6 +13,7 @@ use crate::error::JobError;
 use crate::history::EndedJob;
 use crate::home::{Environment, RuntimeEnvironment};
 use crate::id::{JobId, JobKey, TxnKey};
+use crate::pair::ActivePair;
 use crate::progress::Progress;
 use crate::query::JobInfo;
 use crate::shared::{Locked, Shared, Slot};
@@ -158,13 +159,20 @@ impl Jobs {
                     actively_synced,
                     copy_mode,
                     rates,
+                    comparison,
                 } = slot.driver.query();
                 info.actively_synced = actively_synced;
                 info.copy_mode = copy_mode;
                 info.rates = rates;
+                info.comparison = comparison;
                 info
             })
             .collect()
+    }
+
+    /// The pairs of nodes that jobs keep equal. Any thread.
+    pub(crate) fn pairs(&self) -> Vec<ActivePair> {
+        self.shared.pairs()
     }
 
     pub(crate) fn happen(&self, key: JobKey, event: Event) {
@@ -249,6 +257,7 @@ impl JobsGuard<'_> {
                 waker: sync::WakerSlot::new(),
                 notified: AtomicBool::new(false),
                 charged: AtomicU64::new(0),
+                comparison: OnceLock::new(),
             }),
         );
         Ok((key, self.locked.absorb_locked(effects)))

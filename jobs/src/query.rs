@@ -1,5 +1,6 @@
 //! What queries show of a job.
 
+use crate::compare::Comparison;
 use crate::driver::{CopyMode, CopyRates};
 use crate::event::IoStatus;
 use crate::id::JobId;
@@ -43,6 +44,8 @@ pub struct JobInfo {
     pub copy_mode: Option<CopyMode>,
     /// Mirror: how it gets on.
     pub rates: Option<CopyRates>,
+    /// Comparison: what it has found so far.
+    pub comparison: Option<Comparison>,
 }
 
 impl JobInfo {
@@ -70,6 +73,7 @@ impl JobInfo {
             actively_synced: None,
             copy_mode: None,
             rates: None,
+            comparison: None,
         })
     }
 }

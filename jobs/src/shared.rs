@@ -2,13 +2,14 @@
 //! synchronises itself.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use block::leaf::LeafMark;
 use block::runtime::IothreadHandle;
 
-use crate::context::JobContext;
+use crate::compare::Comparison;
+use crate::context::{JobContext, JobNotifier};
 use crate::driver::JobDriver;
 use crate::effects::Effects;
 use crate::error::{JobError, JobFailure};
@@ -17,8 +18,9 @@ use crate::event::{BlockJobProgress, JobEvent, JobEventKind};
 use crate::history::{EndedJob, History, JobOutcome};
 use crate::home::{Environment, Home};
 use crate::id::{JobId, JobKey};
+use crate::pair::ActivePair;
 use crate::progress::Progress;
-use crate::state::{Announcement, Effect, Event, Hook, Machine};
+use crate::state::{Announcement, Effect, Event, Hook, JobState, Machine};
 use crate::sync::atomic::{AtomicBool, AtomicU64};
 use crate::sync::{Mutex, MutexGuard, WakerSlot};
 
@@ -43,6 +45,8 @@ pub(crate) struct Slot {
     pub(crate) notified: AtomicBool,
     /// Bytes charged to the rate limit that its accounting has not seen.
     pub(crate) charged: AtomicU64,
+    /// What a comparison has found; set when its body ends.
+    pub(crate) comparison: OnceLock<Comparison>,
 }
 
 impl Slot {
@@ -120,6 +124,27 @@ impl Shared {
             shared: self,
             _mark: mark,
         }
+    }
+
+    /// The pairs of nodes that jobs keep equal.
+    pub(crate) fn pairs(self: &Arc<Self>) -> Vec<ActivePair> {
+        let slots: Vec<(Arc<Slot>, bool)> = {
+            let locked = self.lock();
+            let core = &locked.core;
+            let of = |(key, job): (JobKey, &JobState)| {
+                let slot = core.slots.get(&key)?;
+                Some((Arc::clone(slot), job.status.is_ready()))
+            };
+            core.machine.jobs().filter_map(of).collect()
+        };
+        let pairs = slots.into_iter().filter_map(|(slot, ready)| {
+            Some(ActivePair {
+                pair: slot.driver.pair()?,
+                ready,
+                notifier: JobNotifier::new(slot),
+            })
+        });
+        pairs.collect()
     }
 
     /// Lets an event happen that cannot be refused, and runs its effects.
@@ -251,6 +276,7 @@ impl Core {
             current_progress: progress.current,
             total_progress: progress.total,
             outcome,
+            comparison: slot.comparison.get().cloned(),
         });
     }
 

@@ -18,4 +18,4 @@ pub(crate) use leave::{
     LEAVE_DRAIN, detach_when_idle, let_target_go, take_out, take_out_some_time,
 };
 pub(crate) use pace::{INTERVAL, LITTLE, Pace, window_of_speed};
-pub(crate) use pool::BufferPool;
+pub(crate) use pool::{BufferPool, PooledBuffer};

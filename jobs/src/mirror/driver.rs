@@ -13,6 +13,7 @@ use crate::{
 };
 
 use crate::copying::let_target_go;
+use crate::pair::CopyPair;
 
 use super::body::{Body, buffer_pool};
 use super::complete;
@@ -289,7 +290,22 @@ impl JobDriver for MirrorDriver {
             actively_synced: Some(self.state.is_actively_synced()),
             copy_mode: self.settings.switches.then(|| self.state.copy_mode()),
             rates: Some(self.rates()),
+            ..JobDetails::default()
         }
+    }
+
+    fn pair(&self) -> Option<CopyPair> {
+        let places = self.places().filter(|_| self.state.is_engaged())?;
+        let data = |node: &Arc<Node>| node.skip_filters().id();
+        Some(CopyPair {
+            nodes: [data(&places.source), data(&places.target)],
+            filter: places.filter.id(),
+            backends: vec![
+                Arc::clone(&places.source_backend),
+                Arc::clone(&places.target_backend),
+            ],
+            lag: Arc::clone(&self.state) as _,
+        })
     }
 
     fn prepare<'a>(&'a self, graph: &'a Rc<Graph>) -> BoxFuture<'a, Result<(), JobFailure>> {

@@ -27,6 +27,7 @@ use block::{Backend, BitmapError, DirtyBitmap, GuestLatency, InFlight, IoError, 
 
 use crate::CopyMode;
 use crate::copying::Rules;
+use crate::pair::{Lag, is_dirty_in};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard};
 
@@ -370,6 +371,20 @@ impl MirrorState {
             range.end & !(self.granularity - 1)
         };
         start..end.max(start)
+    }
+}
+
+impl Lag for MirrorState {
+    fn is_engaged(&self) -> bool {
+        Self::is_engaged(self)
+    }
+
+    fn is_behind(&self, range: &Range<u64>) -> bool {
+        let is_dirty = || is_dirty_in(&self.dirty, range);
+        // Who copies has the range before it cleans it, and makes it dirty again before
+        // it lets go. So one that began before the first look, and failed after it, is
+        // seen by the second.
+        is_dirty() || self.in_flight.try_lock(range.clone()).is_none() || is_dirty()
     }
 }
 

@@ -113,6 +113,7 @@ impl Followed {
             ("paused" | "standby", None) => "paused",
             ("" | "created", _) => "starting",
             ("running", _) if self.job.kind == "mirror" => "copying",
+            ("running", _) if self.job.kind == "compare" => "comparing",
             ("ready" | "waiting", _) if self.completing => "pivoting",
             (status, _) => status,
         }

@@ -124,7 +124,7 @@ pub struct MirrorArgs {
     auto_dismiss: Option<OnOff>,
 }
 
-const ON_ERROR: [&str; 5] = ["report", "ignore", "enospc", "stop", "auto"];
+pub(super) const ON_ERROR: [&str; 5] = ["report", "ignore", "enospc", "stop", "auto"];
 
 impl MirrorArgs {
     /// What can be checked without asking anybody.
@@ -141,12 +141,7 @@ impl MirrorArgs {
     fn job_id(&self) -> String {
         match &self.job_id {
             Some(id) => id.clone(),
-            // Names that servers make for nodes have characters that ids cannot.
-            None => {
-                let fit = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
-                let source: String = self.source.chars().filter(|c| fit(*c)).collect();
-                format!("mirror-{source}")
-            }
+            None => id_for("mirror", &self.source),
         }
     }
 
@@ -182,6 +177,14 @@ impl MirrorArgs {
         }
         arguments
     }
+}
+
+/// The id of a job about a disk or node that the user gave none.
+pub(super) fn id_for(kind: &str, source: &str) -> String {
+    // Names that servers make for nodes have characters that ids cannot.
+    let fit = |c: &char| c.is_ascii_alphanumeric() || "-._".contains(*c);
+    let source: String = source.chars().filter(fit).collect();
+    format!("{kind}-{source}")
 }
 
 /// `job mirror`
@@ -354,7 +357,7 @@ fn unless_ended(follower: &mut Follower<'_>, asked: Result<(), JobError>) -> Res
 }
 
 /// Cancels the job, which is followed since `begun`, and waits for its end.
-fn cancel(
+pub(super) fn cancel(
     job_id: &str,
     begun: Instant,
     server: &mut Server,

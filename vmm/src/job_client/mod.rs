@@ -9,9 +9,11 @@
 //! - [`follow`]: jobs on their way to an end
 //! - [`report`]: telling the user, as bars, lines or JSON
 //! - [`mirror`], [`target`], [`nbd_uri`]: starting a mirror, and its target's nodes
+//! - [`compare`]: comparing two nodes
 //! - [`verbs`], [`list`]: the other subcommands
 //! - [`interrupt`][]: Ctrl-C
 
+mod compare;
 mod error;
 mod follow;
 mod interrupt;
@@ -49,6 +51,8 @@ mod status {
     pub const CANCELLED: u8 = 3;
     /// There is no usable connection (any more).
     pub const LOST: u8 = 4;
+    /// Two nodes that were compared differ.
+    pub const DIFFERS: u8 = 5;
     /// A signal's number is added.
     pub const SIGNAL_BASE: u8 = 128;
 }
@@ -60,6 +64,7 @@ Exit status:
   2      a mistake on the command line; nothing was asked of the server
   3      the job was cancelled
   4      no connection, or it or stdout was lost: what became of the job is not known
+  5      `compare` only: all was compared, and the nodes differ
   128+N  ended by signal N (130: Ctrl-C); the job goes on
 
 A monitor socket serves one client at a time: to watch a job here and pause it
@@ -103,6 +108,10 @@ enum JobCommand {
     /// Mirror a disk to a node, a file or an NBD export
     #[command(after_help = EXIT_STATUS)]
     Mirror(Box<mirror::MirrorArgs>),
+    /// Compare two nodes, also while they are in use: a mirror that is ready, a backup
+    /// and its snapshot, two images
+    #[command(after_help = EXIT_STATUS)]
+    Compare(compare::CompareArgs),
     /// List the jobs
     List,
     /// Follow a job to its end, or all there are
@@ -164,6 +173,7 @@ fn run(args: JobArgs, report: &mut Report) -> Result<u8, JobError> {
     let mut server = Server::connect(path, patience)?;
     match args.command {
         JobCommand::Mirror(args) => mirror::run(&args, &mut server, report),
+        JobCommand::Compare(args) => compare::run(&args, &mut server, report),
         JobCommand::List => list::run(&mut server, report),
         JobCommand::Watch(args) => verbs::watch(&args, &mut server, report),
         JobCommand::Pause(args) => verbs::pause(&args, &mut server, report),

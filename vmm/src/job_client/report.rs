@@ -185,6 +185,9 @@ impl Report {
         if let Some(error) = error {
             result["error"] = Value::from(error);
         }
+        if let Some(comparison) = job.raw.get("comparison") {
+            result["comparison"] = comparison.clone();
+        }
         self.object(&json!({"result": result}))?;
         let id = clean(&job.id);
         match ending {
@@ -266,7 +269,7 @@ fn new_bar(id: &str) -> ProgressBar {
 /// Phase, rates and the time left.
 fn state(followed: &Followed) -> String {
     let mut text = clean(followed.phase());
-    let moves = matches!(followed.phase(), "copying" | "running");
+    let moves = matches!(followed.phase(), "copying" | "comparing" | "running");
     if let Some(rate) = followed.rate.per_second().filter(|_| moves) {
         text.push_str(&format!(", {}/s", size(rate)));
     }

@@ -7,6 +7,7 @@ use jobs::{EndedJob, JobOutcome};
 use serde_json::{Value, json};
 
 use super::Outcome;
+use super::compare::comparison;
 use crate::monitor::Monitor;
 use crate::monitor::args::Args;
 
@@ -29,6 +30,9 @@ fn ended_job(job: &EndedJob) -> Value {
             JobOutcome::Failed(_) => "failed",
         },
     });
+    if let Some(found) = &job.comparison {
+        shown["comparison"] = comparison(found);
+    }
     let JobOutcome::Failed(failure) = &job.outcome else {
         return shown;
     };

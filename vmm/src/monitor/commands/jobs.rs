@@ -9,6 +9,7 @@ use std::time::Duration;
 use jobs::{CopyMode, Effects, JobChange, JobError, JobInfo, JobKey, JobStatus, JobsGuard};
 use serde_json::{Value, json};
 
+use super::compare::comparison;
 use super::{Outcome, done};
 use crate::monitor::Monitor;
 use crate::monitor::args::Args;
@@ -179,6 +180,9 @@ fn job_info(job: &JobInfo) -> Value {
     if let Some(error) = &job.error {
         info["error"] = Value::from(error.as_str());
     }
+    if let Some(found) = &job.comparison {
+        info["comparison"] = comparison(found);
+    }
     info
 }
 
@@ -206,6 +210,9 @@ fn block_job_info(job: &JobInfo) -> Value {
     });
     if let Some(error) = &job.error {
         info["error"] = Value::from(error.as_str());
+    }
+    if let Some(found) = &job.comparison {
+        info["comparison"] = comparison(found);
     }
     if let Some(rates) = job
         .rates

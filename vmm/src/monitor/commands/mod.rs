@@ -7,6 +7,7 @@
 mod backup;
 mod bitmaps;
 mod blockdev;
+mod compare;
 mod control;
 mod exports;
 mod history;
@@ -87,6 +88,7 @@ static COMMANDS: &[Command] = commands! {
     "block_resize" => nodes::block_resize,
     "blockdev-add" => blockdev::blockdev_add,
     "blockdev-backup" => backup::blockdev_backup,
+    "blockdev-compare" => compare::blockdev_compare,
     "blockdev-del" => blockdev::blockdev_del,
     "blockdev-mirror" => mirror::blockdev_mirror,
     "blockdev-reopen" => blockdev::blockdev_reopen,

@@ -1,0 +1,368 @@
+//! The job's body: which range is read next, and how many at a time.
+//!
+//! One task on the job's home. Operations (`look`) run inside it, side by side; when
+//! candidates have gathered they are settled (`settle`) with none under way.
+
+use std::cmp::Reverse;
+use std::ops::Range;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use block::runtime;
+use futures_util::future::{Either, select};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+
+use crate::copying::{BufferPool, window_of_speed};
+use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, SLICE};
+
+use super::driver::{CompareDriver, Place};
+use super::look::{Looked, Reader, Side, Stop};
+use super::result::Tally;
+
+/// Most operations in flight; each has a request to each node.
+const OPERATIONS: usize = 4;
+/// Largest request.
+pub(super) const MAX_REQUEST: u64 = 512 << 10;
+/// Smallest request under a speed limit.
+const MIN_REQUEST: u64 = 64 << 10;
+/// Most bytes that one operation looks at, when all before were zeroes.
+const MAX_LEAP: u64 = 1 << 30;
+/// Bytes that are read after a candidate before candidates are settled, and time: so
+/// that they stay few, and requests are not held often.
+const BATCH: u64 = 16 << 20;
+const BATCH_TIME: Duration = Duration::from_secs(1);
+/// Wait while somebody drains a node.
+const BUSY: Duration = Duration::from_millis(1);
+
+struct Done {
+    range: Range<u64>,
+    looked: Looked,
+}
+
+/// Candidates that wait to be settled.
+#[derive(Default)]
+pub(super) struct Batch {
+    pub(super) candidates: Vec<Range<u64>>,
+    read: u64,
+    since: Option<Instant>,
+}
+
+/// State of the body. Home only.
+pub(super) struct Body<'a> {
+    pub(super) ctx: &'a JobContext,
+    pub(super) driver: &'a CompareDriver,
+    pub(super) places: &'a [Place; 2],
+    pub(super) reader: Rc<Reader>,
+    operations: FuturesUnordered<Pin<Box<dyn Future<Output = Done>>>>,
+    /// What is still to be read, lowest last.
+    todo: Vec<Range<u64>>,
+    pub(super) batch: Batch,
+    pub(super) tally: Tally,
+    /// How much to look at at once where extents are not known.
+    leap: u64,
+    not_before: Option<Instant>,
+    backoff: Backoff,
+    pub(super) failure: Option<JobFailure>,
+}
+
+impl<'a> Body<'a> {
+    pub(super) fn new(
+        ctx: &'a JobContext,
+        driver: &'a CompareDriver,
+        places: &'a [Place; 2],
+    ) -> Self {
+        let side = |place: &Place| Side {
+            backend: place.backend.clone(),
+            node: place.node.id(),
+            size: place.node.size(),
+        };
+        let pool = BufferPool::new(MAX_REQUEST as usize, 2 * OPERATIONS);
+        let reader = Reader::new([side(&places[0]), side(&places[1])], pool);
+        let whole = 0..reader.size();
+        Self {
+            ctx,
+            driver,
+            places,
+            reader: Rc::new(reader),
+            operations: FuturesUnordered::new(),
+            todo: Vec::from_iter((!whole.is_empty()).then_some(whole)),
+            batch: Batch::default(),
+            tally: Tally::new(driver.settings().max_differences),
+            leap: MAX_REQUEST,
+            not_before: None,
+            backoff: Backoff::new(),
+            failure: None,
+        }
+    }
+
+    /// Runs until all is compared, or the job is cancelled or has failed.
+    pub(super) async fn run(mut self) -> Result<(), JobFailure> {
+        self.ctx.progress().set_remaining(self.reader.size());
+        loop {
+            if self.ctx.is_force_cancelled() {
+                self.leave_operations();
+                return Ok(());
+            }
+            if self.failure.is_some() {
+                self.quiesce().await;
+            }
+            if let Some(failure) = self.failure.take() {
+                self.leave_operations();
+                return Err(failure);
+            }
+            if self.ctx.is_pause_requested() {
+                self.quiesce().await;
+                self.reader.shrink();
+                self.ctx.pause_point().await;
+                continue;
+            }
+            let all_begun = self.todo.is_empty();
+            if all_begun || self.wants_to_settle() {
+                self.quiesce().await;
+                if self.failure.is_some() || self.is_interrupted() {
+                    continue;
+                }
+                if !self.batch.candidates.is_empty() {
+                    self.settle().await;
+                    continue;
+                }
+                if self.todo.is_empty() {
+                    break;
+                }
+            }
+            let wait = self.start_operations();
+            if self.operations.is_empty() {
+                self.ctx.sleep(wait).await;
+            } else {
+                self.wait_for_operation(wait).await;
+            }
+        }
+        self.finish()
+    }
+
+    fn finish(mut self) -> Result<(), JobFailure> {
+        self.tally.found.is_complete = true;
+        self.show();
+        let found = &self.tally.found;
+        match found.undecided_bytes {
+            0 => Ok(()),
+            bytes => Err(JobFailure::new(
+                libc::EAGAIN,
+                format!(
+                    "{bytes} bytes could not be compared: they cannot be read, or were written \
+                     all the time; {} bytes of the rest differ",
+                    found.differing_bytes
+                ),
+            )),
+        }
+    }
+
+    /// Whether the body has to look at what the user wants.
+    pub(super) fn is_interrupted(&self) -> bool {
+        self.ctx.is_force_cancelled() || self.ctx.is_pause_requested()
+    }
+
+    fn wants_to_settle(&self) -> bool {
+        let batch = &self.batch;
+        batch
+            .since
+            .is_some_and(|since| batch.read >= BATCH || since.elapsed() >= BATCH_TIME)
+    }
+
+    /// For the next queries.
+    pub(super) fn show(&self) {
+        self.driver.show(self.tally.found.clone());
+    }
+
+    /// Waits until nothing is in flight, or the job is cancelled by force.
+    async fn quiesce(&mut self) {
+        while !self.operations.is_empty() && !self.ctx.is_force_cancelled() {
+            self.wait_for_operation(SLICE).await;
+        }
+    }
+
+    /// Stops waiting for what is in flight: it ends by itself, and counts until then.
+    fn leave_operations(&mut self) {
+        let mut operations = std::mem::take(&mut self.operations);
+        if !operations.is_empty() {
+            runtime::spawn_local(async move { while operations.next().await.is_some() {} })
+                .detach();
+        }
+    }
+
+    /// Starts what may be started; gives the time after which there may be more to
+    /// start even if nothing ends.
+    fn start_operations(&mut self) -> Duration {
+        loop {
+            let now = Instant::now();
+            if let Some(left) = self.not_before.map(|at| at.saturating_duration_since(now))
+                && !left.is_zero()
+            {
+                return left.min(SLICE);
+            }
+            let limited = self.ctx.throttle_wait();
+            if !limited.is_zero() {
+                return limited.min(SLICE);
+            }
+            let speed = self.ctx.speed();
+            let request = match speed {
+                0 => MAX_REQUEST,
+                // Whole sectors: a power of two.
+                speed => (speed / 10)
+                    .clamp(MIN_REQUEST, MAX_REQUEST)
+                    .next_power_of_two(),
+            };
+            let window = window_of_speed(speed, request) / request;
+            if self.operations.len()
+                >= OPERATIONS.min(usize::try_from(window).unwrap_or(OPERATIONS))
+            {
+                return SLICE;
+            }
+            let Some(range) = self.next_range(request) else {
+                return SLICE;
+            };
+            let reader = Rc::clone(&self.reader);
+            self.operations.push(Box::pin(async move {
+                let looked = reader.look(range.clone(), request).await;
+                Done { range, looked }
+            }));
+        }
+    }
+
+    /// Takes the lowest range that is to be read.
+    fn next_range(&mut self, request: u64) -> Option<Range<u64>> {
+        let range = self.todo.pop()?;
+        let len = self.leap.max(request).min(range.end - range.start);
+        let end = range.start + len;
+        if end < range.end {
+            self.todo.push(end..range.end);
+        }
+        Some(range.start..end)
+    }
+
+    fn put_back(&mut self, range: Range<u64>) {
+        if !range.is_empty() {
+            self.todo.push(range);
+            self.todo.sort_by_key(|range| Reverse(range.start));
+        }
+    }
+
+    async fn wait_for_operation(&mut self, wait: Duration) {
+        let timer = pin!(runtime::sleep(wait.min(SLICE)));
+        let kicked = pin!(self.ctx.kicked());
+        let done = match select(self.operations.next(), select(timer, kicked)).await {
+            Either::Left((done, _)) => done,
+            Either::Right(_) => None,
+        };
+        if let Some(done) = done {
+            self.ended(done);
+        }
+    }
+
+    fn ended(&mut self, done: Done) {
+        let Done { range, looked } = done;
+        self.ctx.progress().add_done(looked.end - range.start);
+        self.ctx.notifier().charge(looked.charged);
+        if self.batch.since.is_some() {
+            self.batch.read += looked.charged;
+        } else if !looked.differing.is_empty() {
+            self.batch.since = Some(Instant::now());
+            self.batch.read = 0;
+        }
+        self.batch.candidates.extend(looked.differing);
+        if !looked.was_zero {
+            self.leap = MAX_REQUEST;
+        } else if looked.end == range.end {
+            self.leap = self.leap.saturating_mul(2).min(MAX_LEAP);
+        }
+        let rest = looked.end..range.end;
+        match looked.stop {
+            None => {
+                if looked.end > range.start {
+                    self.backoff.reset();
+                }
+                self.put_back(rest);
+            }
+            Some(Stop::Drained) => {
+                self.put_back(rest);
+                self.not_before = Some(Instant::now() + BUSY);
+            }
+            Some(Stop::Failed { side, range, error }) => {
+                if self.read_failed(side, &error) {
+                    self.put_back(rest);
+                } else {
+                    // The user does not mind: the rest is compared all the same.
+                    self.tally.found.undecided_bytes += range.end - range.start;
+                    self.ctx.progress().add_done(range.end - range.start);
+                    self.put_back(range.end..rest.end);
+                    self.show();
+                }
+            }
+            Some(Stop::Moved) => {
+                self.put_back(rest);
+                self.moved();
+            }
+        }
+    }
+
+    /// A node is not where it was: what is there now is not what was to be compared.
+    pub(super) fn moved(&mut self) {
+        self.failure.get_or_insert_with(|| {
+            let [first, second] = self.places;
+            JobFailure::new(
+                libc::ECANCELED,
+                format!(
+                    "Another node has taken the place of node '{}' or '{}' before they were \
+                     compared",
+                    first.node.name(),
+                    second.node.name()
+                ),
+            )
+        });
+    }
+
+    /// A read failed: acts as the policy of its side says. `true`: the range is to be
+    /// read again, some time.
+    pub(super) fn read_failed(&mut self, side: usize, error: &block::IoError) -> bool {
+        if self.failure.is_some() {
+            return true;
+        }
+        let policy = self.driver.settings().on_error[side];
+        let action = self.ctx.io_failed(IoSide::Read, error.errno, policy);
+        tracing::warn!(job = self.ctx.id(), %error, action = action.name(), "compare: a read failed");
+        match action {
+            ErrorAction::Report => {
+                self.failure = Some(JobFailure::from(error));
+                true
+            }
+            ErrorAction::Stop => {
+                self.not_before = Some(Instant::now() + self.backoff.failed());
+                true
+            }
+            ErrorAction::Ignore => false,
+        }
+    }
+
+    /// The candidates below everything that is still to be read, in order, so that they
+    /// can be counted; the others wait.
+    pub(super) fn take_batch(&mut self) -> Vec<Range<u64>> {
+        let mut candidates = std::mem::take(&mut self.batch).candidates;
+        candidates.sort_by_key(|range| range.start);
+        // Whole chunks of the bitmaps, since their bits are cleared.
+        let chunk = self.places[0].written.granularity();
+        let end = self.todo.last().map_or(u64::MAX, |range| range.start) / chunk * chunk;
+        let mut below = Vec::new();
+        for range in candidates {
+            let cut = end.clamp(range.start, range.end);
+            if range.start < cut {
+                below.push(range.start..cut);
+            }
+            if cut < range.end {
+                self.batch.candidates.push(cut..range.end);
+                self.batch.since.get_or_insert_with(Instant::now);
+            }
+        }
+        below
+    }
+}

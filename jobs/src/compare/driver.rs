@@ -1,0 +1,120 @@
+//! The comparison as the job core sees it.
+
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use block::{Backend, BoxFuture, DirtyBitmap, Graph, Node};
+
+use crate::copying::detach_when_idle;
+use crate::{JobContext, JobDetails, JobDriver, JobFailure, JobKind, OnError, SoftCancel};
+
+use super::body::Body;
+use super::result::Comparison;
+
+/// Comparisons as the job core knows them.
+pub(super) const KIND: JobKind = JobKind {
+    name: "compare",
+    block_job: true,
+    soft_cancel: SoftCancel::Forces,
+    completes: false,
+};
+
+/// What is known when the job is created, and never changes.
+pub(super) struct Settings {
+    /// What a failed read does, by side.
+    pub(super) on_error: [OnError; 2],
+    pub(super) max_differences: u32,
+    /// A mirror keeps the two nodes equal, and has to go on.
+    pub(super) is_mirrored: bool,
+}
+
+/// One of the two nodes, in the graph.
+pub(super) struct Place {
+    pub(super) node: Arc<Node>,
+    /// The node below its filters, where writes are recorded.
+    pub(super) data: Arc<Node>,
+    pub(super) backend: Arc<Backend>,
+    /// What was written to it since the job began, or it was last read again.
+    pub(super) written: Arc<DirtyBitmap>,
+}
+
+/// The driver of one comparison.
+pub(super) struct CompareDriver {
+    settings: Settings,
+    /// Known when it starts.
+    places: OnceLock<[Place; 2]>,
+    /// What was found. A leaf lock, taken for a copy only: by the body, and for
+    /// queries.
+    found: Mutex<Comparison>,
+}
+
+impl CompareDriver {
+    pub(super) fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            places: OnceLock::new(),
+            found: Mutex::default(),
+        }
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub(super) fn set_places(&self, places: [Place; 2]) {
+        // Set once, before the job is started.
+        let _ = self.places.set(places);
+    }
+
+    fn found(&self) -> Comparison {
+        let found = self.found.lock();
+        found
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .clone()
+    }
+
+    /// For the next queries.
+    pub(super) fn show(&self, found: Comparison) {
+        *self
+            .found
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner()) = found;
+    }
+}
+
+impl JobDriver for CompareDriver {
+    fn run(self: Arc<Self>, context: JobContext) -> BoxFuture<'static, Result<(), JobFailure>> {
+        Box::pin(async move {
+            let Some(places) = self.places.get() else {
+                return Err(JobFailure::new(
+                    libc::EINVAL,
+                    "The comparison was not set up",
+                ));
+            };
+            let ended = Body::new(&context, &self, places).run().await;
+            context.set_comparison(self.found());
+            ended
+        })
+    }
+
+    fn query(&self) -> JobDetails {
+        JobDetails {
+            comparison: Some(self.found()),
+            ..JobDetails::default()
+        }
+    }
+
+    fn clean<'a>(&'a self, graph: &'a Rc<Graph>) -> BoxFuture<'a, ()> {
+        Box::pin(async move {
+            for place in self.places.get().into_iter().flatten() {
+                place.data.detach_bitmap(&place.written);
+                detach_when_idle(graph, &place.backend);
+            }
+        })
+    }
+
+    /// Each request counts by itself, and none is begun in a section.
+    fn drained_poll(&self) -> bool {
+        false
+    }
+}
