@@ -299,7 +299,8 @@ impl<'a> Body<'a> {
                 return SLICE;
             };
             let cost = (range.end - range.start).min(request);
-            let window = window.min(window_of_speed(self.ctx.speed(), request));
+            // One request at least goes out, since nothing is under way then.
+            let window = window.min(window_of_speed(self.ctx.speed(), 0));
             if self.window_used > 0 && self.window_used + cost > window {
                 return SLICE;
             }

@@ -217,14 +217,12 @@ pub(super) struct ReadyBackup {
 
 impl ReadyBackup {
     /// The node to be drained.
-    #[expect(dead_code, reason = "a transaction begins with it")]
     pub(super) fn source(&self) -> &Arc<Node> {
         &self.spec.source
     }
 
     /// Prepares it in a drained section of its source, as a member of `txn` if that is
     /// given. The source is copied as it is in that section.
-    #[expect(dead_code, reason = "a transaction goes on with it")]
     pub(super) fn prepare(
         self,
         monitor: &Monitor,

@@ -1,9 +1,10 @@
 //! `transaction`: several actions, all or none, at one instant.
 //!
-//! Every action is read before anything happens. Then requests to all nodes that the
-//! actions are about are held back, and the actions are carried out in their order
-//! with nothing awaited. The first that fails ends it: those before it are undone, the
-//! last one first. Otherwise all last, jobs run, and requests go on.
+//! Every action is read before anything happens, and what backups need is found or
+//! opened. Then requests to all nodes that the actions are about are held back, and the
+//! actions are carried out in their order with nothing awaited. The first that fails ends
+//! it: those before it are undone, the last one first. Otherwise all last, jobs run, and
+//! requests go on.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -11,7 +12,10 @@ use std::time::Duration;
 
 use block::{BitmapChange, Drained, Graph, GraphError, Node};
 use futures_util::future::join_all;
+use jobs::TxnKey;
+use jobs::backup::PreparedBackup;
 
+use super::backup::{BackupArgs, ReadyBackup};
 use super::bitmaps::BitmapAction;
 use super::{Outcome, done};
 use crate::monitor::Monitor;
@@ -44,6 +48,7 @@ enum Action {
     /// Fails.
     Abort,
     Bitmap(BitmapAction),
+    Backup(Box<BackupArgs>),
 }
 
 /// Reads the `data` of an action.
@@ -69,18 +74,35 @@ const ACTIONS: &[(&str, ReadAction)] = &[
     ("block-dirty-bitmap-merge", |args| {
         BitmapAction::merge(args).map(Action::Bitmap)
     }),
+    ("blockdev-backup", |args| {
+        BackupArgs::blockdev(args).map(|args| Action::Backup(Box::new(args)))
+    }),
+    ("drive-backup", |args| {
+        BackupArgs::drive(args).map(|args| Action::Backup(Box::new(args)))
+    }),
 ];
 
-/// An action that has been carried out. Dropped, it is undone.
-enum Applied {
-    Bitmap(BitmapChange),
+/// An action whose turn may come.
+enum Ready {
+    /// It fails.
+    Never(QmpError),
+    Bitmap(BitmapAction),
+    Backup(Box<ReadyBackup>),
 }
 
-impl Applied {
-    fn commit(self) {
-        match self {
-            Self::Bitmap(change) => change.commit(),
-        }
+/// An action that has been carried out.
+enum Applied {
+    Bitmap(BitmapChange),
+    /// With the section in which it was prepared, by its place.
+    Backup(PreparedBackup, usize),
+}
+
+/// The nodes whose requests are held back, each with its section.
+struct Held(Vec<(Arc<Node>, Drained)>);
+
+impl Held {
+    fn place(&self, node: &Node) -> Option<usize> {
+        self.0.iter().position(|(held, _)| held.id() == node.id())
     }
 }
 
@@ -102,23 +124,25 @@ pub(super) async fn transaction(monitor: Rc<Monitor>, mut args: Args) -> Outcome
     }
     args.finish()?;
 
+    let ready = find(&monitor, actions).await;
     // Nodes stay what they are until it has ended.
     let _alone = monitor.graph_commands.lock().await;
-    let held = drain(&monitor.graph, &actions).await?;
-    let mut applied = Vec::with_capacity(actions.len());
-    for action in actions {
-        match apply(&monitor, action, mode.unwrap_or_default()) {
-            Ok(done) => applied.push(done),
-            Err(error) => {
-                while let Some(last) = applied.pop() {
-                    drop(last);
-                }
-                return Err(error);
+    let held = drain(&monitor.graph, &ready).await?;
+    let txn = match mode {
+        Some(CompletionMode::Grouped) => Some(monitor.jobs().lock().new_txn()),
+        _ => None,
+    };
+    let applied = carry_out(&monitor, ready, txn, &held);
+    if let Some(txn) = txn {
+        monitor.jobs().lock().close_txn(txn);
+    }
+    for action in applied? {
+        match action {
+            Applied::Bitmap(change) => change.commit(),
+            Applied::Backup(backup, _) => {
+                backup.start();
             }
         }
-    }
-    for done in applied {
-        done.commit();
     }
     drop(held);
     done()
@@ -131,32 +155,100 @@ fn read_action(mut args: Args) -> Result<Action, QmpError> {
     Ok(action)
 }
 
+/// Finds what backups need, up to the first action that is sure to fail: what comes
+/// after that has no turn, and no target is made for it.
+///
+/// Cancel: what was opened is closed.
+async fn find(monitor: &Monitor, actions: Vec<Action>) -> Vec<Ready> {
+    let mut ready = Vec::with_capacity(actions.len());
+    for action in actions {
+        let next = match action {
+            Action::Abort => {
+                Ready::Never(QmpError::generic("Transaction aborted using Abort action"))
+            }
+            Action::Bitmap(action) => Ready::Bitmap(action),
+            Action::Backup(args) => match args.find(monitor).await {
+                Ok(backup) => Ready::Backup(Box::new(backup)),
+                Err(error) => Ready::Never(error),
+            },
+        };
+        let ends = matches!(next, Ready::Never(_));
+        ready.push(next);
+        if ends {
+            break;
+        }
+    }
+    ready
+}
+
 /// Holds requests back to all nodes that the actions are about, all at the same time.
 /// What is not there is found missing later, in its turn.
-async fn drain(graph: &Graph, actions: &[Action]) -> Result<Vec<Drained>, GraphError> {
+async fn drain(graph: &Graph, actions: &[Ready]) -> Result<Held, GraphError> {
     let mut nodes: Vec<Arc<Node>> = Vec::new();
     for action in actions {
         let node = match action {
-            Action::Abort => None,
-            Action::Bitmap(action) => action.node(graph),
+            Ready::Never(_) => None,
+            Ready::Bitmap(action) => action.node(graph),
+            Ready::Backup(backup) => Some(Arc::clone(backup.source())),
         };
         nodes.extend(node.filter(|node| !nodes.iter().any(|known| known.id() == node.id())));
     }
     let sections = nodes
         .iter()
         .map(|node| graph.drain_within(node, &[], DRAIN));
-    join_all(sections).await.into_iter().collect()
+    let sections: Result<Vec<_>, _> = join_all(sections).await.into_iter().collect();
+    Ok(Held(nodes.into_iter().zip(sections?).collect()))
 }
 
-fn apply(monitor: &Monitor, action: Action, mode: CompletionMode) -> Result<Applied, QmpError> {
-    match action {
-        Action::Abort => Err(QmpError::generic("Transaction aborted using Abort action")),
-        Action::Bitmap(action) if mode == CompletionMode::Grouped => {
-            Err(QmpError::generic(format!(
-                "Action '{}' does not support Transaction property completion-mode = grouped",
-                action.name()
-            )))
+/// Carries all actions out, or none.
+fn carry_out(
+    monitor: &Monitor,
+    actions: Vec<Ready>,
+    txn: Option<TxnKey>,
+    held: &Held,
+) -> Result<Vec<Applied>, QmpError> {
+    let mut applied = Vec::with_capacity(actions.len());
+    for action in actions {
+        match apply(monitor, action, txn, held) {
+            Ok(done) => applied.push(done),
+            Err(error) => {
+                undo(applied, held);
+                return Err(error);
+            }
         }
-        Action::Bitmap(action) => action.apply(&monitor.graph).map(Applied::Bitmap),
+    }
+    Ok(applied)
+}
+
+fn undo(mut applied: Vec<Applied>, held: &Held) {
+    while let Some(last) = applied.pop() {
+        match last {
+            Applied::Bitmap(change) => drop(change),
+            Applied::Backup(backup, place) => backup.take_back(&held.0[place].1),
+        }
+    }
+}
+
+fn apply(
+    monitor: &Monitor,
+    action: Ready,
+    txn: Option<TxnKey>,
+    held: &Held,
+) -> Result<Applied, QmpError> {
+    match action {
+        Ready::Never(error) => Err(error),
+        Ready::Bitmap(action) if txn.is_some() => Err(QmpError::generic(format!(
+            "Action '{}' does not support Transaction property completion-mode = grouped",
+            action.name()
+        ))),
+        Ready::Bitmap(action) => action.apply(&monitor.graph).map(Applied::Bitmap),
+        Ready::Backup(backup) => {
+            let source = backup.source();
+            let place = held
+                .place(source)
+                .ok_or_else(|| QmpError::generic(format!("Node '{}' has gone", source.name())))?;
+            let prepared = backup.prepare(monitor, txn, &held.0[place].1)?;
+            Ok(Applied::Backup(prepared, place))
+        }
     }
 }
