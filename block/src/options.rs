@@ -447,6 +447,9 @@ pub struct CopyBeforeWriteOptions {
     pub file: BlockdevRef,
     /// Where its old content is kept.
     pub target: BlockdevRef,
+    /// Names of a node and of a bitmap of it: only what is dirty there at the start is
+    /// kept. `None`: everything is.
+    pub bitmap: Option<(String, String)>,
     /// How guests' requests are treated.
     pub policy: CbwPolicy,
 }

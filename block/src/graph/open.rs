@@ -11,6 +11,7 @@ use super::names::ReservedName;
 use super::topology::{BackendEntry, ChildEntry, MAX_DEPTH, NodeEntry, Owner, Topology};
 use super::{Graph, GraphError, LocalFuture, above_inserted_filters};
 use crate::backend::{AttachmentKind, Backend, BackendUser};
+use crate::bitmaps::NamedBitmapError;
 use crate::driver::{BlockDriver, ChildRole};
 use crate::drivers::blkdebug::BlkdebugDriver;
 use crate::drivers::copy_before_write::CopyBeforeWriteDriver;
@@ -342,7 +343,17 @@ impl<'a> Opening<'a> {
                 let (file, file_entry) = self.child(ChildRole::File, &copy.file, options).await?;
                 let (target, target_entry) =
                     self.child(ChildRole::Target, &copy.target, options).await?;
-                let driver = CopyBeforeWriteDriver::new(file, target, copy.policy, None)
+                let part = match &copy.bitmap {
+                    Some((node, name)) => {
+                        let bitmap = self.graph.find_bitmap(node, name)?;
+                        if bitmap.is_inconsistent() {
+                            return Err(NamedBitmapError::Inconsistent(name.clone()).into());
+                        }
+                        Some(bitmap.bits())
+                    }
+                    None => None,
+                };
+                let driver = CopyBeforeWriteDriver::new(file, target, copy.policy, part.as_deref())
                     .map_err(OpenError::from)?;
                 Ok(Opened {
                     driver: Box::new(driver),

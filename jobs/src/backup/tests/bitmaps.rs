@@ -103,8 +103,7 @@ fn result(sync: BackupSync, mode: BitmapMode, fails: bool) -> BTreeSet<u64> {
         *left.borrow_mut() = dirty(&bitmap);
         rig.assert_no_traces();
     });
-    let result = result.borrow().clone();
-    result
+    result.borrow().clone()
 }
 
 #[test]

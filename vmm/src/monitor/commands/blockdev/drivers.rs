@@ -207,11 +207,20 @@ pub(super) fn copy_before_write(
 ) -> Result<DriverOptions, QmpError> {
     let file = child(args, "file", common)?;
     let target = child(args, "target", common)?;
+    let bitmap = match args.optional_object("bitmap")? {
+        Some(mut bitmap) => {
+            let names = (bitmap.required_str("node")?, bitmap.required_str("name")?);
+            bitmap.finish()?;
+            Some(names)
+        }
+        None => None,
+    };
     let on_error = args.optional_enum("on-cbw-error", ON_CBW_ERROR)?;
     let timeout = args.optional_u32("cbw-timeout")?;
     Ok(DriverOptions::CopyBeforeWrite(CopyBeforeWriteOptions {
         file,
         target,
+        bitmap,
         policy: cbw_policy(on_error, timeout),
     }))
 }
