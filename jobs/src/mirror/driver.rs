@@ -8,8 +8,8 @@ use std::time::Duration;
 use block::{Backend, BoxFuture, Drained, Graph, Node};
 
 use crate::{
-    CopyMode, CopyRates, JobChange, JobContext, JobDetails, JobDriver, JobFailure, JobKind,
-    JobWatch, OnError, OwnDrain, SoftCancel,
+    CopyMode, CopyRates, ErrorAction, JobChange, JobContext, JobDetails, JobDriver, JobFailure,
+    JobKind, JobWatch, OnError, OwnDrain, SoftCancel,
 };
 
 use crate::copying::let_target_go;
@@ -250,6 +250,15 @@ impl JobDriver for MirrorDriver {
     fn pause(&self) -> BoxFuture<'_, ()> {
         // Nobody looks whether the target hangs while the body is parked.
         self.state.set_catching_up(false);
+        Box::pin(std::future::ready(()))
+    }
+
+    fn resume(&self) -> BoxFuture<'_, ()> {
+        // What failed while the body was parked is dirty, and tried again at once: it
+        // is no reason to park again, whatever it was that somebody has mended.
+        self.state.forget_active_error(|error| {
+            self.settings.on_target_error.action(error.errno) == ErrorAction::Stop
+        });
         Box::pin(std::future::ready(()))
     }
 

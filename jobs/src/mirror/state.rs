@@ -346,6 +346,17 @@ impl MirrorState {
             .take()
     }
 
+    /// Forgets that failure if `old` says so of it.
+    pub(crate) fn forget_active_error(&self, old: impl FnOnce(&IoError) -> bool) {
+        let mut slot = self
+            .active_error
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        if slot.as_ref().is_some_and(old) {
+            *slot = None;
+        }
+    }
+
     /// Cleans the whole chunks in a range. The caller holds the range.
     pub(crate) fn clear_dirty(&self, range: Range<u64>) {
         self.dirty

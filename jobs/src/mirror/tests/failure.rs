@@ -157,6 +157,29 @@ fn no_space_on_the_target_pauses_the_job_until_the_user_resumes_it() {
 }
 
 #[test]
+fn errors_of_the_time_in_which_it_was_stopped_do_not_stop_a_mirror_again() {
+    with_rig(|rig| async move {
+        scribble(&rig.source);
+        let mut spec = rig.spec();
+        spec.copy_mode = CopyMode::WriteBlocking;
+        spec.on_target_error = OnError::Stop;
+        let key = rig.ready(spec).await;
+        rig.target.fail(Match::op(IoOp::Write), libc::ENOSPC);
+        rig.write(0, 4096, 6).await;
+        rig.wait_for(JobStatus::Standby).await;
+        rig.write(CHUNK, 4096, 7).await;
+        // The disk is made larger, and all is well.
+        rig.target.stop_failing();
+        rig.act(|jobs| jobs.resume(key));
+        rig.until(|| rig.source.snapshot() == rig.target.snapshot() || rig.errors().len() > 1)
+            .await;
+        assert_eq!(rig.errors(), [(IoSide::Write, ErrorAction::Stop)]);
+        rig.pivot(key).await;
+        rig.assert_equal();
+    });
+}
+
+#[test]
 fn a_failed_write_blocking_write_of_the_target_is_copied_later() {
     with_rig(|rig| async move {
         scribble(&rig.source);
