@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use block::{
-    BlockDriver, BoxFuture, Child, Extent, IoError, IoVec, Limits, Node, RangeGuard, WriteFlags,
-    ZeroFlags, runtime,
+    BlockDriver, BoxFuture, Child, DiscardMode, Extent, IoError, IoVec, Limits, Node, RangeGuard,
+    WriteFlags, ZeroFlags, runtime,
 };
 use futures_util::future::{Either, LocalBoxFuture, select};
 
@@ -385,6 +385,10 @@ impl BlockDriver for MirrorTop {
         Box::pin(async move {
             let range = offset..offset.saturating_add(len);
             let source = self.source.node();
+            if source.options().discard == DiscardMode::Ignore {
+                // Nothing changes. The option does not while this is on its way.
+                return source.discard(offset, len).await;
+            }
             let result = if self.state.holds_guest() {
                 self.discard_actively(&source, range).await
             } else {

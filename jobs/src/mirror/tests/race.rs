@@ -172,6 +172,35 @@ fn a_discard_of_a_chunk_that_the_copier_has_read_arrives() {
 }
 
 #[test]
+fn a_discard_that_the_source_ignores_leaves_the_mirror_as_it_is() {
+    for mode in [CopyMode::Background, CopyMode::WriteBlocking] {
+        with_rig(|rig| async move {
+            scribble(&rig.source);
+            let mut spec = rig.spec();
+            let node =
+                rig.graph
+                    .add_node(Some("keeps"), rig.source.driver(), NodeOptions::default());
+            let node = node.expect("another node of the source");
+            let disk = rig.graph.attach("disk1", &node, device(), None);
+            let disk = disk.expect("a device");
+            spec.source = node;
+            spec.copy_mode = mode;
+            let key = rig.ready(spec).await;
+            rig.target.forget_ended();
+            rig.source.forget_ended();
+            let discard = rig.guest(3, move |_| async move { disk.discard(0, SIZE).await });
+            discard.await.expect("the discard");
+            rig.act(|jobs| jobs.complete(key));
+            rig.wait_for(JobStatus::Null).await;
+            let requests = [rig.source.ended(), rig.target.ended()].concat();
+            let copied = requests.iter().any(|request| request.op != IoOp::Flush);
+            assert!(!copied, "nothing had changed: {requests:?}");
+            rig.assert_equal();
+        });
+    }
+}
+
+#[test]
 fn a_write_blocking_write_waits_for_the_copier_on_its_chunk_and_for_no_other() {
     with_rig(|rig| async move {
         scribble(&rig.source);
