@@ -87,15 +87,11 @@ fn check(graph: &Graph, spec: &MirrorSpec) -> Result<Plan, MirrorError> {
     };
     let sizes = sizes(
         granularity,
-        spec.buf_size,
+        // A bad one is told of after much else, as by QEMU.
+        spec.buf_size.max(0),
         spec.target.limits().cluster_size,
         spec.source.size(),
     )?;
-    match spec.sync {
-        SyncMode::Full | SyncMode::Top | SyncMode::None => {}
-        SyncMode::Incremental => return Err(MirrorError::SyncMode("incremental")),
-        SyncMode::Bitmap => return Err(MirrorError::SyncMode("bitmap")),
-    }
     graph.check_not_blocked(&spec.source)?;
     graph.check_not_blocked(&spec.target)?;
     let mut replaces = None;
@@ -114,6 +110,14 @@ fn check(graph: &Graph, spec: &MirrorSpec) -> Result<Plan, MirrorError> {
             return Err(MirrorError::ReplacesSize);
         }
         replaces = Some(node).filter(|node| node.id() != spec.source.id());
+    }
+    match spec.sync {
+        SyncMode::Full | SyncMode::Top | SyncMode::None => {}
+        SyncMode::Incremental => return Err(MirrorError::SyncMode("incremental")),
+        SyncMode::Bitmap => return Err(MirrorError::SyncMode("bitmap")),
+    }
+    if spec.buf_size < 0 {
+        return Err(MirrorError::BufSize);
     }
     let data = |node: &Arc<Node>| node.skip_filters().id();
     if data(&spec.source) == data(&spec.target) {
