@@ -103,7 +103,7 @@ impl CopyBeforeWriteDriver {
         ))
     }
 
-    /// As [`new`](Self::new), for a job that attaches the target by itself and then says
+    /// As `new`, for a job that attaches the target by itself and then says
     /// so ([`Snapshot::set_target`]).
     pub fn for_job(file: Child, account: SnapshotAccount, policy: CbwPolicy) -> Self {
         Self::with_target(file, Target::Job(OnceLock::new()), account, policy)
