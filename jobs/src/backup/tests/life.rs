@@ -216,7 +216,6 @@ fn no_space_on_the_target_pauses_the_job_until_the_user_resumes_it() {
         spec.on_target_error = OnError::Enospc;
         let key = rig.start(spec).await;
         rig.wait_for(JobStatus::Paused).await;
-        let events = rig.events.borrow().clone();
         let stops = |event: &JobEvent| {
             matches!(
                 event.kind,
@@ -226,7 +225,7 @@ fn no_space_on_the_target_pauses_the_job_until_the_user_resumes_it() {
                 }
             )
         };
-        assert!(events.iter().any(stops));
+        rig.until(|| rig.events.borrow().iter().any(stops)).await;
         rig.target.stop_failing();
         rig.write(0, 4096, 7).await;
         rig.act(|jobs| jobs.resume(key));
