@@ -11,9 +11,9 @@ def documented():
     """Names in the first column of the command tables of docs/qmp.md."""
     names = set()
     for line in (TOP / "docs/qmp.md").read_text().splitlines():
-        cell = re.match(r"\| ((?:`[a-z_-]+`(?:, )?)+) \|", line)
+        cell = re.match(r"\| ((?:`[a-z0-9_-]+`(?:, )?)+) \|", line)
         if cell:
-            names |= set(re.findall(r"`([a-z_-]+)`", cell[1]))
+            names |= set(re.findall(r"`([a-z0-9_-]+)`", cell[1]))
     return names
 
 

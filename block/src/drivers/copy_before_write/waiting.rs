@@ -4,11 +4,10 @@
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::task::{Context, Poll, Waker};
 
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 
 /// Those who wait, and those who read. Any thread.
 #[derive(Default)]
