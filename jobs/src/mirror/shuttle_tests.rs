@@ -21,9 +21,9 @@ use super::copy::Copier;
 use super::filter::MirrorTop;
 use super::state::{MirrorState, TargetRules};
 use super::sweep::{Sweep, Swept};
-use super::user::FilterHold;
 use crate::CopyMode;
 use crate::copying::BufferPool;
+use crate::copying::FilterHold;
 
 /// Interleavings tried per test.
 const SCHEDULES: usize = 150;
@@ -161,6 +161,7 @@ impl Model {
         });
         let filter = filter.unwrap();
         let hold = Arc::new(FilterHold {
+            job_type: "mirror",
             job_id: "j0".to_owned(),
         });
         let read = Permissions {
