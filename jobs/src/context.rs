@@ -63,9 +63,7 @@ impl JobContext {
 
     /// Lets I/O paths wake the body; takes no lock.
     pub fn notifier(&self) -> JobNotifier {
-        JobNotifier {
-            slot: Arc::clone(&self.slot),
-        }
+        JobNotifier::new(Arc::clone(&self.slot))
     }
 
     /// The pairs of nodes that jobs keep equal.

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use block::runtime::IothreadHandle;
 use block::{AttachmentKind, BackendUser, GraphHandle};
 
+use crate::context::JobNotifier;
 use crate::drain::DrainUser;
 use crate::driver::{JobChange, JobDetails, JobDriver, JobKind};
 use crate::effects::Effects;
@@ -433,6 +434,16 @@ impl JobsGuard<'_> {
     pub fn progress(&self, key: JobKey) -> Result<Arc<Progress>, JobError> {
         let slot = self.locked.core.slots.get(&key).ok_or(JobError::NotFound)?;
         Ok(Arc::clone(&slot.progress))
+    }
+
+    /// Lets I/O paths wake the job's body, which need not have begun.
+    ///
+    /// # Errors
+    ///
+    /// [`JobError::NotFound`].
+    pub(crate) fn notifier(&self, key: JobKey) -> Result<JobNotifier, JobError> {
+        let slot = self.locked.core.slots.get(&key).ok_or(JobError::NotFound)?;
+        Ok(JobNotifier::new(Arc::clone(slot)))
     }
 
     /// Whether main applies the result of the job's transaction, or is to.

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::{Claim, Snapshot, SnapshotObserver, runtime};
+use block::{Claim, Snapshot, runtime};
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
@@ -16,7 +16,7 @@ use crate::copying::{
     BufferPool, Carrier, Copied, CopyError, Entered, INTERVAL, Look, Pace, Rules, Side,
     window_of_speed,
 };
-use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, Progress, SLICE};
+use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, SLICE};
 
 use super::driver::{BackupDriver, Places};
 
@@ -38,23 +38,6 @@ struct Done {
     /// What it counts for in the window.
     cost: u64,
     result: Result<Copied, CopyError>,
-}
-
-/// Tells the job what guests' requests have copied.
-struct Observer {
-    progress: Arc<Progress>,
-    notifier: JobNotifier,
-}
-
-impl SnapshotObserver for Observer {
-    fn copied_by_guest(&self, len: u64, moved: u64) {
-        self.progress.add_done(len);
-        self.notifier.charge(moved);
-    }
-
-    fn changed(&self) {
-        self.notifier.notify();
-    }
 }
 
 /// State of the body. Home only.
@@ -88,10 +71,6 @@ impl<'a> Body<'a> {
     pub(super) fn new(ctx: &'a JobContext, driver: &'a BackupDriver, places: &'a Places) -> Self {
         let snapshot = Arc::clone(&places.snapshot);
         let notifier = ctx.notifier();
-        snapshot.observe(Arc::new(Observer {
-            progress: Arc::clone(ctx.progress()),
-            notifier: notifier.clone(),
-        }));
         let rules = Rules {
             size: snapshot.size(),
             unit: snapshot.cluster(),

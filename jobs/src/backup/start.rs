@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use block::{
     AttachmentKind, Backend, BackendUser, CopyBeforeWriteDriver, Drained, FrozenBitmap, Graph,
-    GraphError, NamedBitmap, Node, Perm, Permissions, Snapshot, SnapshotAccount,
+    GraphError, NamedBitmap, Node, Perm, Permissions, Snapshot, SnapshotAccount, SnapshotObserver,
 };
 
 use crate::copying::FilterHold;
-use crate::{JobDriver, JobKey, JobSpec, Jobs};
+use crate::{JobDriver, JobKey, JobNotifier, JobSpec, Jobs, Progress};
 
 use super::driver::{BackupDriver, KIND, Places, Settings};
 use super::error::BackupError;
@@ -331,9 +331,13 @@ pub fn prepare_backup(
     let filter_hold = attach(&filter, Permissions::IDLE, hold)?;
 
     snapshot.set_target(Arc::clone(&target_backend));
-    let progress = jobs.lock().progress(key);
-    if let Ok(progress) = progress {
+    let guard = jobs.lock();
+    let (progress, notifier) = (guard.progress(key), guard.notifier(key));
+    drop(guard);
+    if let (Ok(progress), Ok(notifier)) = (progress, notifier) {
         progress.set_remaining(snapshot.pending_bytes());
+        // Guests' requests copy from the first instant, whenever the body begins.
+        snapshot.observe(Arc::new(Observer { progress, notifier }));
     }
     driver.set_places(Places {
         filter,
@@ -393,5 +397,22 @@ impl BackendUser for TargetUser {
 
     fn describe(&self) -> String {
         format!("{} job '{}'", KIND.name, self.0)
+    }
+}
+
+/// Tells the job what guests' requests have copied.
+struct Observer {
+    progress: Arc<Progress>,
+    notifier: JobNotifier,
+}
+
+impl SnapshotObserver for Observer {
+    fn copied_by_guest(&self, len: u64, moved: u64) {
+        self.progress.add_done(len);
+        self.notifier.charge(moved);
+    }
+
+    fn changed(&self) {
+        self.notifier.notify();
     }
 }
