@@ -15,6 +15,7 @@ WAITING = {
     "backup-compress": "compressed clusters in qcow2",
     "bitmap-persistent": "bitmaps that are kept",
     "protocol-quit": "bitmaps that are kept",
+    "mirror-same-node": "the text in which a backup's target is refused names the job, not its filter",
     "mirror-drive-mirror": "creating qcow2 images",
 }
 

@@ -307,9 +307,16 @@ def test_the_nbd_server_takes_a_passed_socket_by_its_name(program, disk):
              "--nbd-server", "addr.type=fd,addr.str=nbd", "--export", "nbd,id=e,node-name=f"],
             pass_fds=[listener.fileno()])
     try:
-        info = subprocess.run(["qemu-img", "info", "--output=json",
-                               f"nbd+unix:///f?socket={path}"],
-                              capture_output=True, text=True, timeout=PATIENCE, check=True)
+        # The server serves from its option on, and has the export from the next one on.
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            info = subprocess.run(["qemu-img", "info", "--output=json",
+                                   f"nbd+unix:///f?socket={path}"],
+                                  capture_output=True, text=True, timeout=PATIENCE, check=False)
+            if info.returncode == 0:
+                break
+            assert "export 'f' not present" in info.stderr, info.stderr
+            assert time.monotonic() < deadline
         assert json.loads(info.stdout)["virtual-size"] == MIB
         process.terminate()
         assert process.wait(PATIENCE) == 0
