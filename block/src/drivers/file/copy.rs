@@ -162,11 +162,17 @@ impl Copies {
     /// as copying some of it.
     fn run(&self) {
         while let Some(copy) = self.pop() {
+            let Copy {
+                from,
+                into,
+                offset,
+                done,
+            } = copy;
             // Who has gone does not want it any more, or not there.
-            if !copy.done.is_canceled() {
-                let copied = copy_range(&copy.from, &copy.into, copy.offset).is_ok();
-                let _ = copy.done.send(copied);
-            }
+            let copied = !done.is_canceled() && copy_range(&from, &into, offset).is_ok();
+            // Who is told may close them, and their locks go with the last who has them.
+            drop((from, into));
+            let _ = done.send(copied);
         }
     }
 }
