@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use imago::format::drivers::FormatDriverInstance;
 
-use super::{Image, Place, Qcow2Driver};
+use super::requests::Place;
+use super::{Image, Qcow2Driver};
 use crate::buffer::{AlignedBuffer, IoVec};
 use crate::driver::ZeroFlags;
 use crate::error::{IoError, IoOp};
