@@ -1,8 +1,7 @@
-//! The job's body: which range is copied next, how many at a time, and when the
-//! mirror is ready.
+//! The job's body: what is done next, and when the mirror is ready.
 //!
-//! One task on the job's home. Operations (`copy`) run inside it, side by side.
-//! The guest is held only in the drained sections of `converge`.
+//! One task on the job's home. `operations` run inside it, side by side; how it gets on
+//! is `watch`ed. The guest is held only in the drained sections of `converge`.
 
 use std::ops::Range;
 use std::pin::{Pin, pin};
@@ -10,19 +9,18 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::{CancelReach, runtime};
+use block::runtime;
 use futures_util::future::{Either, select};
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::stream::FuturesUnordered;
 
-use crate::copying::{
-    BufferPool, Copied, CopyError, Entered, INTERVAL, Look, Pace, Side, window_of_speed,
-};
+use crate::copying::{BufferPool, CopyError, Pace, Side};
 use crate::{Backoff, CopyMode, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, SLICE};
 
 use super::converge::HOLD_RETRY;
 use super::copy::Copier;
 use super::driver::{MirrorDriver, Places};
-use super::guard::{Guard, Sight};
+use super::guard::Guard;
+use super::operations::Done;
 use super::state::MirrorState;
 use super::sweep::{Flushes, Sweep, Swept};
 
@@ -30,23 +28,11 @@ use super::sweep::{Flushes, Sweep, Swept};
 const MAX_OPERATIONS: u64 = 16;
 /// Largest buffer, which is the largest request to a node.
 const MAX_REQUEST: u64 = 1 << 20;
-/// Smallest request while the guest is active (the granularity may be larger).
-const MIN_REQUEST: u64 = 256 << 10;
 /// Least that is in flight while the guest is active, if requests are as small.
 const MIN_WINDOW: u64 = 512 << 10;
-/// Most bytes that one operation looks at, when all before were zeroes.
-const MAX_LEAP: u64 = 1 << 30;
 
 /// Time without an answer of the target after which it counts as hung.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
-
-/// An operation in flight.
-struct Done {
-    range: Range<u64>,
-    /// What it counts for in the window.
-    cost: u64,
-    result: Result<Copied, CopyError>,
-}
 
 /// State of the body. Home only.
 pub(super) struct Body<'a> {
@@ -56,34 +42,34 @@ pub(super) struct Body<'a> {
     pub(super) places: &'a Places,
     pub(super) state: Arc<MirrorState>,
     pub(super) copier: Rc<Copier>,
-    operations: FuturesUnordered<Pin<Box<dyn Future<Output = Done>>>>,
+    pub(super) operations: FuturesUnordered<Pin<Box<dyn Future<Output = Done>>>>,
     /// What drained sections copy and flush.
     pub(super) rest: Sweep,
-    max_operations: usize,
+    pub(super) max_operations: usize,
     /// Bytes in flight as the window counts them.
-    window_used: u64,
+    pub(super) window_used: u64,
     /// Bytes in flight as progress counts them.
-    in_flight: u64,
+    pub(super) in_flight: u64,
     pub(super) pace: Pace,
     pub(super) guard: Guard,
     /// Where the scan of the bitmap goes on.
-    cursor: u64,
+    pub(super) cursor: u64,
     /// Bytes that were dirty when the scan last began anew.
-    pass_began_with: u64,
+    pub(super) pass_began_with: u64,
     /// Scans that reached the end of the disk.
     pub(super) passes: u32,
     /// The source has data there, unless it was zeroed since.
-    data: Range<u64>,
-    zeroed_seen: u64,
+    pub(super) data: Range<u64>,
+    pub(super) zeroed_seen: u64,
     /// How much to look at at once where extents are not known.
-    leap: u64,
+    pub(super) leap: u64,
     /// Bytes started since the last rest.
-    since_rest: u64,
+    pub(super) since_rest: u64,
     /// Nothing is started before this instant (rest, failure).
     pub(super) not_before: Option<Instant>,
-    backoff: Backoff,
+    pub(super) backoff: Backoff,
     /// Something has failed since the last scan of the bitmap ended.
-    failed_in_pass: bool,
+    pub(super) failed_in_pass: bool,
     pub(super) failure: Option<JobFailure>,
     /// The job has said that it is ready.
     pub(super) ready: bool,
@@ -93,14 +79,14 @@ pub(super) struct Body<'a> {
     /// Wait before the next section, if the guest cannot be held.
     pub(super) hold_pause: Duration,
     /// The end was asked for when the passes were last counted.
-    ending: bool,
+    pub(super) ending: bool,
     /// The log has it that the mirror does not converge.
-    told: bool,
+    pub(super) told: bool,
     /// Nothing has ended for a long time.
     pub(super) hung: bool,
-    last_ended: Instant,
+    pub(super) last_ended: Instant,
     /// When the guest's requests began a new generation.
-    renewed: Instant,
+    pub(super) renewed: Instant,
 }
 
 impl<'a> Body<'a> {
@@ -224,28 +210,6 @@ impl<'a> Body<'a> {
         self.ready && (self.ctx.is_complete_requested() || self.ctx.is_soft_cancelled())
     }
 
-    /// Waits until nothing is in flight, a flush included.
-    pub(super) async fn quiesce(&mut self) {
-        let state = Arc::clone(&self.state);
-        if with_patience(&state, self.all_ended()).await.1 {
-            // It has answered now.
-            self.hung = false;
-        }
-    }
-
-    async fn all_ended(&mut self) {
-        while let Some(done) = self.operations.next().await {
-            self.ended(done);
-        }
-        while let Some(ended) = self.rest.next_ended().await {
-            match ended {
-                Ok(Some(copied)) => account(self.ctx, &self.notifier, &copied),
-                Ok(None) => {}
-                Err(CopyError { side, error }) => self.failed(side, &error),
-            }
-        }
-    }
-
     /// Nothing is dirty or in flight.
     async fn idle(&mut self) {
         if let Some(left) = self.wait_left() {
@@ -347,271 +311,6 @@ impl<'a> Body<'a> {
         }
     }
 
-    /// What is dirty, being copied, or being mirrored by the guest's own requests.
-    fn left(&self) -> u64 {
-        self.state.dirty_bytes() + self.in_flight + self.state.active_bytes()
-    }
-
-    /// The time until now says nothing about how the mirror gets on.
-    fn skip_time(&mut self) {
-        let done = self.ctx.progress().snapshot().current;
-        self.guard.skip(self.left(), done, Instant::now());
-    }
-
-    /// Looks how the mirror gets on: clients are told if it does not, and it fails if
-    /// its time is over.
-    fn watch_over(&mut self) {
-        let now = Instant::now();
-        if self.guard.is_due(now) {
-            let sight = Sight {
-                left: self.left(),
-                done: self.ctx.progress().snapshot().current,
-                waits: !self.ready || self.should_end(),
-                is_limited: self.ctx.speed() > 0,
-            };
-            let stalled = self.guard.look(sight, now);
-            self.driver.show_rates(self.guard.rates());
-            if stalled {
-                self.tell_of_stall();
-                if self.driver.settings().switches && !self.hung {
-                    self.switch();
-                }
-            }
-        }
-        if self.ready || self.failure.is_some() {
-            return;
-        }
-        if let Some(deadline) = self.guard.missed(now) {
-            self.tell_of_stall();
-            // What it waits for there does not matter any more.
-            self.places.target.cancel_in_flight(CancelReach::Hanging);
-            let rates = self.guard.rates();
-            self.failure = Some(JobFailure::new(
-                libc::ETIMEDOUT,
-                format!(
-                    "The mirror was not ready within {} s: {} bytes are left, {} bytes/s are \
-                     dirtied and {} bytes/s copied; use copy-mode 'auto' or 'write-blocking', \
-                     a higher speed or a longer deadline",
-                    deadline.as_secs(),
-                    self.left(),
-                    rates.dirty,
-                    rates.copy
-                ),
-            ));
-        }
-    }
-
-    fn tell_of_stall(&self) {
-        let rates = self.guard.rates();
-        tracing::warn!(
-            job = self.ctx.id(),
-            left = self.left(),
-            dirty_rate = rates.dirty,
-            copy_rate = rates.copy,
-            "mirror: what is left gets no less"
-        );
-        self.ctx.stalled(rates.dirty, rates.copy);
-    }
-
-    /// A target that hangs, for the copier or for one of the guest's own requests, does
-    /// not hold the guest of a mirror that only catches up.
-    fn look_for_hang(&mut self) {
-        if self.operations.is_empty() {
-            self.last_ended = Instant::now();
-        }
-        if self.state.renew_generation() {
-            self.renewed = Instant::now();
-        }
-        if self.last_ended.elapsed() >= PATIENCE || self.renewed.elapsed() >= PATIENCE {
-            self.hung = true;
-            self.state.set_catching_up(false);
-        }
-    }
-
-    /// Lets the controller look at the guest, if it is time to.
-    fn adapt(&mut self) {
-        let now = Instant::now();
-        if self.pace.is_due(now) {
-            self.pace.decide(self.state.latency.take(), now);
-        }
-    }
-
-    /// Starts what may be started; gives the time after which there may be more
-    /// to start even if nothing ends, at most a slice.
-    fn start_operations(&mut self) -> Duration {
-        loop {
-            if let Some(left) = self.wait_left() {
-                return left.min(SLICE);
-            }
-            if self.pace.is_calm() {
-                return INTERVAL;
-            }
-            if self.operations.len() >= self.max_operations {
-                return SLICE;
-            }
-            let limited = self.ctx.throttle_wait();
-            if !limited.is_zero() {
-                return limited.min(SLICE);
-            }
-            let window = self.pace.window();
-            let request = self.request_size(window);
-            let Some((range, look)) = self.next_range(request) else {
-                return SLICE;
-            };
-            let cost = (range.end - range.start).min(request);
-            let window = window.min(window_of_speed(self.ctx.speed(), request));
-            if self.window_used > 0 && self.window_used + cost > window {
-                return SLICE;
-            }
-            let Some(nodes) = self.copier.enter() else {
-                // Somebody drains a node; the job is about to be paused.
-                return Duration::from_millis(1);
-            };
-            self.cursor = range.end;
-            self.start(range, look, cost, nodes);
-            self.since_rest += cost;
-            if self.since_rest >= self.pace.floor() {
-                self.since_rest = 0;
-                let rest = self.pace.rest();
-                if !rest.is_zero() {
-                    self.not_before = Some(Instant::now() + rest);
-                }
-            }
-        }
-    }
-
-    fn start(&mut self, range: Range<u64>, look: Look, cost: u64, nodes: Entered) {
-        let len = range.end - range.start;
-        self.window_used += cost;
-        self.in_flight += len;
-        let operation = self.copier.copy(range.clone(), look, nodes);
-        self.operations.push(Box::pin(async move {
-            Done {
-                range,
-                cost,
-                result: operation.await,
-            }
-        }));
-    }
-
-    /// Size of a request under this window: several fit in it, so that the guest
-    /// never waits for a long one.
-    fn request_size(&self, window: u64) -> u64 {
-        let most = self.copier.pool().buffer_size() as u64;
-        (window / 4)
-            .clamp(MIN_REQUEST.min(most), most)
-            .max(self.state.granularity)
-            / self.state.granularity
-            * self.state.granularity
-    }
-
-    /// The next dirty range from the cursor on, and how to look at it.
-    fn next_range(&mut self, request: u64) -> Option<(Range<u64>, Look)> {
-        if self.state.zeroed() != self.zeroed_seen {
-            self.zeroed_seen = self.state.zeroed();
-            self.data = 0..0;
-        }
-        let reach = self.leap.max(request);
-        let mut range = match self.state.dirty.next_dirty_area(self.cursor, reach) {
-            Some(range) => range,
-            None => {
-                self.pass_ended();
-                self.state.dirty.next_dirty_area(0, reach)?
-            }
-        };
-        let data = if self.data.contains(&range.start) {
-            let until = self.state.round_in(&(0..self.data.end)).end;
-            (until > range.start).then_some(until)
-        } else {
-            None
-        };
-        let look = match data {
-            Some(until) => {
-                range.end = range.end.min(until).min(range.start + request);
-                Look::Data
-            }
-            // Before the first pass has ended, a short range may be all sorts.
-            None if self.passes == 0 && !self.ready => Look::Probe { request },
-            None => self.copier.look_at_written(&range, request),
-        };
-        Some((range, look))
-    }
-
-    /// The scan has come to the end of the disk.
-    fn pass_ended(&mut self) {
-        self.cursor = 0;
-        self.data = 0..0;
-        if self.pass_began_with > 0 {
-            let dirty = self.state.dirty.count_bytes();
-            self.passes = self.passes.saturating_add(1);
-            if !std::mem::take(&mut self.failed_in_pass) {
-                self.backoff.reset();
-            }
-            if !self.ready || self.should_end() {
-                self.pace.pass_ended(self.pass_began_with, dirty);
-                self.tell_of_pass(dirty);
-            }
-        }
-        self.pass_began_with = self.state.dirty.count_bytes();
-    }
-
-    fn tell_of_pass(&mut self, dirty: u64) {
-        tracing::debug!(
-            job = self.ctx.id(),
-            passes = self.passes,
-            dirty,
-            pressure = self.pace.pressure(),
-            window = self.pace.window(),
-            rest_us = self.pace.rest().as_micros() as u64,
-            "mirror: pass ended"
-        );
-        if self.pace.is_at_full_pressure() && !self.told {
-            self.told = true;
-            tracing::warn!(
-                job = self.ctx.id(),
-                dirty,
-                "mirror: the guest writes faster than can be copied; switch to copy mode \
-                 write-blocking with block-job-change"
-            );
-        }
-    }
-
-    async fn wait_for_operation(&mut self, wait: Duration) {
-        let timer = pin!(runtime::sleep(wait.min(SLICE)));
-        let kicked = pin!(self.ctx.kicked());
-        let done = match select(self.operations.next(), select(timer, kicked)).await {
-            Either::Left((done, _)) => done,
-            Either::Right(_) => None,
-        };
-        if let Some(done) = done {
-            self.ended(done);
-        }
-    }
-
-    fn ended(&mut self, done: Done) {
-        self.hung = false;
-        self.last_ended = Instant::now();
-        self.window_used -= done.cost;
-        self.in_flight -= done.range.end - done.range.start;
-        match done.result {
-            Ok(copied) => {
-                account(self.ctx, &self.notifier, &copied);
-                if copied.range.end < done.range.end {
-                    self.cursor = self.cursor.min(copied.range.end);
-                }
-                if copied.was_zero && copied.range == done.range {
-                    self.leap = self.leap.saturating_mul(2).min(MAX_LEAP);
-                } else if !copied.was_zero {
-                    self.leap = self.copier.pool().buffer_size() as u64;
-                }
-                if copied.data.end > self.data.end {
-                    self.data = copied.data;
-                }
-            }
-            Err(CopyError { side, error }) => self.failed(side, &error),
-        }
-    }
-
     /// A request failed: acts as the policy of its side says. Its range is dirty
     /// again.
     pub(super) fn failed(&mut self, side: Side, error: &block::IoError) {
@@ -633,12 +332,6 @@ impl<'a> Body<'a> {
             }
         }
     }
-
-    /// Tells what is left: dirty, being copied, or being mirrored by the guest's
-    /// own requests.
-    pub(super) fn report_progress(&self) {
-        self.ctx.progress().set_remaining(self.left());
-    }
 }
 
 /// Waits for `work`; if that takes long while the mirror catches up, the guest no
@@ -654,13 +347,6 @@ pub(super) async fn with_patience<T>(
             (work.await, true)
         }
     }
-}
-
-/// Notes what an operation did, whoever started it.
-pub(super) fn account(ctx: &JobContext, notifier: &JobNotifier, copied: &Copied) {
-    ctx.progress()
-        .add_done(copied.range.end - copied.range.start);
-    notifier.charge(copied.charged);
 }
 
 /// Size of the buffers for this `buf-size`.

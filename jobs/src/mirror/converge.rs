@@ -19,8 +19,9 @@ use futures_util::future::{Either, select};
 
 use crate::{CopyMode, JobContext, JobFailure};
 
-use super::body::{Body, account, with_patience};
+use super::body::{Body, with_patience};
 use super::driver::{Ending, Held};
+use super::operations::account;
 use crate::copying::{Copied, LITTLE, Side};
 
 /// Most bytes that a section leaves to be copied inside it: what a slow disk copies

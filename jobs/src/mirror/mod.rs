@@ -5,8 +5,9 @@
 //! - `filter`: the node above the source that sees what the guest does;
 //! - `state`: what filter and copier share, and the rules they follow;
 //! - `init`: what is to be copied at first;
-//! - `body`, `copy`: the copier (what it has in common with other jobs is in `copying`);
-//! - `guard`: whether it gets on, and what is done if not;
+//! - `body`, `operations`, `copy`: the copier (what it has in common with other jobs is in
+//!   `copying`);
+//! - `guard`, `watch`: whether it gets on, and what is done if not;
 //! - `sweep`, `converge`, `complete`: the moments in which the guest is held, and
 //!   the pivot;
 //! - `driver`, `user`: the job as the job core and the graph see it.
@@ -42,6 +43,7 @@ mod error;
 mod filter;
 mod guard;
 mod init;
+mod operations;
 mod private_copy;
 #[cfg(all(test, shuttle))]
 mod shuttle_tests;
@@ -52,6 +54,7 @@ mod sweep;
 #[cfg(all(test, not(shuttle)))]
 mod tests;
 mod user;
+mod watch;
 
 pub use error::MirrorError;
 pub use spec::{MirrorSpec, SyncMode};

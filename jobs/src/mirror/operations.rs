@@ -1,0 +1,246 @@
+//! The copier's operations: which range is next, how many at a time, and what came of
+//! them.
+//!
+//! Not here: one operation by itself (`copy`), and those of drained sections (`sweep`).
+
+use std::ops::Range;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use block::runtime;
+use futures_util::future::{Either, select};
+use futures_util::stream::StreamExt;
+
+use crate::copying::{Copied, CopyError, Entered, INTERVAL, Look, window_of_speed};
+use crate::{JobContext, JobNotifier, SLICE};
+
+use super::body::{Body, with_patience};
+
+/// Smallest request while the guest is active (the granularity may be larger).
+const MIN_REQUEST: u64 = 256 << 10;
+/// Most bytes that one operation looks at, when all before were zeroes.
+const MAX_LEAP: u64 = 1 << 30;
+
+/// An operation in flight.
+pub(super) struct Done {
+    range: Range<u64>,
+    /// What it counts for in the window.
+    cost: u64,
+    result: Result<Copied, CopyError>,
+}
+
+impl Body<'_> {
+    /// Lets the controller look at the guest, if it is time to.
+    pub(super) fn adapt(&mut self) {
+        let now = Instant::now();
+        if self.pace.is_due(now) {
+            self.pace.decide(self.state.latency.take(), now);
+        }
+    }
+
+    /// Starts what may be started; gives the time after which there may be more
+    /// to start even if nothing ends, at most a slice.
+    pub(super) fn start_operations(&mut self) -> Duration {
+        loop {
+            if let Some(left) = self.wait_left() {
+                return left.min(SLICE);
+            }
+            if self.pace.is_calm() {
+                return INTERVAL;
+            }
+            if self.operations.len() >= self.max_operations {
+                return SLICE;
+            }
+            let limited = self.ctx.throttle_wait();
+            if !limited.is_zero() {
+                return limited.min(SLICE);
+            }
+            let window = self.pace.window();
+            let request = self.request_size(window);
+            let Some((range, look)) = self.next_range(request) else {
+                return SLICE;
+            };
+            let cost = (range.end - range.start).min(request);
+            let window = window.min(window_of_speed(self.ctx.speed(), request));
+            if self.window_used > 0 && self.window_used + cost > window {
+                return SLICE;
+            }
+            let Some(nodes) = self.copier.enter() else {
+                // Somebody drains a node; the job is about to be paused.
+                return Duration::from_millis(1);
+            };
+            self.cursor = range.end;
+            self.start(range, look, cost, nodes);
+            self.since_rest += cost;
+            if self.since_rest >= self.pace.floor() {
+                self.since_rest = 0;
+                let rest = self.pace.rest();
+                if !rest.is_zero() {
+                    self.not_before = Some(Instant::now() + rest);
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, range: Range<u64>, look: Look, cost: u64, nodes: Entered) {
+        let len = range.end - range.start;
+        self.window_used += cost;
+        self.in_flight += len;
+        let operation = self.copier.copy(range.clone(), look, nodes);
+        self.operations.push(Box::pin(async move {
+            Done {
+                range,
+                cost,
+                result: operation.await,
+            }
+        }));
+    }
+
+    /// Size of a request under this window: several fit in it, so that the guest
+    /// never waits for a long one.
+    fn request_size(&self, window: u64) -> u64 {
+        let most = self.copier.pool().buffer_size() as u64;
+        (window / 4)
+            .clamp(MIN_REQUEST.min(most), most)
+            .max(self.state.granularity)
+            / self.state.granularity
+            * self.state.granularity
+    }
+
+    /// The next dirty range from the cursor on, and how to look at it.
+    fn next_range(&mut self, request: u64) -> Option<(Range<u64>, Look)> {
+        if self.state.zeroed() != self.zeroed_seen {
+            self.zeroed_seen = self.state.zeroed();
+            self.data = 0..0;
+        }
+        let reach = self.leap.max(request);
+        let mut range = match self.state.dirty.next_dirty_area(self.cursor, reach) {
+            Some(range) => range,
+            None => {
+                self.pass_ended();
+                self.state.dirty.next_dirty_area(0, reach)?
+            }
+        };
+        let data = if self.data.contains(&range.start) {
+            let until = self.state.round_in(&(0..self.data.end)).end;
+            (until > range.start).then_some(until)
+        } else {
+            None
+        };
+        let look = match data {
+            Some(until) => {
+                range.end = range.end.min(until).min(range.start + request);
+                Look::Data
+            }
+            // Before the first pass has ended, a short range may be all sorts.
+            None if self.passes == 0 && !self.ready => Look::Probe { request },
+            None => self.copier.look_at_written(&range, request),
+        };
+        Some((range, look))
+    }
+
+    /// The scan has come to the end of the disk.
+    fn pass_ended(&mut self) {
+        self.cursor = 0;
+        self.data = 0..0;
+        if self.pass_began_with > 0 {
+            let dirty = self.state.dirty.count_bytes();
+            self.passes = self.passes.saturating_add(1);
+            if !std::mem::take(&mut self.failed_in_pass) {
+                self.backoff.reset();
+            }
+            if !self.ready || self.should_end() {
+                self.pace.pass_ended(self.pass_began_with, dirty);
+                self.tell_of_pass(dirty);
+            }
+        }
+        self.pass_began_with = self.state.dirty.count_bytes();
+    }
+
+    fn tell_of_pass(&mut self, dirty: u64) {
+        tracing::debug!(
+            job = self.ctx.id(),
+            passes = self.passes,
+            dirty,
+            pressure = self.pace.pressure(),
+            window = self.pace.window(),
+            rest_us = self.pace.rest().as_micros() as u64,
+            "mirror: pass ended"
+        );
+        if self.pace.is_at_full_pressure() && !self.told {
+            self.told = true;
+            tracing::warn!(
+                job = self.ctx.id(),
+                dirty,
+                "mirror: the guest writes faster than can be copied; switch to copy mode \
+                 write-blocking with block-job-change"
+            );
+        }
+    }
+
+    pub(super) async fn wait_for_operation(&mut self, wait: Duration) {
+        let timer = pin!(runtime::sleep(wait.min(SLICE)));
+        let kicked = pin!(self.ctx.kicked());
+        let done = match select(self.operations.next(), select(timer, kicked)).await {
+            Either::Left((done, _)) => done,
+            Either::Right(_) => None,
+        };
+        if let Some(done) = done {
+            self.ended(done);
+        }
+    }
+
+    fn ended(&mut self, done: Done) {
+        self.hung = false;
+        self.last_ended = Instant::now();
+        self.window_used -= done.cost;
+        self.in_flight -= done.range.end - done.range.start;
+        match done.result {
+            Ok(copied) => {
+                account(self.ctx, &self.notifier, &copied);
+                if copied.range.end < done.range.end {
+                    self.cursor = self.cursor.min(copied.range.end);
+                }
+                if copied.was_zero && copied.range == done.range {
+                    self.leap = self.leap.saturating_mul(2).min(MAX_LEAP);
+                } else if !copied.was_zero {
+                    self.leap = self.copier.pool().buffer_size() as u64;
+                }
+                if copied.data.end > self.data.end {
+                    self.data = copied.data;
+                }
+            }
+            Err(CopyError { side, error }) => self.failed(side, &error),
+        }
+    }
+
+    /// Waits until nothing is in flight, a flush included.
+    pub(super) async fn quiesce(&mut self) {
+        let state = Arc::clone(&self.state);
+        if with_patience(&state, self.all_ended()).await.1 {
+            // It has answered now.
+            self.hung = false;
+        }
+    }
+
+    async fn all_ended(&mut self) {
+        while let Some(done) = self.operations.next().await {
+            self.ended(done);
+        }
+        while let Some(ended) = self.rest.next_ended().await {
+            match ended {
+                Ok(Some(copied)) => account(self.ctx, &self.notifier, &copied),
+                Ok(None) => {}
+                Err(CopyError { side, error }) => self.failed(side, &error),
+            }
+        }
+    }
+}
+
+/// Notes what an operation did, whoever started it.
+pub(super) fn account(ctx: &JobContext, notifier: &JobNotifier, copied: &Copied) {
+    ctx.progress()
+        .add_done(copied.range.end - copied.range.start);
+    notifier.charge(copied.charged);
+}
