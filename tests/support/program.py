@@ -6,6 +6,8 @@ import socket
 import subprocess
 import time
 
+from .interface import Interface
+
 TOP = pathlib.Path(__file__).resolve().parent.parent.parent
 BINARY = os.environ.get("DIPTYCH_BIN", str(TOP / "target/release/diptych"))
 PATIENCE = 60
@@ -39,6 +41,7 @@ class Qmp:
         self.patience = patience
         self.buffer = b""
         self.events = []
+        self.interface = None
         self.greeting = self._message()
         self.execute("qmp_capabilities")
 
@@ -61,11 +64,22 @@ class Qmp:
         while True:
             message = self._message()
             if "event" in message:
-                self.events.append(message)
+                self._keep(message)
             elif "error" in message:
                 raise QmpError(message["error"])
             else:
+                if self.interface:
+                    self.interface.check_reply(command, message["return"])
                 return message["return"]
+
+    def check_against_interface(self):
+        """From now on, replies and events have to be what the program says they are."""
+        self.interface = Interface(self.execute("query-qmp-schema"))
+
+    def _keep(self, event):
+        if self.interface:
+            self.interface.check_event(event)
+        self.events.append(event)
 
     def event(self, name, patience=None, **data):
         """Waits for an event with at least this data; takes it and those before."""
@@ -87,7 +101,7 @@ class Qmp:
                 raise TimeoutError(f"no {name} {data} in {patience} s; saw {self.events}") from None
             finally:
                 self.socket.settimeout(self.patience)
-            self.events.append(message)
+            self._keep(message)
 
     def status(self, job, status, patience=None):
         """Waits until a job says it has this status."""
@@ -138,6 +152,7 @@ class Program:
 
     def connect(self, path, patience=PATIENCE):
         connection = Qmp(path, patience)
+        connection.check_against_interface()
         self.connections.append(connection)
         return connection
 

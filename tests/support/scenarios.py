@@ -61,6 +61,9 @@ def waits_for(path, commands):
                if step.get("reply", {}).get("error", {}).get("class") == "CommandNotFound"}
     needed = {step["execute"] for step in scenario["steps"] if "execute" in step}
     needed |= set(_actions(scenario, transcript))
+    for step in scenario["steps"]:
+        if step.get("execute") == "query-commands":
+            needed |= set(step.get("only", {}).get("name", []))
     missing = needed - unknown - set(commands)
     drivers = set(_drivers(scenario["steps"])) - DRIVERS - set(_refused_drivers(transcript))
     return sorted(missing) + [f"driver {name}" for name in sorted(drivers)]

@@ -7,11 +7,16 @@
 //! The same visitor reads `key=value` options of the command line, whose
 //! values are all strings ([`Args::from_keyval`]).
 
+use std::cell::RefCell;
+use std::rc::Rc;
+
 use serde_json::{Map, Value};
 
 use super::error::QmpError;
 use super::json::{Limits, Reader};
+use taken::Kind;
 
+pub(super) mod taken;
 #[cfg(test)]
 mod tests;
 
@@ -33,6 +38,9 @@ pub(crate) struct Args {
     prefix: String,
     members: Map<String, Value>,
     form: Form,
+    /// What is wrong with the values, told if nothing is wrong with their form; shared
+    /// with the objects inside.
+    refusal: Rc<RefCell<Option<QmpError>>>,
 }
 
 /// A member that may be a string or an object.
@@ -50,6 +58,7 @@ impl Args {
             prefix: String::new(),
             members,
             form: Form::Json,
+            refusal: Rc::default(),
         }
     }
 
@@ -123,17 +132,24 @@ impl Args {
         QmpError::missing(&self.path(name))
     }
 
+    /// Tells the tests what is looked for.
+    fn note(&self, name: &str, kind: Kind) {
+        taken::note(|| self.path(name), kind);
+    }
+
     fn wrong_type(&self, name: &str, expected: &str) -> QmpError {
         QmpError::wrong_type(&self.path(name), expected)
     }
 
     /// A value of any type.
     pub(crate) fn required_any(&mut self, name: &str) -> Result<Value, QmpError> {
+        self.note(name, Kind::Any);
         self.members.remove(name).ok_or_else(|| self.missing(name))
     }
 
     /// A string, if given.
     pub(crate) fn optional_str(&mut self, name: &str) -> Result<Option<String>, QmpError> {
+        self.note(name, Kind::Str);
         match self.members.remove(name) {
             None => Ok(None),
             Some(Value::String(value)) => Ok(Some(value)),
@@ -149,6 +165,7 @@ impl Args {
     /// A boolean, if given; `on` and `off` (or `yes`, `true`, …) on the
     /// command line.
     pub(crate) fn optional_bool(&mut self, name: &str) -> Result<Option<bool>, QmpError> {
+        self.note(name, Kind::Bool);
         match (self.form, self.members.remove(name)) {
             (_, None) => Ok(None),
             (Form::Json, Some(Value::Bool(value))) => Ok(Some(value)),
@@ -164,6 +181,7 @@ impl Args {
     /// A signed integer, if given. On the command line with an optional
     /// binary suffix (`64K`, `1M`).
     pub(crate) fn optional_i64(&mut self, name: &str) -> Result<Option<i64>, QmpError> {
+        self.note(name, Kind::Int);
         let value = match (self.form, self.members.remove(name)) {
             (_, None) => return Ok(None),
             (Form::Json, Some(Value::Number(value))) => value.as_i64(),
@@ -187,13 +205,17 @@ impl Args {
         match self.optional_i64(name)?.map(u64::try_from) {
             None => Ok(None),
             Some(Ok(value)) => Ok(Some(value)),
-            // Without its path, as QEMU's options of drivers are.
-            Some(Err(_)) => Err(QmpError::expects(name, "a non-negative number below 2^64")),
+            Some(Err(_)) => {
+                // Without its path, as QEMU's options of drivers are.
+                self.refuse(QmpError::expects(name, "a non-negative number below 2^64"));
+                Ok(None)
+            }
         }
     }
 
     /// An unsigned integer of 64 bits, if given.
     pub(crate) fn optional_u64(&mut self, name: &str) -> Result<Option<u64>, QmpError> {
+        self.note(name, Kind::Int);
         if let (Form::Json, Some(value)) = (self.form, self.members.get(name)) {
             // QEMU takes a negative number for what it is modulo 2^64.
             let number = value.as_u64().or(value.as_i64().map(i64::cast_unsigned));
@@ -212,6 +234,7 @@ impl Args {
 
     /// An unsigned integer of 32 bits, if given.
     pub(crate) fn optional_u32(&mut self, name: &str) -> Result<Option<u32>, QmpError> {
+        self.note(name, Kind::Int);
         if self.form == Form::Json
             && let Some(value) = self.members.get(name)
             && !value.is_i64()
@@ -239,10 +262,11 @@ impl Args {
             i32::try_from(value).map_err(|_| QmpError::expects(&self.path(name), "int32_t"))?;
         match u32::try_from(value) {
             Ok(value) => Ok(Some(value)),
-            Err(_) => Err(QmpError::expects(
-                &self.path(name),
-                "a non-negative number below 2^64",
-            )),
+            Err(_) => {
+                let error = QmpError::expects(name, "a non-negative number below 2^64");
+                self.refuse(error);
+                Ok(None)
+            }
         }
     }
 
@@ -252,7 +276,9 @@ impl Args {
         name: &str,
         words: &[(&str, T)],
     ) -> Result<Option<T>, QmpError> {
-        let Some(given) = self.optional_str(name)? else {
+        let given = self.optional_str(name)?;
+        self.note(name, Kind::words(words));
+        let Some(given) = given else {
             return Ok(None);
         };
         match words.iter().find(|(word, _)| *word == given) {
@@ -277,7 +303,9 @@ impl Args {
         name: &str,
         words: &[(&str, T)],
     ) -> Result<Option<Vec<T>>, QmpError> {
-        let Some(elements) = self.optional_elements(name)? else {
+        let elements = self.optional_elements(name)?;
+        self.note(name, Kind::list_of_words(words));
+        let Some(elements) = elements else {
             return Ok(None);
         };
         let mut values = Vec::with_capacity(elements.len());
@@ -297,6 +325,7 @@ impl Args {
     /// The elements of a list, if given. On the command line their places are keys
     /// (`rules.0.event=…`).
     fn optional_elements(&mut self, name: &str) -> Result<Option<Vec<Value>>, QmpError> {
+        self.note(name, Kind::List);
         match (self.form, self.members.remove(name)) {
             (_, None) => Ok(None),
             (Form::Json, Some(Value::Array(elements))) => Ok(Some(elements)),
@@ -354,6 +383,7 @@ impl Args {
 
     /// An object, if given.
     pub(crate) fn optional_object(&mut self, name: &str) -> Result<Option<Self>, QmpError> {
+        self.note(name, Kind::Object);
         match self.members.remove(name) {
             None => Ok(None),
             Some(Value::Object(members)) => Ok(Some(self.nested(name, members))),
@@ -372,6 +402,7 @@ impl Args {
         name: &str,
         type_name: &str,
     ) -> Result<StringOrObject, QmpError> {
+        self.note(name, Kind::StringOrObject);
         match self.members.remove(name) {
             None => Err(self.missing(name)),
             Some(Value::String(value)) => Ok(StringOrObject::String(value)),
@@ -387,6 +418,7 @@ impl Args {
         name: &str,
         type_name: &str,
     ) -> Result<Option<Option<StringOrObject>>, QmpError> {
+        self.note(name, Kind::StringOrObject);
         match self.members.get(name) {
             None => Ok(None),
             Some(Value::Null) => {
@@ -409,17 +441,32 @@ impl Args {
             prefix: format!("{}{name}.", self.prefix),
             members,
             form: self.form,
+            refusal: Rc::clone(&self.refusal),
         }
+    }
+
+    /// Something is wrong with values that are well-formed: [`finish`](Self::finish) of
+    /// the arguments as a whole says so, unless there is an argument that nobody took.
+    /// The first that is said counts.
+    pub(crate) fn refuse(&self, error: QmpError) {
+        self.refusal.borrow_mut().get_or_insert(error);
     }
 
     /// Refuses what nobody took.
     pub(crate) fn finish(self) -> Result<(), QmpError> {
-        match self.members.keys().next() {
-            None => Ok(()),
-            Some(name) => Err(QmpError::generic(format!(
+        taken::finished(&self.prefix);
+        if let Some(name) = self.members.keys().next() {
+            return Err(QmpError::generic(format!(
                 "Parameter '{}' is unexpected",
                 self.path(name)
-            ))),
+            )));
+        }
+        if !self.prefix.is_empty() {
+            return Ok(());
+        }
+        match self.refusal.take() {
+            Some(refusal) => Err(refusal),
+            None => Ok(()),
         }
     }
 }

@@ -84,6 +84,16 @@ impl Event {
         Self::now("BLOCK_EXPORT_DELETED", Some(json!({"id": id})))
     }
 
+    /// As much was written to a node as its user wanted to know of.
+    pub(super) fn of_write_threshold(node_name: &str, exceeded: u64, threshold: u64) -> Self {
+        let data = json!({
+            "node-name": node_name,
+            "amount-exceeded": exceeded,
+            "write-threshold": threshold,
+        });
+        Self::now("BLOCK_WRITE_THRESHOLD", Some(data))
+    }
+
     /// The event as a line of QMP.
     pub(super) fn line(&self) -> Vec<u8> {
         #[derive(Serialize)]
@@ -110,10 +120,17 @@ impl Event {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use serde_json::json;
 
     use super::*;
+
+    impl Event {
+        /// Name and data.
+        pub(in super::super) fn parts(&self) -> (&'static str, Option<&Value>) {
+            (self.name, self.data.as_ref())
+        }
+    }
 
     #[test]
     fn an_event_without_data_has_no_data_member() {
@@ -208,5 +225,44 @@ mod tests {
             assert_eq!(event.data, Some(data));
             assert_eq!(event.time, Duration::new(3, 4_000));
         }
+    }
+
+    /// What jobs may announce, of each kind one.
+    pub(in super::super) fn one_of_each_kind(progress: BlockJobProgress) -> Vec<JobEvent> {
+        let kinds = [
+            JobEventKind::StatusChange(jobs::JobStatus::Ready),
+            JobEventKind::Ready(progress),
+            JobEventKind::Pending,
+            JobEventKind::Stalled { dirty: 1, copy: 2 },
+            JobEventKind::Error {
+                operation: jobs::IoSide::Write,
+                action: jobs::ErrorAction::Stop,
+            },
+            JobEventKind::Completed {
+                progress,
+                error: Some("Input/output error".to_owned()),
+            },
+            JobEventKind::Cancelled(progress),
+        ];
+        for kind in &kinds {
+            match kind {
+                // Whoever adds a kind adds it above as well.
+                JobEventKind::StatusChange(_)
+                | JobEventKind::Ready(_)
+                | JobEventKind::Pending
+                | JobEventKind::Stalled { .. }
+                | JobEventKind::Error { .. }
+                | JobEventKind::Completed { .. }
+                | JobEventKind::Cancelled(_) => (),
+            }
+        }
+        let event = |kind| JobEvent {
+            sequence: 1,
+            time: UNIX_EPOCH,
+            id: jobs::JobId::new("j0").unwrap(),
+            job_type: "mirror",
+            kind,
+        };
+        kinds.into_iter().map(event).collect()
     }
 }

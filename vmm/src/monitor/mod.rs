@@ -26,6 +26,7 @@ mod json;
 mod objects;
 mod output;
 mod request;
+mod schema;
 mod session;
 mod socket;
 

@@ -228,7 +228,8 @@ impl Session {
         monitor.command_answered();
     }
 
-    async fn run(
+    /// Carries out one command.
+    pub(super) async fn run(
         &self,
         monitor: &Rc<Monitor>,
         command: &str,

@@ -86,10 +86,21 @@ fn integers_outside_their_type_are_refused() {
         text(given.optional_u64("c")),
         "Parameter 'c' expects uint64"
     );
-    assert_eq!(
-        text(given.optional_non_negative("d")),
-        "Parameter 'd' expects a non-negative number below 2^64"
-    );
+}
+
+#[test]
+fn what_a_value_means_is_looked_at_after_the_form_of_all_arguments() {
+    let negative = "Parameter 'd' expects a non-negative number below 2^64";
+    let mut outer = args(json!({"inner": {"d": -1}, "e": -1, "unknown": 1}));
+    let mut inner = outer.optional_object("inner").unwrap().unwrap();
+    assert_eq!(inner.optional_non_negative("d").unwrap(), None);
+    inner.finish().unwrap();
+    assert_eq!(outer.optional_non_negative("e").unwrap(), None);
+    let mut unknown = args(json!({"d": -1, "unknown": 1}));
+    unknown.optional_non_negative("d").unwrap();
+    assert_eq!(text(unknown.finish()), "Parameter 'unknown' is unexpected");
+    outer.required_any("unknown").unwrap();
+    assert_eq!(text(outer.finish()), negative, "the first");
 }
 
 #[test]

@@ -144,7 +144,7 @@ fn node_options(mut args: Args, parent: &Common) -> Result<BlockdevOptions, QmpE
     let read_only = args.optional_bool("read-only")?;
     let auto_read_only = args.optional_bool("auto-read-only")?;
     if args.optional_bool("force-share")? == Some(true) {
-        return Err(QmpError::generic(
+        args.refuse(QmpError::generic(
             "Parameter 'force-share' is not supported here; leave it out",
         ));
     }

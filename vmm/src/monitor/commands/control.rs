@@ -4,16 +4,23 @@ use std::rc::Rc;
 
 use serde_json::{Value, json};
 
-use super::{NEGOTIATE, Outcome, available, done, version};
-use crate::monitor::Monitor;
+use super::{Outcome, done, names, version};
 use crate::monitor::args::Args;
+use crate::monitor::error::{ErrorClass, QmpError};
+use crate::monitor::{Monitor, schema};
 
 pub(super) async fn query_commands(monitor: Rc<Monitor>, args: Args) -> Outcome {
     args.finish()?;
-    let mut names: Vec<&str> = available(&monitor).map(|command| command.name).collect();
-    names.push(NEGOTIATE);
-    names.sort_unstable();
-    Ok(names.iter().map(|name| json!({"name": name})).collect())
+    let names = names(&monitor).into_iter();
+    Ok(names.map(|name| json!({"name": name})).collect())
+}
+
+/// What clients look features up in.
+pub(super) async fn query_qmp_schema(monitor: Rc<Monitor>, args: Args) -> Outcome {
+    args.finish()?;
+    let has_machine = monitor.machine().is_some();
+    schema::introspect(names(&monitor).into_iter(), has_machine)
+        .map_err(|error| QmpError::with_causes(ErrorClass::Generic, &error))
 }
 
 pub(super) async fn query_version(_monitor: Rc<Monitor>, args: Args) -> Outcome {

@@ -122,6 +122,7 @@ static COMMANDS: &[Command] = commands! {
     "query-jobs" => jobs::query_jobs,
     "query-name" (machine) => vm::query_name,
     "query-named-block-nodes" => query::query_named_block_nodes,
+    "query-qmp-schema" => control::query_qmp_schema,
     "query-status" (machine) => vm::query_status,
     "query-version" => control::query_version,
     "quit" => control::quit,
@@ -132,7 +133,14 @@ static COMMANDS: &[Command] = commands! {
     "x-debug-query-block-graph" => query::query_block_graph,
 };
 
-/// The commands that this program has.
+/// The names of the commands that this program has, in alphabetical order.
+pub(super) fn names(monitor: &Monitor) -> Vec<&'static str> {
+    let mut names: Vec<_> = available(monitor).map(|command| command.name).collect();
+    names.push(NEGOTIATE);
+    names.sort_unstable();
+    names
+}
+
 fn available(monitor: &Monitor) -> impl Iterator<Item = &'static Command> {
     let has_machine = monitor.machine().is_some();
     COMMANDS

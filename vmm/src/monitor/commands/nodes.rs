@@ -6,7 +6,6 @@ use std::sync::{Mutex, PoisonError};
 use block::GraphError;
 use block::runtime::spawn_local;
 use futures_channel::oneshot;
-use serde_json::json;
 
 use super::{Outcome, bounded, done};
 use crate::monitor::args::Args;
@@ -70,12 +69,7 @@ pub(super) async fn block_set_write_threshold(monitor: Rc<Monitor>, mut args: Ar
     spawn_local(async move {
         // Else another threshold was set, or the node is gone.
         if let (Ok(bytes), Some(monitor)) = (exceeded.await, monitor.upgrade()) {
-            let data = json!({
-                "node-name": name,
-                "amount-exceeded": bytes,
-                "write-threshold": threshold,
-            });
-            monitor.emit(&Event::now("BLOCK_WRITE_THRESHOLD", Some(data)));
+            monitor.emit(&Event::of_write_threshold(&name, bytes, threshold));
         }
     })
     .detach();

@@ -15,7 +15,7 @@ use crate::vm_control::{
     DiskInfo, IothreadInfo, RunState, ShutdownCause, VmControl, VmError, VmEvent,
 };
 
-struct FakeMachine {
+pub(in super::super) struct FakeMachine {
     monitor: Weak<Monitor>,
     state: Cell<RunState>,
     /// `stop` waits for this, if it is there.
@@ -81,7 +81,7 @@ impl VmControl for FakeMachine {
     }
 }
 
-fn machine(monitor: &Rc<Monitor>, state: RunState) -> FakeMachine {
+pub(in super::super) fn machine(monitor: &Rc<Monitor>, state: RunState) -> FakeMachine {
     FakeMachine {
         monitor: Rc::downgrade(monitor),
         state: Cell::new(state),

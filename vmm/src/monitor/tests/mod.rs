@@ -6,7 +6,7 @@
 mod client;
 mod conversation;
 mod jobs;
-mod machine;
+pub(super) mod machine;
 mod objects;
 
 use std::path::{Path, PathBuf};

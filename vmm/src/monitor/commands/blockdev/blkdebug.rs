@@ -49,13 +49,12 @@ pub(super) fn options(args: &mut Args, common: &Common) -> Result<DriverOptions,
 
 /// QEMU loses empty lists on the way to the driver, which does not know what is
 /// left of them.
-fn refuse_empty<T>(name: &str, list: &[T]) -> Result<(), QmpError> {
+fn refuse_empty<T>(args: &Args, name: &str, list: &[T]) {
     if list.is_empty() {
-        return Err(QmpError::generic(format!(
+        args.refuse(QmpError::generic(format!(
             "Block protocol 'blkdebug' doesn't support the option '{name}'"
         )));
     }
-    Ok(())
 }
 
 fn rules<T>(
@@ -66,7 +65,7 @@ fn rules<T>(
     let Some(list) = args.optional_list(name)? else {
         return Ok(Vec::new());
     };
-    refuse_empty(name, &list)?;
+    refuse_empty(args, name, &list);
     list.into_iter()
         .map(|mut args| {
             let rule = read(&mut args)?;
@@ -80,7 +79,7 @@ fn permissions(args: &mut Args, name: &str) -> Result<Perm, QmpError> {
     let Some(list) = args.optional_enum_list(name, PERMISSIONS)? else {
         return Ok(Perm::NONE);
     };
-    refuse_empty(name, &list)?;
+    refuse_empty(args, name, &list);
     Ok(list.into_iter().fold(Perm::NONE, |all, perm| all | perm))
 }
 

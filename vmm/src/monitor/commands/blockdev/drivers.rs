@@ -56,13 +56,13 @@ fn file_or_device(
         ],
     )?;
     if aio == Some(Aio::Native) && !common.direct {
-        return Err(QmpError::generic(
+        args.refuse(QmpError::generic(
             "aio=native was specified, but it requires cache.direct=on, which was not specified.",
         ));
     }
     if filename.is_empty() {
         let driver = if host_device { "host_device" } else { "file" };
-        return Err(QmpError::generic(format!(
+        args.refuse(QmpError::generic(format!(
             "The '{driver}' block driver requires a file name"
         )));
     }
@@ -87,12 +87,12 @@ pub(super) fn nbd(args: &mut Args, _: &Common) -> Result<DriverOptions, QmpError
     let reconnect_delay = seconds(args.optional_u32("reconnect-delay")?);
     let open_timeout = seconds(args.optional_u32("open-timeout")?);
     if let Some(id) = tls_creds {
-        return Err(QmpError::generic(format!(
+        args.refuse(QmpError::generic(format!(
             "No TLS credentials with id '{id}'"
         )));
     }
     if dirty_bitmap.is_some() {
-        return Err(QmpError::generic(
+        args.refuse(QmpError::generic(
             "Parameter 'x-dirty-bitmap' is not supported before there are dirty bitmaps here; \
              leave it out",
         ));
@@ -157,7 +157,7 @@ fn inet_address(args: &mut Args) -> Result<InetAddress, QmpError> {
     let ipv6 = args.optional_bool("ipv6")?;
     let keep_alive = args.optional_bool("keep-alive")?.unwrap_or(false);
     if ipv4 == Some(false) && ipv6 == Some(false) {
-        return Err(QmpError::generic(
+        args.refuse(QmpError::generic(
             "Cannot disable IPv4 and IPv6 at same time",
         ));
     }
@@ -184,7 +184,7 @@ fn null(args: &mut Args, aio: bool) -> Result<DriverOptions, QmpError> {
     let latency_ns = args.optional_u64("latency-ns")?.unwrap_or(0);
     let read_zeroes = args.optional_bool("read-zeroes")?.unwrap_or(false);
     if i64::try_from(latency_ns).is_err() {
-        return Err(QmpError::generic("latency-ns is invalid"));
+        args.refuse(QmpError::generic("latency-ns is invalid"));
     }
     Ok(DriverOptions::NullCo(NullCoOptions {
         aio,
@@ -273,7 +273,7 @@ pub(super) fn qcow2(args: &mut Args, common: &Common) -> Result<DriverOptions, Q
     qcow2_caches(args)?;
     if let Some(mut encrypt) = args.optional_object("encrypt")? {
         let format = encrypt.required_enum("format", &[("aes", "aes"), ("luks", "luks")])?;
-        return Err(QmpError::generic(format!(
+        args.refuse(QmpError::generic(format!(
             "Encryption format '{format}' is not supported: decrypt the image into a new one \
              with 'qemu-img convert'"
         )));
@@ -329,16 +329,16 @@ fn qcow2_caches(args: &mut Args) -> Result<(), QmpError> {
     let interval = args.optional_non_negative("cache-clean-interval")?;
     if let Some(cache) = cache {
         if l2.is_some() && refcount.is_some() {
-            return Err(QmpError::generic(
+            args.refuse(QmpError::generic(
                 "cache-size, l2-cache-size and refcount-cache-size may not be set at the same \
                  time",
             ));
         }
         if l2.is_some_and(|l2| l2 > cache) {
-            return Err(QmpError::generic("l2-cache-size may not exceed cache-size"));
+            args.refuse(QmpError::generic("l2-cache-size may not exceed cache-size"));
         }
         if refcount.is_some_and(|refcount| refcount > cache) {
-            return Err(QmpError::generic(
+            args.refuse(QmpError::generic(
                 "refcount-cache-size may not exceed cache-size",
             ));
         }
@@ -346,12 +346,12 @@ fn qcow2_caches(args: &mut Args) -> Result<(), QmpError> {
     if let Some(entry) = entry
         && !(entry.is_power_of_two() && (512..=2 << 20).contains(&entry))
     {
-        return Err(QmpError::generic(
+        args.refuse(QmpError::generic(
             "L2 cache entry size must be a power of two between 512 and the cluster size",
         ));
     }
     if interval.is_some_and(|interval| interval > u32::MAX.into()) {
-        return Err(QmpError::generic("Cache clean interval too big"));
+        args.refuse(QmpError::generic("Cache clean interval too big"));
     }
     Ok(())
 }
