@@ -305,6 +305,12 @@ pub trait BlockDriver: Send + Sync + 'static {
         None
     }
 
+    /// The node below whose snapshot this one shows, or which filters one that keeps it,
+    /// if it is a `snapshot-access`.
+    fn shown_snapshot(&self) -> Option<Arc<Node>> {
+        None
+    }
+
     /// Whether this is a filter.
     fn is_filter(&self) -> bool {
         self.filtered().is_some()

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use block::{BoxFuture, Graph};
 
+use crate::backup::FleecingInfo;
 use crate::compare::Comparison;
 use crate::context::JobContext;
 use crate::error::JobFailure;
@@ -191,6 +192,8 @@ pub struct JobDetails {
     pub rates: Option<CopyRates>,
     /// Comparison: what it has found so far.
     pub comparison: Option<Comparison>,
+    /// Backup that fleeces: how that gets on.
+    pub fleecing: Option<FleecingInfo>,
 }
 
 /// How a copying gets on against a guest that writes.

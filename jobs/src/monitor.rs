@@ -161,11 +161,13 @@ impl Jobs {
                     copy_mode,
                     rates,
                     comparison,
+                    fleecing,
                 } = slot.driver.query();
                 info.actively_synced = actively_synced;
                 info.copy_mode = copy_mode;
                 info.rates = rates;
                 info.comparison = comparison;
+                info.fleecing = fleecing;
                 info
             })
             .collect()

@@ -1,5 +1,6 @@
 //! What queries show of a job.
 
+use crate::backup::FleecingInfo;
 use crate::compare::Comparison;
 use crate::driver::{CopyMode, CopyRates};
 use crate::event::IoStatus;
@@ -46,6 +47,8 @@ pub struct JobInfo {
     pub rates: Option<CopyRates>,
     /// Comparison: what it has found so far.
     pub comparison: Option<Comparison>,
+    /// Backup that fleeces: how that gets on.
+    pub fleecing: Option<FleecingInfo>,
 }
 
 impl JobInfo {
@@ -74,6 +77,7 @@ impl JobInfo {
             copy_mode: None,
             rates: None,
             comparison: None,
+            fleecing: None,
         })
     }
 }

@@ -128,6 +128,10 @@ impl BlockDriver for SnapshotAccessDriver {
         Box::pin(async move { Err(self.refused(IoOp::Truncate, size, 0)) })
     }
 
+    fn shown_snapshot(&self) -> Option<Arc<Node>> {
+        Some(self.file.node())
+    }
+
     fn cancel_in_flight(&self, reach: CancelReach) {
         self.file.node().cancel_in_flight(reach);
     }

@@ -34,6 +34,7 @@ mod change;
 mod commit;
 mod drain;
 mod error;
+mod fleecing;
 mod handle;
 mod info;
 mod last_flush;

@@ -8,16 +8,17 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::{Claim, Snapshot, runtime};
+use block::{Snapshot, broken_snapshot, runtime};
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::copying::{
     BufferPool, Carrier, Copied, CopyError, Entered, INTERVAL, Look, Pace, Rules, Side,
-    window_of_speed,
+    let_target_go, window_of_speed,
 };
-use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, SLICE};
+use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, OnError, SLICE};
 
+use super::account::{Account, BodyClaim};
 use super::driver::{BackupDriver, Places};
 
 /// Largest buffer, which is the largest request to a node.
@@ -47,6 +48,7 @@ pub(super) struct Body<'a> {
     driver: &'a BackupDriver,
     places: &'a Places,
     snapshot: Arc<Snapshot>,
+    account: Account,
     carrier: Rc<Carrier>,
     operations: FuturesUnordered<Pin<Box<dyn Future<Output = Done>>>>,
     window_used: u64,
@@ -70,10 +72,11 @@ pub(super) struct Body<'a> {
 impl<'a> Body<'a> {
     pub(super) fn new(ctx: &'a JobContext, driver: &'a BackupDriver, places: &'a Places) -> Self {
         let snapshot = Arc::clone(&places.snapshot);
+        let account = places.account.clone();
         let notifier = ctx.notifier();
         let rules = Rules {
             size: snapshot.size(),
-            unit: snapshot.cluster(),
+            unit: account.cluster(),
             unmap: true,
             explicit_zeroes: driver.settings().explicit_zeroes,
             // The source may be a layer of the target.
@@ -81,7 +84,7 @@ impl<'a> Body<'a> {
         };
         let request = MAX_REQUEST.min(driver.settings().max_chunk);
         let pool = BufferPool::new(request as usize, BUFFERS);
-        let (floor, ceiling) = (WINDOW.0.max(snapshot.cluster()), WINDOW.1);
+        let (floor, ceiling) = (WINDOW.0.max(account.cluster()), WINDOW.1);
         Self {
             ctx,
             notifier,
@@ -99,6 +102,7 @@ impl<'a> Body<'a> {
             backoff: Backoff::new(),
             failed: None,
             snapshot,
+            account,
         }
     }
 
@@ -114,6 +118,8 @@ impl<'a> Body<'a> {
                 return Ok(());
             }
             if let Some(failure) = BackupDriver::broken(self.places) {
+                // What the target has is good for nothing, so nobody waits for it.
+                let_target_go(&self.places.target_backend);
                 self.quiesce().await;
                 self.report_progress();
                 return Err(failure);
@@ -158,7 +164,7 @@ impl<'a> Body<'a> {
     fn is_complete(&self) -> bool {
         !self.driver.settings().only_guest
             && self.operations.is_empty()
-            && self.snapshot.is_complete()
+            && self.account.is_complete()
     }
 
     /// Waits until nothing of the body's own is in flight.
@@ -210,7 +216,7 @@ impl<'a> Body<'a> {
 
     fn enter(&self) -> Option<Entered> {
         Some(Entered {
-            source: self.places.source_backend.try_enter()?,
+            source: self.places.reader.try_enter()?,
             target: self.places.target_backend.try_enter()?,
         })
     }
@@ -288,7 +294,7 @@ impl<'a> Body<'a> {
                 return BUSY;
             };
             // A guest's request may have been first.
-            let Some(claim) = self.snapshot.claim(range.clone()) else {
+            let Some(claim) = self.account.claim(range.clone()) else {
                 continue;
             };
             self.cursor = claim.range().end;
@@ -304,7 +310,7 @@ impl<'a> Body<'a> {
         }
     }
 
-    fn start(&mut self, claim: Claim, look: Look, cost: u64, nodes: Entered) {
+    fn start(&mut self, claim: BodyClaim, look: Look, cost: u64, nodes: Entered) {
         self.window_used += cost;
         let carrier = Rc::clone(&self.carrier);
         let snapshot = Arc::clone(&self.snapshot);
@@ -312,7 +318,7 @@ impl<'a> Body<'a> {
         self.operations.push(Box::pin(async move {
             let result = carrier.carry(claim.range(), look, &nodes).await;
             if let Ok(copied) = &result {
-                claim.copied_to(copied.range.end);
+                claim.copied_to(copied.range.end).await;
                 if discards && let Err(error) = snapshot.discard_source(copied.range.clone()).await
                 {
                     // It is a hint, and the copy is there.
@@ -327,21 +333,21 @@ impl<'a> Body<'a> {
     /// waits for a long one.
     fn request_size(&self, window: u64) -> u64 {
         let most = MAX_REQUEST.min(self.driver.settings().max_chunk);
-        let cluster = self.snapshot.cluster();
+        let cluster = self.account.cluster();
         (window / 4).clamp(MIN_REQUEST.min(most), most).max(cluster) / cluster * cluster
     }
 
     /// The next range from the cursor on that is to be copied, and how to look at it.
     fn next_range(&mut self, request: u64) -> Option<(Range<u64>, Look)> {
         let reach = self.leap.max(request);
-        let next = self.snapshot.next_todo(self.cursor, reach);
+        let next = self.account.next_todo(self.cursor, reach);
         let mut range = match next {
             Some(range) => range,
-            None => self.snapshot.next_todo(0, reach)?,
+            None => self.account.next_todo(0, reach)?,
         };
         // What is not copied does not change, so what was found of it holds.
         let until = match self.data.contains(&range.start) {
-            true => self.snapshot.round_in(&(0..self.data.end)).end,
+            true => self.account.round_in(&(0..self.data.end)).end,
             false => 0,
         };
         if until > range.start {
@@ -402,6 +408,8 @@ impl<'a> Body<'a> {
         };
         let settings = self.driver.settings();
         let (policy, io_side) = match side {
+            // It will fail for ever, whatever is done.
+            Side::Source if self.source_is_broken() => (OnError::Report, IoSide::Read),
             Side::Source => (settings.on_source_error, IoSide::Read),
             Side::Target => (settings.on_target_error, IoSide::Write),
         };
@@ -417,9 +425,15 @@ impl<'a> Body<'a> {
         }
     }
 
+    /// Whether the source shows a snapshot that is broken: of another job or of a filter
+    /// of the user's.
+    fn source_is_broken(&self) -> bool {
+        broken_snapshot(&self.places.source_backend.root()).is_some()
+    }
+
     /// Tells what is left: to be copied, or being copied by anybody.
     fn report_progress(&self) {
-        let left = self.snapshot.pending_bytes();
+        let left = self.account.pending_bytes();
         self.ctx.progress().set_remaining(left);
     }
 }

@@ -5,11 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use block::{Backend, BoxFuture, Drained, Graph, GraphError, Node, Snapshot, runtime};
+use block::{Backend, BoxFuture, Drained, Graph, GraphError, Node, Snapshot, Stalls, runtime};
 
 use crate::copying::{LEAVE_DRAIN, detach_when_idle, let_target_go, take_out, take_out_some_time};
-use crate::{JobContext, JobDriver, JobFailure, JobKind, OnError, SoftCancel};
+use crate::{JobContext, JobDetails, JobDriver, JobFailure, JobKind, OnError, SoftCancel};
 
+use super::account::Account;
 use super::body::Body;
 use super::start::AtEnd;
 
@@ -41,12 +42,37 @@ pub(super) struct Settings {
 pub(super) struct Places {
     pub(super) filter: Arc<Node>,
     pub(super) snapshot: Arc<Snapshot>,
+    /// What is left for the body.
+    pub(super) account: Account,
     /// Reads the source, below the filter.
     pub(super) source_backend: Arc<Backend>,
-    /// Writes the target: the job and the filter do.
+    /// Reads what is copied: the source's backend, or one of the snapshot.
+    pub(super) reader: Arc<Backend>,
+    /// Where the filter saves, if that is not the target.
+    pub(super) scratch: Option<Arc<Backend>>,
+    /// Writes the target: the job does, and the filter unless it has a scratch file.
     pub(super) target_backend: Arc<Backend>,
     /// Keeps others from using the filter. No requests.
     pub(super) filter_hold: Arc<Backend>,
+}
+
+impl Places {
+    /// The backends that stand below the filter or beside it.
+    fn others(&self) -> impl Iterator<Item = &Arc<Backend>> {
+        let always = [&self.target_backend, &self.source_backend];
+        always.into_iter().chain(&self.scratch)
+    }
+}
+
+/// How the fleecing of a backup gets on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FleecingInfo {
+    /// Bytes of the disk that are in the scratch file.
+    pub scratch_bytes: u64,
+    /// Most of them that there were.
+    pub most_scratch_bytes: u64,
+    /// How guests' requests had to wait.
+    pub stalls: Stalls,
 }
 
 /// The driver of one backup.
@@ -58,7 +84,7 @@ pub(super) struct BackupDriver {
     /// What is to be done with the user's bitmap in the end. A leaf lock, taken for a
     /// move only, on main.
     at_end: Mutex<Option<AtEnd>>,
-    /// The job has left the graph. Atomic; on main.
+    /// The job has left the graph. Atomic; set on main.
     left: AtomicBool,
 }
 
@@ -101,7 +127,7 @@ impl BackupDriver {
     fn end_bitmap(&self, success: bool) {
         let at_end = self.at_end().take();
         if let (Some(at_end), Some(places)) = (at_end, self.places()) {
-            at_end.apply(success, &places.snapshot);
+            at_end.apply(success, &places.account);
         }
     }
 
@@ -122,12 +148,14 @@ impl BackupDriver {
             return;
         }
         graph.detach(&places.filter_hold);
+        graph.detach(&places.reader);
         let removed = graph.remove_filter(&places.filter, drained);
         if let Err(error) = removed {
             tracing::error!(%error, "backup: the filter could not be taken out again");
         }
-        graph.detach(&places.target_backend);
-        graph.detach(&places.source_backend);
+        for backend in places.others() {
+            graph.detach(backend);
+        }
     }
 
     /// Takes the backup off the graph, whichever way it ended. Idempotent.
@@ -140,14 +168,17 @@ impl BackupDriver {
             return;
         }
         graph.detach(&places.filter_hold);
+        if places.scratch.is_some() {
+            // It stands on the filter.
+            detach_when_idle(graph, &places.reader);
+        }
         let removed = take_out(graph, &places.filter).await;
         // Copies that guests' requests began end soon, unless the target hangs.
         let patience = Instant::now() + LEAVE_DRAIN;
-        let backends = [&places.target_backend, &places.source_backend];
-        while backends.iter().any(|it| it.in_flight() > 0) && Instant::now() < patience {
+        while places.others().any(|it| it.in_flight() > 0) && Instant::now() < patience {
             runtime::sleep(Duration::from_millis(1)).await;
         }
-        for backend in backends {
+        for backend in places.others() {
             detach_when_idle(graph, backend);
         }
         match removed {
@@ -180,6 +211,23 @@ impl JobDriver for BackupDriver {
             };
             Body::new(&context, &self, places).run().await
         })
+    }
+
+    fn query(&self) -> JobDetails {
+        let places = self.places().filter(|places| places.scratch.is_some());
+        let fleecing = places.map(|places| FleecingInfo {
+            // Nothing is left of it once the job has let it go.
+            scratch_bytes: match self.left.load(Ordering::Relaxed) {
+                true => 0,
+                false => places.snapshot.saved_bytes(),
+            },
+            most_scratch_bytes: places.snapshot.most_saved_bytes(),
+            stalls: places.snapshot.stalls(),
+        });
+        JobDetails {
+            fleecing,
+            ..JobDetails::default()
+        }
     }
 
     fn user_resume(&self) {

@@ -74,6 +74,12 @@ pub enum BackupError {
          them"
     )]
     DiscardUsed(String),
+    /// A sync mode whose snapshot is not read by the job.
+    #[error("Fleecing does not go with sync mode '{0}': use 'full', 'bitmap' or 'incremental'")]
+    FleecingSync(&'static str),
+    /// What was copied is freed in the scratch file, not on the source.
+    #[error("Fleecing does not go with 'discard-source'")]
+    FleecingDiscard,
     /// The filter could not be put in above the source, or may not write the target.
     #[error("Could not create node: {0}")]
     Filter(GraphError),

@@ -2,6 +2,7 @@
 //! on writing the source.
 //!
 //! - `spec`, `error`, `start`: what is asked for, and how it begins;
+//! - `account`: what is left to be copied;
 //! - `body`: the copying beside the guest;
 //! - `driver`: the job as the job core sees it, and its end.
 //!
@@ -10,7 +11,12 @@
 //! before it does, and the body copies the rest: of each cluster whoever *claims* it
 //! first. A snapshot that the filter could not save makes the job fail, whatever else
 //! has been copied.
+//!
+//! *Fleecing*: the filter saves into a scratch file instead, so that guests never wait for
+//! the target. The body reads the snapshot, from the source or the scratch file, and what
+//! it has copied is freed there.
 
+mod account;
 mod body;
 mod driver;
 mod error;
@@ -19,6 +25,7 @@ mod start;
 #[cfg(all(test, not(shuttle)))]
 mod tests;
 
+pub use driver::FleecingInfo;
 pub use error::BackupError;
 pub use spec::{BackupPerf, BackupSpec, BackupSync, BitmapMode};
 pub use start::{PreparedBackup, prepare_backup, start_backup};

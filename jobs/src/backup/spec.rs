@@ -107,6 +107,10 @@ pub struct BackupSpec {
     pub filter_node_name: Option<String>,
     /// Discard on the source what has been copied.
     pub discard_source: bool,
+    /// Where what guests are about to change is saved until the job has copied it, instead
+    /// of on the target: a node as large as the source that reads as zeroes and that
+    /// nobody else uses.
+    pub scratch: Option<Arc<Node>>,
     /// How much at a time.
     pub perf: BackupPerf,
     /// Finalize by itself.
@@ -136,6 +140,7 @@ impl BackupSpec {
             policy: CbwPolicy::default(),
             filter_node_name: None,
             discard_source: false,
+            scratch: None,
             perf: BackupPerf::default(),
             auto_finalize: true,
             auto_dismiss: true,
@@ -174,6 +179,21 @@ impl BackupSpec {
         matches!(self.sync, BackupSync::Bitmap | BackupSync::Incremental)
     }
 
+    /// Whether fleecing goes with the rest.
+    pub(super) fn check_scratch(&self) -> Result<(), BackupError> {
+        if self.scratch.is_none() {
+            return Ok(());
+        }
+        match self.sync {
+            BackupSync::Full | BackupSync::Bitmap | BackupSync::Incremental => {}
+            sync => return Err(BackupError::FleecingSync(sync.name())),
+        }
+        if self.discard_source {
+            return Err(BackupError::FleecingDiscard);
+        }
+        Ok(())
+    }
+
     pub(super) fn check_perf(&self) -> Result<(), BackupError> {
         if !(1..=i64::from(i32::MAX)).contains(&self.perf.max_workers) {
             return Err(BackupError::MaxWorkers);
@@ -186,8 +206,8 @@ impl BackupSpec {
 
     /// Bytes per cluster: of the account, and as users know it.
     ///
-    /// A full copy looks the same whatever its clusters are, if the target has none: so
-    /// a guest's write need not wait for more than it changes.
+    /// A full copy looks the same whatever its clusters are, if the target has none, and a
+    /// scratch file has none: so a guest's write need not wait for more than it changes.
     pub(super) fn clusters(&self) -> Result<(u64, u64), BackupError> {
         let least = self.perf.min_cluster_size;
         if least > 0 && !least.is_power_of_two() {
@@ -204,10 +224,12 @@ impl BackupSpec {
         if max_chunk > 0 && u64::try_from(max_chunk).is_ok_and(|chunk| chunk < cluster) {
             return Err(BackupError::ChunkBelowCluster { max_chunk, cluster });
         }
-        let unseen = self.sync == BackupSync::Full
-            && self.target.limits().cluster_size.is_none()
-            && self.target.backing().is_none()
-            && least == 0;
+        let no_clusters = self.target.limits().cluster_size.is_none();
+        let unseen = self.scratch.is_some()
+            || self.sync == BackupSync::Full
+                && no_clusters
+                && self.target.backing().is_none()
+                && least == 0;
         let fine = FINE_CLUSTER
             .max(u64::from(self.target.limits().request_alignment))
             .max(u64::from(self.source.limits().request_alignment))

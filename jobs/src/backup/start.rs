@@ -3,7 +3,7 @@
 //! nothing has happened at all.
 
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use block::{
@@ -14,6 +14,7 @@ use block::{
 use crate::copying::FilterHold;
 use crate::{JobDriver, JobKey, JobNotifier, JobSpec, Jobs, Progress};
 
+use super::account::{Account, Wanted};
 use super::driver::{BackupDriver, KIND, Places, Settings};
 use super::error::BackupError;
 use super::spec::{BackupSpec, BackupSync, BitmapMode};
@@ -115,6 +116,12 @@ impl Drop for PreparedBackup {
     }
 }
 
+/// The job's hold on the snapshot that it fleeces. What it discards is only the saved copy.
+const READ_SNAPSHOT: Permissions = Permissions {
+    need: Perm::CONSISTENT_READ,
+    share: Perm::ALL.without(Perm::RESIZE),
+};
+
 /// What a start comes down to.
 struct Plan {
     /// Bytes per cluster of the account.
@@ -148,6 +155,7 @@ fn check(graph: &Graph, spec: &BackupSpec) -> Result<Plan, BackupError> {
             .find(|name| !name.is_empty());
         return Err(BackupError::Compression(device.unwrap_or_default()));
     }
+    spec.check_scratch()?;
     graph.check_not_blocked(&spec.source)?;
     graph.check_not_blocked(&spec.target)?;
     spec.check_perf()?;
@@ -183,12 +191,12 @@ pub(super) struct AtEnd {
 
 impl AtEnd {
     /// Sets the bitmap to what its mode says, after a success or a failure.
-    pub(super) fn apply(self, success: bool, snapshot: &Snapshot) {
+    pub(super) fn apply(self, success: bool, account: &Account) {
         let Self { bitmap, mode } = self;
         match (mode, success) {
             (BitmapMode::OnSuccess | BitmapMode::Always, true) => bitmap.abdicate(),
             (BitmapMode::OnSuccess, false) | (BitmapMode::Never, _) => bitmap.reclaim(),
-            (BitmapMode::Always, false) => match snapshot.not_copied() {
+            (BitmapMode::Always, false) => match account.not_copied() {
                 Ok(not_copied) => bitmap.abdicate_with(&not_copied),
                 Err(error) => {
                     tracing::warn!(%error, "backup: the bitmap keeps what it had");
@@ -256,7 +264,14 @@ pub fn prepare_backup(
     };
     let part = at_end.as_ref().filter(|_| spec.takes_from_bitmap());
     let part = part.map(|at_end| at_end.bitmap.bits().as_ref());
-    let account = SnapshotAccount::new(spec.source.size(), plan.cluster, part)?;
+    let size = spec.source.size();
+    let (account, wanted) = match spec.scratch {
+        None => (SnapshotAccount::new(size, plan.cluster, part)?, None),
+        Some(_) => {
+            let wanted = Wanted::new(size, plan.shown_cluster, part)?;
+            (wanted.snapshot(plan.cluster)?, Some(wanted))
+        }
+    };
     let mut snapshot = None;
     let filter = graph
         .insert_filter(
@@ -330,18 +345,41 @@ pub fn prepare_backup(
     });
     let filter_hold = attach(&filter, Permissions::IDLE, hold)?;
 
-    snapshot.set_target(Arc::clone(&target_backend));
+    let (mut scratch, mut reader) = (None, Arc::clone(&source_backend));
+    if let Some(node) = &spec.scratch {
+        let user = jobs.backend_user(key, AttachmentKind::Job);
+        scratch = Some(attach(node, WRITE_TARGET, user)?);
+        let user = jobs.backend_user(key, AttachmentKind::Job);
+        reader = graph.attach_snapshot(&filter, READ_SNAPSHOT, user)?;
+        undo.backends.insert(0, Arc::clone(&reader));
+    }
+
+    snapshot.set_target(Arc::clone(scratch.as_ref().unwrap_or(&target_backend)));
+    let account = match wanted {
+        Some(wanted) => wanted.of(&snapshot),
+        None => Account::Shared(Arc::clone(&snapshot)),
+    };
     let guard = jobs.lock();
     let (progress, notifier) = (guard.progress(key), guard.notifier(key));
     drop(guard);
     if let (Ok(progress), Ok(notifier)) = (progress, notifier) {
-        progress.set_remaining(snapshot.pending_bytes());
+        progress.set_remaining(account.pending_bytes());
         // Guests' requests copy from the first instant, whenever the body begins.
-        snapshot.observe(Arc::new(Observer { progress, notifier }));
+        let observer: Arc<dyn SnapshotObserver> = match account {
+            Account::Shared(_) => Arc::new(Observer { progress, notifier }),
+            Account::Fleecing(_) => Arc::new(BreakObserver {
+                snapshot: Arc::downgrade(&snapshot),
+                notifier,
+            }),
+        };
+        snapshot.observe(observer);
     }
     driver.set_places(Places {
         filter,
         snapshot,
+        account,
+        reader,
+        scratch,
         source_backend,
         target_backend,
         filter_hold,
@@ -414,5 +452,24 @@ impl SnapshotObserver for Observer {
 
     fn changed(&self) {
         self.notifier.notify();
+    }
+}
+
+/// Wakes the job when the snapshot is broken: what guests' requests save for a job that
+/// fleeces is no work of its own.
+struct BreakObserver {
+    /// Weakly, since the snapshot has this.
+    snapshot: Weak<Snapshot>,
+    notifier: JobNotifier,
+}
+
+impl SnapshotObserver for BreakObserver {
+    fn copied_by_guest(&self, _: u64, _: u64) {}
+
+    fn changed(&self) {
+        let snapshot = self.snapshot.upgrade();
+        if snapshot.is_some_and(|snapshot| snapshot.broken().is_some()) {
+            self.notifier.notify();
+        }
     }
 }

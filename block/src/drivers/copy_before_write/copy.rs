@@ -133,7 +133,25 @@ async fn copy(snapshot: &Snapshot, mut claim: Claim) -> Result<(), IoError> {
     }
     snapshot.tell_copied(end - range.start, moved);
     claim.copied_to(end);
+    snapshot.note_saved();
+    forget_taken_out(snapshot, range.start..end).await;
     Ok(())
+}
+
+/// Discards on the target what has been taken out of the snapshot while it was copied.
+/// Who took it out discards too, but may have done so before it was there.
+async fn forget_taken_out(snapshot: &Snapshot, mut range: Range<u64>) {
+    while let Some(run) = snapshot.first_taken_out(&range) {
+        range.start = run.end;
+        let Some(target) = snapshot.target.enter() else {
+            return;
+        };
+        let len = run.end - run.start;
+        if let Err(error) = target.node().discard(run.start, len).await {
+            // It only takes space.
+            tracing::debug!(%error, "what is not needed of a snapshot is not discarded");
+        }
+    }
 }
 
 fn first_cluster(snapshot: &Snapshot, range: &Range<u64>) -> Range<u64> {

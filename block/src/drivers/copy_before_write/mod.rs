@@ -31,7 +31,7 @@ mod tests;
 mod waiting;
 
 use self::copy::Target;
-pub use self::snapshot::{Claim, Snapshot, SnapshotAccount, SnapshotObserver};
+pub use self::snapshot::{Claim, Snapshot, SnapshotAccount, SnapshotObserver, Stalls};
 use crate::buffer::IoVec;
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
 use crate::driver::{
@@ -80,6 +80,27 @@ pub fn cluster_of(target: &Node, at_least: u64) -> u64 {
     let of_target = target.limits().cluster_size.map_or(0, u64::from);
     let cluster = MIN_CLUSTER.max(at_least).max(of_target);
     cluster.checked_next_power_of_two().unwrap_or(1 << 63)
+}
+
+/// The errno of what broke the snapshot that `node` shows, if it shows one (it, or what it
+/// filters, is a `snapshot-access`) and that is broken: then it can never be read again.
+pub fn broken_snapshot(node: &Arc<Node>) -> Option<i32> {
+    let mut node = Arc::clone(node);
+    let mut shows = false;
+    loop {
+        let driver = node.driver();
+        if let Some(snapshot) = driver.snapshot().filter(|_| shows) {
+            return snapshot.broken();
+        }
+        let below = match driver.shown_snapshot() {
+            Some(keeper) => {
+                shows = true;
+                Some(keeper)
+            }
+            None => driver.filtered(),
+        };
+        node = below?;
+    }
 }
 
 impl CopyBeforeWriteDriver {
@@ -144,7 +165,10 @@ impl CopyBeforeWriteDriver {
     ) -> Result<T, IoError> {
         let clusters = self.snapshot.round_out(&range);
         if !self.snapshot.is_free(&clusters) && !self.snapshot.lets_pass() {
-            self.wait(op, &range, clusters).await?;
+            let began = Instant::now();
+            let waited = self.wait(op, &range, clusters).await;
+            self.snapshot.note_stall(began.elapsed());
+            waited?;
         }
         request.await
     }

@@ -24,8 +24,9 @@
 //! two sees the other.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use super::copy::Target;
 use super::waiting::{Change, Waiting};
@@ -115,6 +116,9 @@ pub struct Snapshot {
     observer: OnceLock<Arc<dyn SnapshotObserver>>,
     /// What the guest feels, if somebody observes.
     latency: GuestLatency,
+    stalled: Stalled,
+    /// Most bytes that were saved at once.
+    most_saved: AtomicU64,
 }
 
 impl Snapshot {
@@ -141,6 +145,8 @@ impl Snapshot {
             waiting: Waiting::default(),
             observer: OnceLock::new(),
             latency: GuestLatency::default(),
+            stalled: Stalled::default(),
+            most_saved: AtomicU64::new(0),
         }
     }
 
@@ -181,6 +187,42 @@ impl Snapshot {
     /// What the guest feels since somebody observes.
     pub fn latency(&self) -> &GuestLatency {
         &self.latency
+    }
+
+    /// How guests' requests had to wait until now.
+    pub fn stalls(&self) -> Stalls {
+        self.stalled.look()
+    }
+
+    pub(super) fn note_stall(&self, waited: Duration) {
+        self.stalled.note(waited);
+    }
+
+    /// Bytes of clusters that the target has and that can still be read.
+    pub fn saved_bytes(&self) -> u64 {
+        let readable = self.bytes(&self.access);
+        readable.saturating_sub(self.pending_bytes())
+    }
+
+    /// Most of [`saved_bytes`](Self::saved_bytes) that there was.
+    pub fn most_saved_bytes(&self) -> u64 {
+        self.most_saved.load(SeqCst)
+    }
+
+    pub(super) fn note_saved(&self) {
+        self.most_saved.fetch_max(self.saved_bytes(), SeqCst);
+    }
+
+    /// The first run of clusters of `range` (whole clusters) that are not part of the
+    /// snapshot any more.
+    pub(super) fn first_taken_out(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        let start = self.access.next_clean(range.start)?;
+        if start >= range.end {
+            return None;
+        }
+        let next = self.access.next_dirty_area(start, 1);
+        let end = next.map_or(range.end, |area| area.start.min(range.end));
+        Some(start..end)
     }
 
     pub(super) fn is_observed(&self) -> bool {
@@ -442,6 +484,43 @@ impl std::fmt::Debug for Snapshot {
             .field("pending_bytes", &self.pending_bytes())
             .field("broken", &self.broken())
             .finish_non_exhaustive()
+    }
+}
+
+/// How guests' requests had to wait for copies, and for reads of the snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stalls {
+    /// How many waited.
+    pub count: u64,
+    /// The longest wait.
+    pub longest: Duration,
+    /// All waits together.
+    pub total: Duration,
+}
+
+/// [`Stalls`] as they come. Atomics that any iothread adds to; a reader may see one
+/// without the others.
+#[derive(Debug, Default)]
+struct Stalled {
+    count: AtomicU64,
+    longest_ns: AtomicU64,
+    total_ns: AtomicU64,
+}
+
+impl Stalled {
+    fn note(&self, waited: Duration) {
+        let ns = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX >> 16);
+        self.count.fetch_add(1, SeqCst);
+        self.longest_ns.fetch_max(ns, SeqCst);
+        self.total_ns.fetch_add(ns, SeqCst);
+    }
+
+    fn look(&self) -> Stalls {
+        Stalls {
+            count: self.count.load(SeqCst),
+            longest: Duration::from_nanos(self.longest_ns.load(SeqCst)),
+            total: Duration::from_nanos(self.total_ns.load(SeqCst)),
+        }
     }
 }
 

@@ -25,6 +25,7 @@ mod lock;
 mod open;
 mod reopen;
 mod resize;
+mod scratch;
 mod status;
 mod sys;
 mod zero;
@@ -39,6 +40,7 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use self::copy::Copies;
 use self::data_region::DataRegion;
 pub use self::reopen::FileNode;
+pub(crate) use self::scratch::open_scratch;
 
 use self::lock::ImageLock;
 use self::open::{Kind, Opened};

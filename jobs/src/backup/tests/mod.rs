@@ -24,6 +24,7 @@ use crate::{
 use super::{BackupError, BackupSpec, start_backup};
 
 mod bitmaps;
+mod fleecing;
 mod life;
 mod race;
 

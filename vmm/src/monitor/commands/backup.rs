@@ -2,21 +2,26 @@
 //! arguments are read, then what they name is found or opened, and then they are
 //! prepared in a drained section of all sources together.
 
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
-use block::{CbwPolicy, Drained, Node};
+use block::{
+    AttachmentKind, Backend, BackendUser, CbwPolicy, Drained, Graph, GraphError, Node, OnCbwError,
+};
 use jobs::backup::{
-    BackupError, BackupPerf, BackupSpec, BackupSync, BitmapMode, PreparedBackup, prepare_backup,
-    start_backup,
+    BackupError, BackupPerf, BackupSpec, BackupSync, BitmapMode, FleecingInfo, PreparedBackup,
+    prepare_backup, start_backup,
 };
 use jobs::mirror::SyncMode;
 use jobs::{OnError, TxnKey};
+use serde_json::{Value, json};
 
 use super::blockdev::drivers::{ON_CBW_ERROR, cbw_policy};
 use super::mirror::target::{self, Mode, Target, Wanted};
 use super::mirror::{MODES, ON_ERROR, device_on, root_node};
-use super::{Outcome, done};
+use super::{Outcome, bounded, done};
 use crate::monitor::Monitor;
 use crate::monitor::args::Args;
 use crate::monitor::error::{ErrorClass, QmpError};
@@ -28,6 +33,9 @@ const SYNC_MODES: &[(&str, BackupSync)] = &[
     ("incremental", BackupSync::Incremental),
     ("bitmap", BackupSync::Bitmap),
 ];
+
+/// Default of `cbw-timeout` in seconds with `fleecing`.
+const FLEECING_TIMEOUT: u32 = 10;
 
 const BITMAP_MODES: &[(&str, BitmapMode)] = &[
     ("on-success", BitmapMode::OnSuccess),
@@ -56,12 +64,15 @@ pub(super) struct BackupArgs {
     compress: Option<bool>,
     on_source_error: Option<OnError>,
     on_target_error: Option<OnError>,
-    policy: CbwPolicy,
+    on_cbw_error: Option<OnCbwError>,
+    cbw_timeout: Option<u32>,
     auto_finalize: Option<bool>,
     auto_dismiss: Option<bool>,
     filter_node_name: Option<String>,
     discard_source: Option<bool>,
     perf: BackupPerf,
+    /// `fleecing`: the directory of the scratch file.
+    scratch_directory: Option<PathBuf>,
     target: TargetArg,
 }
 
@@ -109,10 +120,8 @@ impl BackupArgs {
             compress: args.optional_bool("compress")?,
             on_source_error: args.optional_enum("on-source-error", ON_ERROR)?,
             on_target_error: args.optional_enum("on-target-error", ON_ERROR)?,
-            policy: cbw_policy(
-                args.optional_enum("on-cbw-error", ON_CBW_ERROR)?,
-                args.optional_u32("cbw-timeout")?,
-            ),
+            on_cbw_error: args.optional_enum("on-cbw-error", ON_CBW_ERROR)?,
+            cbw_timeout: args.optional_u32("cbw-timeout")?,
             auto_finalize: args.optional_bool("auto-finalize")?,
             auto_dismiss: args.optional_bool("auto-dismiss")?,
             filter_node_name: args.optional_str("filter-node-name")?,
@@ -120,6 +129,10 @@ impl BackupArgs {
             perf: match args.optional_object("x-perf")? {
                 Some(args) => perf(args)?,
                 None => BackupPerf::default(),
+            },
+            scratch_directory: match args.optional_object("fleecing")? {
+                Some(args) => Some(scratch_directory(args)?),
+                None => None,
             },
             target: target(&mut args)?,
         };
@@ -165,6 +178,11 @@ impl BackupArgs {
         };
         // A job without an id is called like the device on its source; where there is
         // none, the empty id is refused.
+        let policy = self.policy();
+        let scratch = match self.scratch_directory {
+            Some(directory) => Some(Scratch::open(graph, directory, source.size()).await?),
+            None => None,
+        };
         let job_id = self.job_id.unwrap_or_else(|| device_on(graph, &source));
         let spec = BackupSpec::new(job_id, source, target);
         let spec = BackupSpec {
@@ -175,9 +193,10 @@ impl BackupArgs {
             speed: self.speed.unwrap_or(spec.speed),
             on_source_error: self.on_source_error.unwrap_or(spec.on_source_error),
             on_target_error: self.on_target_error.unwrap_or(spec.on_target_error),
-            policy: self.policy,
+            policy,
             filter_node_name: self.filter_node_name,
             discard_source: self.discard_source.unwrap_or(spec.discard_source),
+            scratch: scratch.as_ref().map(Scratch::node),
             perf: self.perf,
             auto_finalize: self.auto_finalize.unwrap_or(spec.auto_finalize),
             auto_dismiss: self.auto_dismiss.unwrap_or(spec.auto_dismiss),
@@ -186,7 +205,75 @@ impl BackupArgs {
         Ok(ReadyBackup {
             spec,
             _opened: opened,
+            _scratch: scratch,
         })
+    }
+
+    /// What becomes of guests' requests. A backup that fleeces is there for the guest's
+    /// sake: by default none waits for long, and none fails.
+    fn policy(&self) -> CbwPolicy {
+        let (mut on_error, mut timeout) = (self.on_cbw_error, self.cbw_timeout);
+        if self.scratch_directory.is_some() {
+            on_error = on_error.or(Some(OnCbwError::BreakSnapshot));
+            timeout = timeout.or(Some(FLEECING_TIMEOUT));
+        }
+        cbw_policy(on_error, timeout)
+    }
+}
+
+/// `fleecing`
+fn scratch_directory(mut args: Args) -> Result<PathBuf, QmpError> {
+    let directory = args.required_str("directory")?;
+    args.finish()?;
+    Ok(directory.into())
+}
+
+/// A scratch file that was made for a backup. Dropped, it goes if the job does not have it.
+struct Scratch {
+    graph: Rc<Graph>,
+    hold: Arc<Backend>,
+}
+
+impl Scratch {
+    async fn open(graph: &Rc<Graph>, directory: PathBuf, size: u64) -> Result<Self, QmpError> {
+        let shown = directory.display().to_string();
+        let opened = graph.open_scratch(directory, size, Arc::new(ScratchHold));
+        let opened = bounded("Making the scratch file for fleecing", opened).await?;
+        let hold = opened.map_err(|error: GraphError| {
+            QmpError::generic(format!(
+                "Cannot make a scratch file for fleecing in '{shown}': {error}"
+            ))
+        })?;
+        Ok(Self {
+            graph: Rc::clone(graph),
+            hold,
+        })
+    }
+
+    fn node(&self) -> Arc<Node> {
+        self.hold.root()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        self.graph.detach(&self.hold);
+    }
+}
+
+struct ScratchHold;
+
+impl BackendUser for ScratchHold {
+    fn holds_requests(&self) -> bool {
+        false
+    }
+
+    fn kind(&self) -> AttachmentKind {
+        AttachmentKind::Job
+    }
+
+    fn describe(&self) -> String {
+        "a backup that is being started".to_owned()
     }
 }
 
@@ -213,6 +300,8 @@ pub(super) struct ReadyBackup {
     spec: BackupSpec,
     /// Keeps a target open that was opened for it, until the job has it.
     _opened: Option<Target>,
+    /// The same of its scratch file.
+    _scratch: Option<Scratch>,
 }
 
 impl ReadyBackup {
@@ -243,4 +332,16 @@ impl ReadyBackup {
 
 fn refusal(error: BackupError) -> QmpError {
     QmpError::with_causes(ErrorClass::Generic, &error)
+}
+
+/// What queries show of a backup that fleeces.
+pub(super) fn fleecing(info: &FleecingInfo) -> Value {
+    let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    json!({
+        "scratch-bytes": info.scratch_bytes,
+        "scratch-bytes-max": info.most_scratch_bytes,
+        "stalls": info.stalls.count,
+        "longest-stall-ns": ns(info.stalls.longest),
+        "total-stall-ns": ns(info.stalls.total),
+    })
 }

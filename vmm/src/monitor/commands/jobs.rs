@@ -9,6 +9,7 @@ use std::time::Duration;
 use jobs::{CopyMode, Effects, JobChange, JobError, JobInfo, JobKey, JobStatus, JobsGuard};
 use serde_json::{Value, json};
 
+use super::backup::fleecing;
 use super::compare::comparison;
 use super::{Outcome, done};
 use crate::monitor::Monitor;
@@ -183,6 +184,9 @@ fn job_info(job: &JobInfo) -> Value {
     if let Some(found) = &job.comparison {
         info["comparison"] = comparison(found);
     }
+    if let Some(found) = &job.fleecing {
+        info["fleecing"] = fleecing(found);
+    }
     info
 }
 
@@ -213,6 +217,9 @@ fn block_job_info(job: &JobInfo) -> Value {
     }
     if let Some(found) = &job.comparison {
         info["comparison"] = comparison(found);
+    }
+    if let Some(found) = &job.fleecing {
+        info["fleecing"] = fleecing(found);
     }
     if let Some(rates) = job
         .rates
