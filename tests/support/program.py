@@ -103,6 +103,12 @@ class Qmp:
                 self.socket.settimeout(self.patience)
             self._keep(message)
 
+    def next_event(self):
+        """Waits for the next event, whatever it is; takes it."""
+        if not self.events:
+            self.events.append(self._message())
+        return self.events.pop(0)
+
     def status(self, job, status, patience=None):
         """Waits until a job says it has this status."""
         return self.event("JOB_STATUS_CHANGE", patience, id=job, status=status)

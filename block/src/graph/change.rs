@@ -4,12 +4,12 @@
 use std::sync::Arc;
 
 use super::topology::{ChildEntry, NodeEntry, Owner};
-use super::{Drained, Graph, GraphError};
+use super::{Drained, Graph, GraphError, above_inserted_filters};
 use crate::backend::{AttachmentKind, Backend};
 use crate::driver::{BlockDriver, ChildRole};
 use crate::node::{Child, Node, NodeOptions};
 use crate::options::{DetectZeroes, DiscardMode};
-use crate::permissions::Permissions;
+use crate::permissions::{Perm, Permissions};
 
 impl Graph {
     /// Puts a filter between `below` and all that stands on it, except the
@@ -111,6 +111,64 @@ impl Graph {
             });
         }
         topology.move_parents(old, new, except, 0);
+        let _removed = self.commit(topology)?;
+        Ok(())
+    }
+
+    /// Lets one device stand on another node, with the rights that it has: `drive` of
+    /// `qom-set`, which puts a filter over a disk and takes it out again. Who writes a
+    /// node under a job's filter stands on the filter, as with
+    /// [`attach`](Self::attach).
+    ///
+    /// Fails, without any change, if the device would see its size change, if it
+    /// would leave a job's filter, if permissions or image locks conflict in the new
+    /// graph, or if `drained` does not hold the device.
+    pub fn move_backend(
+        &self,
+        backend: &Arc<Backend>,
+        node: &Arc<Node>,
+        drained: &Drained,
+    ) -> Result<(), GraphError> {
+        self.check_in_graph(node)?;
+        let mut topology = self.topology.borrow().clone();
+        let to = match backend.permissions().need.contains(Perm::WRITE) {
+            true => above_inserted_filters(&topology, node),
+            false => Arc::clone(node),
+        };
+        let Some(entry) = topology.backend_mut(backend.id()) else {
+            return Err(GraphError::NotFound {
+                device: backend.name().to_owned(),
+                node: String::new(),
+            });
+        };
+        let from = std::mem::replace(&mut entry.target, Arc::clone(&to));
+        if !drained.covers(self.id, backend) {
+            return Err(GraphError::NotDrained {
+                node: from.name().to_owned(),
+                backend: backend.describe(),
+            });
+        }
+        let below = topology.all_below(vec![Arc::clone(&to)]);
+        let left = topology.written_through(&from).into_iter().find(|node| {
+            let entry = topology.node(node.id());
+            entry.is_some_and(|entry| entry.owner == Owner::Inserter)
+                && !below.iter().any(|kept| kept.id() == node.id())
+        });
+        if let Some(filter) = left {
+            return Err(GraphError::LeavesFilter {
+                user: backend.describe(),
+                filter: filter.name().to_owned(),
+                node: to.name().to_owned(),
+            });
+        }
+        if from.size() != to.size() {
+            return Err(GraphError::SizeMismatch {
+                old: from.name().to_owned(),
+                old_size: from.size(),
+                new: to.name().to_owned(),
+                new_size: to.size(),
+            });
+        }
         let _removed = self.commit(topology)?;
         Ok(())
     }

@@ -193,6 +193,19 @@ pub enum GraphError {
         /// Who could send requests meanwhile.
         backend: String,
     },
+    /// A device would leave a job's filter, which must see what it writes.
+    #[error(
+        "Cannot move {user} to node '{node}', away from filter '{filter}' of a block job, which \
+         would miss its writes: wait until the job has ended, or cancel it"
+    )]
+    LeavesFilter {
+        /// The device.
+        user: String,
+        /// The filter's node.
+        filter: String,
+        /// The node that it was to be moved to.
+        node: String,
+    },
     /// A user would begin to write below a job's filter.
     #[error(
         "Cannot let {user} write node '{node}' below filter '{filter}' of a block job, which would \

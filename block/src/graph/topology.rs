@@ -188,6 +188,22 @@ impl Topology {
         nodes
     }
 
+    /// The node and those below that writes to it get to as they are: not what is
+    /// copied to a `target`, nor the images that show through.
+    pub(super) fn written_through(&self, node: &Arc<Node>) -> Vec<Arc<Node>> {
+        let mut nodes = vec![Arc::clone(node)];
+        let mut next = 0;
+        while let Some(node) = nodes.get(next).map(|node| node.id()) {
+            next += 1;
+            for edge in self.node(node).iter().flat_map(|entry| &entry.children) {
+                if !matches!(edge.child.role(), ChildRole::Target | ChildRole::Backing) {
+                    add_once(&mut nodes, &edge.target);
+                }
+            }
+        }
+        nodes
+    }
+
     /// Lets all parents of `old` stand on `new`, except the backends and the
     /// node given.
     pub(super) fn move_parents(

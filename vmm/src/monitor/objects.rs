@@ -3,7 +3,7 @@
 //! What an object does lives with the kind of thing it is: limits of rates in
 //! `block` ([`block::ThrottleGroup`]), threads in its runtime. Here are their
 //! names, the properties as the wire has them, and who may delete them. Main
-//! thread only.
+//! thread only. The guest's disks are objects too, by path (`devices`).
 
 use std::cell::RefCell;
 use std::ops::Deref;
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use super::args::Args;
 use super::error::QmpError;
 
+mod devices;
 mod iothread;
 mod qom;
 mod throttle_group;
@@ -24,6 +25,7 @@ mod throttle_group;
 use iothread::IothreadProperties;
 use throttle_group::GroupProperties;
 
+pub(super) use devices::{Found as Device, find as find_device};
 pub(super) use qom::{type_names, type_properties};
 
 /// Types that QEMU's storage daemon has and diptych has not.

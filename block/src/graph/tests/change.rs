@@ -1,6 +1,7 @@
 //! Filters and replacements under running requests.
 
 use super::*;
+use crate::options::{BlockdevOptions, BlockdevRef, DriverOptions, RawOptions};
 
 #[test]
 fn a_write_in_flight_at_filter_insertion_ends_first_and_a_held_one_goes_through_the_filter() {
@@ -256,5 +257,148 @@ fn a_writable_user_of_a_node_under_a_jobs_filter_is_attached_above_it() {
         let reads = graph.attach("", &node, reads, None).unwrap();
         assert_eq!(reads.root().id(), node.id());
         assert_eq!(writes.root().skip_filters().id(), node.id());
+    });
+}
+
+/// A node that a user puts over another one, as with `blockdev-add`.
+async fn user_filter(graph: &Graph, name: &str, below: &str) -> Arc<Node> {
+    let mut options = BlockdevOptions::new(DriverOptions::Raw(RawOptions {
+        file: BlockdevRef::Name(below.to_owned()),
+        offset: 0,
+        size: None,
+    }));
+    options.node_name = Some(name.to_owned());
+    graph.blockdev_add(options).await.unwrap()
+}
+
+#[test]
+fn a_device_is_moved_above_its_node_and_back_with_requests_in_flight_and_held() {
+    on_main(|graph| async move {
+        let (storage, node) = disk(&graph, "a");
+        let device = attach(&graph, "vda", &node);
+        let above = user_filter(&graph, "above", "a").await;
+        storage.hold(Match::op(IoOp::Write));
+        let before = spawn_local({
+            let device = Arc::clone(&device);
+            async move { write(&device, 0, 1).await }
+        });
+        storage.wait_held(1).await;
+        let mut drain = Box::pin(graph.drain(&node, &[]));
+        assert!(poll_once(&mut drain).await.is_none());
+        let after = spawn_local({
+            let device = Arc::clone(&device);
+            async move { write(&device, 512, 2).await }
+        });
+        settle().await;
+        storage.release_all();
+        let drained = drain.await.unwrap();
+        graph.move_backend(&device, &above, &drained).unwrap();
+        drop(drained);
+        before.await.unwrap();
+        after.await.unwrap();
+        assert_eq!(device.root().name(), "above");
+        assert!(graph.blockdev_del("above").await.is_err(), "it is used");
+
+        let drained = graph.drain(&above, &[]).await.unwrap();
+        graph.move_backend(&device, &node, &drained).unwrap();
+        // Where it is already.
+        graph.move_backend(&device, &node, &drained).unwrap();
+        drop(drained);
+        graph.blockdev_del("above").await.unwrap();
+        write(&device, 1024, 3).await.unwrap();
+        assert_eq!(storage.peek(512, 512), [2; 512]);
+        assert_eq!(storage.peek(1024, 512), [3; 512]);
+    });
+}
+
+#[test]
+fn a_device_is_not_moved_without_its_section_nor_to_another_size_nor_where_it_has_no_right() {
+    on_main(|graph| async move {
+        let (_a, node) = disk(&graph, "a");
+        let (_b, other) = disk(&graph, "b");
+        let small = TestStorage::new(SIZE / 2);
+        let small = graph
+            .add_node(Some("small"), small.driver(), options())
+            .unwrap();
+        let read_only = TestStorage::new(SIZE).driver();
+        let read_only = graph
+            .add_node(
+                Some("ro"),
+                read_only,
+                NodeOptions {
+                    read_only: true,
+                    ..options()
+                },
+            )
+            .unwrap();
+        let (_c, taken) = disk(&graph, "c");
+        let alone = Permissions {
+            need: Perm::NONE,
+            share: Perm::NONE,
+        };
+        let _owner = graph.attach("owner", &taken, alone, None).unwrap();
+        let device = attach(&graph, "vda", &node);
+
+        let elsewhere = graph.drain(&other, &[]).await.unwrap();
+        let refused = graph.move_backend(&device, &other, &elsewhere);
+        assert!(matches!(refused, Err(GraphError::NotDrained { .. })));
+        let drained = graph.drain(&node, &[]).await.unwrap();
+        let refusal = |to: &Arc<Node>| {
+            let refused = graph.move_backend(&device, to, &drained);
+            refused.unwrap_err().to_string()
+        };
+        assert!(
+            refusal(&small).contains("524288 bytes"),
+            "{}",
+            refusal(&small)
+        );
+        assert_eq!(refusal(&read_only), "Block node is read-only");
+        assert!(refusal(&taken).starts_with("Permission conflict on node 'c'"));
+        graph.blockdev_del("b").await.unwrap();
+        assert!(refusal(&other).contains("Cannot find device"));
+        assert_eq!(device.root().id(), node.id());
+        drop((drained, elsewhere));
+        write(&device, 0, 1).await.unwrap();
+    });
+}
+
+#[test]
+fn a_moved_device_stays_above_the_filters_of_jobs() {
+    on_main(|graph| async move {
+        let (storage, node) = disk(&graph, "a");
+        let (_b, other) = disk(&graph, "b");
+        let device = attach(&graph, "vda", &node);
+        let drained = graph.drain_all().await.unwrap();
+        let filter = graph
+            .insert_filter(Some("job"), &node, &[], &drained, PassThrough::boxed)
+            .unwrap();
+        // Above the filter it may go, but not past it to the node below.
+        let above = user_filter(&graph, "above", "job").await;
+        graph.move_backend(&device, &above, &drained).unwrap();
+        assert_eq!(device.root().id(), above.id());
+        graph.move_backend(&device, &node, &drained).unwrap();
+        assert_eq!(device.root().id(), filter.id());
+        graph.move_backend(&device, &above, &drained).unwrap();
+        for from in [&above, &filter] {
+            let refused = graph.move_backend(&device, &other, &drained);
+            let Err(GraphError::LeavesFilter { filter: left, .. }) = refused else {
+                panic!("{refused:?}");
+            };
+            assert_eq!(left, "job", "from {}", from.name());
+            graph.move_backend(&device, &filter, &drained).unwrap();
+        }
+        // Past another one, it is above that.
+        graph.remove_filter(&filter, &drained).unwrap();
+        let upper = graph
+            .insert_filter(Some("of-b"), &other, &[], &drained, PassThrough::boxed)
+            .unwrap();
+        graph.move_backend(&device, &other, &drained).unwrap();
+        assert_eq!(device.root().id(), upper.id());
+        graph.move_backend(&device, &node, &drained).unwrap_err();
+        graph.remove_filter(&upper, &drained).unwrap();
+        graph.move_backend(&device, &node, &drained).unwrap();
+        drop(drained);
+        write(&device, 0, 7).await.unwrap();
+        assert_eq!(storage.peek(0, 512), [7; 512]);
     });
 }

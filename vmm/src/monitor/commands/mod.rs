@@ -124,6 +124,7 @@ static COMMANDS: &[Command] = commands! {
     "query-named-block-nodes" => query::query_named_block_nodes,
     "query-qmp-schema" => control::query_qmp_schema,
     "query-status" (machine) => vm::query_status,
+    "query-tpm" (machine) => vm::query_tpm,
     "query-version" => control::query_version,
     "quit" => control::quit,
     "stop" (machine) => vm::stop,

@@ -1,7 +1,7 @@
 //! Objects by path: `qom-get`, `qom-set`, `qom-list` and the types there are.
 //!
-//! The tree is `/`, `/objects`, and in it the objects that users made. A path
-//! without a slash at its start is the end of one.
+//! The tree is `/`, `/objects`, and in it the objects that users made; with a guest,
+//! also what `devices` has. A path without a slash at its start is the end of one.
 
 use super::*;
 
@@ -58,6 +58,24 @@ const TYPES: &[Type] = &[
         is_abstract: false,
         implements: &["user-creatable"],
     },
+    Type {
+        name: devices::TYPE,
+        parent: "virtio-device",
+        is_abstract: false,
+        implements: &["virtio-device", "device"],
+    },
+    Type {
+        name: "virtio-device",
+        parent: "device",
+        is_abstract: true,
+        implements: &["device"],
+    },
+    Type {
+        name: "device",
+        parent: "object",
+        is_abstract: true,
+        implements: &[],
+    },
 ];
 
 /// `qom-list-types`.
@@ -80,7 +98,7 @@ pub(in super::super) fn type_names(implements: Option<&str>, with_abstract: bool
         .collect()
 }
 
-fn property_rows(
+pub(super) fn property_rows(
     properties: impl Iterator<Item = (&'static str, &'static str)>,
 ) -> impl Iterator<Item = Value> {
     std::iter::once(("type", "string"))
@@ -91,13 +109,16 @@ fn property_rows(
 /// `qom-list-properties`.
 pub(in super::super) fn type_properties(name: &str) -> Result<Value, QmpError> {
     match name {
+        devices::TYPE => Ok(property_rows(devices::properties()).collect()),
         "throttle-group" => Ok(property_rows(throttle_group::properties()).collect()),
         "iothread" => Ok(property_rows(iothread::properties()).collect()),
         "event-loop-base" => {
             let base = iothread::properties().filter(|(name, _)| !name.starts_with("poll-"));
             Ok(property_rows(base).collect())
         }
-        "container" | "user-creatable" => Ok(property_rows(std::iter::empty()).collect()),
+        "container" | "device" | "user-creatable" | "virtio-device" => {
+            Ok(property_rows(std::iter::empty()).collect())
+        }
         _ => Err(QmpError::device_not_found(&format!("Class '{name}'"))),
     }
 }
@@ -106,11 +127,11 @@ fn no_device(path: &str) -> QmpError {
     QmpError::device_not_found(&format!("Device '{path}'"))
 }
 
-fn no_property(kind: &str, property: &str) -> QmpError {
+pub(super) fn no_property(kind: &str, property: &str) -> QmpError {
     QmpError::generic(format!("Property '{kind}.{property}' not found"))
 }
 
-fn read_only(kind: &str, property: &str) -> QmpError {
+pub(super) fn read_only(kind: &str, property: &str) -> QmpError {
     QmpError::generic(format!("Property '{kind}.{property}' is not writable"))
 }
 
@@ -128,6 +149,11 @@ impl Objects {
             (false, [id]) => object(id),
             _ => Err(NotFound::Nothing),
         }
+    }
+
+    /// Whether the path leads to an object here, or to several.
+    pub(in super::super) fn has(&self, path: &str) -> bool {
+        !matches!(self.resolve(path), Err(NotFound::Nothing))
     }
 
     /// `qom-get`.
@@ -175,13 +201,17 @@ impl Objects {
     }
 
     /// `qom-list`.
-    pub(in super::super) fn list(&self, path: &str) -> Result<Value, QmpError> {
+    pub(in super::super) fn list(&self, path: &str, with_machine: bool) -> Result<Value, QmpError> {
         let found = self.resolve(path).map_err(|error| match error {
             NotFound::Nothing => no_device(path),
             NotFound::Ambiguous => QmpError::generic(format!("Path '{path}' is ambiguous")),
         })?;
         Ok(match found {
-            Found::Root => property_rows([("objects", "child<container>")].into_iter()).collect(),
+            Found::Root => {
+                let machine = with_machine.then_some(("machine", "child<container>"));
+                let children = [("objects", "child<container>")].into_iter().chain(machine);
+                property_rows(children).collect()
+            }
             Found::Container => {
                 let children = self.entries.borrow().clone().into_iter().map(|entry| {
                     let kind = format!("child<{}>", entry.object.type_name());

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use block::BoxFuture;
 use futures_channel::oneshot;
 use futures_util::FutureExt;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::super::Monitor;
 use super::{Client, with_monitor};
@@ -70,7 +70,11 @@ impl VmControl for FakeMachine {
     }
 
     fn disks(&self) -> Vec<DiskInfo> {
-        Vec::new()
+        let disk = |(number, id): (usize, &str)| DiskInfo {
+            id: id.to_owned(),
+            qdev: format!("/machine/virtio-mmio@{number}/virtio-backend"),
+        };
+        ["vda", "vdb"].into_iter().enumerate().map(disk).collect()
     }
 
     fn iothreads(&self) -> Vec<IothreadInfo> {
@@ -228,4 +232,172 @@ fn a_command_is_finished_though_its_client_is_gone() {
             assert_eq!(next.ask("query-status")["return"]["status"], "paused");
         },
     );
+}
+
+#[test]
+fn a_disk_is_moved_to_another_node_by_its_path_and_each_mistake_is_told() {
+    let disk = "/machine/peripheral/vda";
+    let with_disks = |monitor: &Rc<Monitor>| {
+        monitor.set_machine(Rc::new(machine(monitor, RunState::Running)));
+        let device = block::Permissions {
+            need: block::Perm::CONSISTENT_READ | block::Perm::WRITE,
+            share: block::Perm::CONSISTENT_READ,
+        };
+        for (id, name) in [("vda", "a"), ("vdb", "b")] {
+            let driver = block::drivers::null::NullDriver::new(block::NullCoOptions {
+                aio: false,
+                size: 1 << 20,
+                latency_ns: 0,
+                read_zeroes: true,
+            });
+            let graph = &monitor.graph;
+            let options = block::NodeOptions::default();
+            let node = graph
+                .add_node(Some(name), Box::new(driver), options)
+                .unwrap();
+            graph.attach(id, &node, device, None).unwrap();
+        }
+        // A name that is the end of two paths.
+        let object = super::super::parse_object("throttle-group,id=vdb").unwrap();
+        monitor.objects().add(object).unwrap();
+    };
+    with_monitor(with_disks, move |path| {
+        let mut client = Client::negotiated(path);
+        let null = |name: &str, size: u64| json!({"driver": "null-co", "node-name": name, "size": size, "read-zeroes": true});
+        client.ask_with("blockdev-add", null("c", 1 << 20));
+        client.ask_with("blockdev-add", null("small", 1 << 19));
+        let mut ro = null("ro", 1 << 20);
+        ro["read-only"] = true.into();
+        client.ask_with("blockdev-add", ro);
+        let set = |path: &str, property: &str, value: Value| json!({"path": path, "property": property, "value": value});
+        let drive = |client: &mut Client, path: &str| {
+            let arguments = json!({"path": path, "property": "drive"});
+            client.ask_with("qom-get", arguments)["return"].clone()
+        };
+        let no_string = "Invalid parameter type for 'drive', expected: string";
+        for (path, property, value, text) in [
+            (
+                disk,
+                "drive",
+                json!("nope"),
+                "Cannot find device='' nor node-name='nope'",
+            ),
+            (
+                disk,
+                "drive",
+                json!(""),
+                "Cannot find device='' nor node-name=''",
+            ),
+            // A device's name is no node's.
+            (
+                disk,
+                "drive",
+                json!("vdb"),
+                "Cannot find device='' nor node-name='vdb'",
+            ),
+            (disk, "drive", json!(null), no_string),
+            (disk, "drive", json!({"node": "c"}), no_string),
+            (disk, "drive", json!("ro"), "Block node is read-only"),
+            (
+                disk,
+                "nope",
+                json!("c"),
+                "Property 'virtio-blk-device.nope' not found",
+            ),
+            (
+                disk,
+                "type",
+                json!("c"),
+                "Property 'virtio-blk-device.type' is not writable",
+            ),
+            (
+                "/machine/peripheral/nope",
+                "drive",
+                json!("c"),
+                "Device '/machine/peripheral/nope' not found",
+            ),
+            (
+                "/machine/peripheral/vda/",
+                "nope",
+                json!("c"),
+                "Property 'virtio-blk-device.nope' not found",
+            ),
+            (
+                "/machine/peripheral",
+                "vda",
+                json!("c"),
+                "Property 'container.vda' is not writable",
+            ),
+            (
+                "/machine",
+                "peripheral",
+                json!("c"),
+                "Property 'container.peripheral' is not writable",
+            ),
+            (
+                "/machine",
+                "nope",
+                json!("c"),
+                "Property 'container.nope' not found",
+            ),
+            (
+                "virtio-backend",
+                "drive",
+                json!("c"),
+                "Device 'virtio-backend' not found",
+            ),
+            ("vdb", "drive", json!("c"), "Device 'vdb' not found"),
+        ] {
+            let arguments = set(path, property, value);
+            let shown = arguments.to_string();
+            assert_eq!(client.refusal("qom-set", arguments), text, "{shown}");
+        }
+        for (node, text) in [
+            ("small", "would see its size change"),
+            (
+                "b",
+                "Permission conflict on node 'b': permissions 'write' are both required by",
+            ),
+        ] {
+            let refusal = client.refusal("qom-set", set(disk, "drive", json!(node)));
+            assert!(refusal.contains(text), "{refusal}");
+        }
+        assert_eq!(drive(&mut client, disk), "a");
+        for (path, node) in [
+            (disk, "c"),
+            ("vda", "a"),
+            ("peripheral/vda", "c"),
+            ("/machine/virtio-mmio@0/virtio-backend", "a"),
+        ] {
+            let done = client.ask_with("qom-set", set(path, "drive", json!(node)));
+            assert_eq!(done, json!({"return": {}}), "{path}");
+            assert_eq!(drive(&mut client, path), node);
+            let shown = client.ask("query-block")["return"][0].clone();
+            assert_eq!(shown["inserted"]["node-name"], node);
+        }
+        let list = |client: &mut Client, path: &str| {
+            client.ask_with("qom-list", json!({"path": path}))["return"].clone()
+        };
+        let kind = json!({"name": "type", "type": "string"});
+        let disk_type = "child<virtio-blk-device>";
+        assert_eq!(list(&mut client, "/")[2]["name"], "machine");
+        assert_eq!(list(&mut client, "/machine")[1]["name"], "peripheral");
+        assert_eq!(
+            list(&mut client, "/machine/peripheral"),
+            json!([
+                kind,
+                {"name": "vda", "type": disk_type},
+                {"name": "vdb", "type": disk_type}
+            ])
+        );
+        assert_eq!(
+            list(&mut client, disk),
+            json!([kind, {"name": "drive", "type": "str"}])
+        );
+        let of_type = json!({"typename": "virtio-blk-device"});
+        let properties = client.ask_with("qom-list-properties", of_type)["return"].clone();
+        assert_eq!(properties, list(&mut client, disk));
+        let at = |name: &str| json!({"path": "/machine/peripheral", "property": name});
+        assert_eq!(client.ask_with("qom-get", at("vda"))["return"], disk);
+    });
 }
