@@ -226,6 +226,9 @@ class Writer(threading.Thread):
 
     `complain` takes a text. What a request may take is `patience`, in seconds."""
 
+    # How many requests may be under way, one of these at a time.
+    depths = (1, 4, 16)
+
     def __init__(self, record, random, path, export, complain, patience):
         super().__init__(name=f"writer of {export}", daemon=True)
         self.record, self.random, self.path, self.export = record, random, path, export
@@ -270,7 +273,7 @@ class Writer(threading.Thread):
                 go_on = self.wanted.is_set() and not self.ending.is_set()
                 if go_on:
                     self.quiet.clear()
-                    depth = self.random.choice((1, 4, 16))
+                    depth = self.random.choice(self.depths)
                     while len(flying) < depth:
                         self._send(client, flying)
                     if self.random.random() < 0.0005:
@@ -291,11 +294,16 @@ class Writer(threading.Thread):
                 if write:
                     self.record.end(write, "lost")
 
-    def _send(self, client, flying):
+    def _place(self):
+        """Where the next request goes: first sector, and how many."""
         count = min(self.random.choice((1, 1, 2, 7, 8, 8, 16, 64)), self.record.sectors)
         first = self.random.randrange(self.record.sectors - count + 1)
         if self.random.random() < 0.3:
             first -= first % 8
+        return first, count
+
+    def _send(self, client, flying):
+        first, count = self._place()
         for _, begin, length, _, _ in flying.values():
             if begin < first + count and first < begin + length:
                 return
