@@ -76,7 +76,8 @@ class Fire:
         with open(image, "wb") as file:
             file.truncate(SECTORS * SECTOR)
         # Some writes are slow, so that they are under way when a backup begins.
-        rules = [{"event": "pwritev", "sector": self.random.randrange(SECTORS), "errno": 0,
+        rules = [{"event": "none", "iotype": "write", "errno": 0,
+                  "sector": self.random.randrange(SECTORS),
                   "delay-ns": self.random.randrange(1, 20) * 10**6} for _ in range(20)]
         rules.append({"event": "none", "iotype": "write", "sector": BAD_SECTOR, "errno": 5})
         self.qmp.execute("blockdev-add", driver="raw", node_name="disk", discard="unmap", file={
@@ -126,24 +127,33 @@ class Fire:
         options = {"driver": "file", "filename": str(image), "discard": "unmap"}
 
         def delays(longest, count):
-            return [{"event": "pwritev", "sector": chance.randrange(SECTORS), "errno": 0,
-                     "delay-ns": chance.randrange(10**6, longest)} for _ in range(count)]
+            return [{"event": "none", "iotype": "write", "sector": chance.randrange(SECTORS),
+                     "errno": 0, "delay-ns": chance.randrange(10**6, longest)}
+                    for _ in range(count)]
 
         if kind == "slow":
             options = {"driver": "throttle", "throttle-group": "slow", "file": options}
         elif kind in ("held", "failing", "breaking", "timeout"):
             rules = delays(60 * 10**6, 30)
             if kind == "timeout":
-                rules = [{"event": "none", "iotype": "write", "errno": 0,
-                          "sector": chance.randrange(SECTORS), "delay-ns": 2 * 10**9}]
+                rules = delays(2 * 10**9, 30)
             if kind in ("failing", "breaking"):
                 rules += [{"event": "none", "iotype": chance.choice(("write", "write-zeroes")),
                            "sector": chance.randrange(SECTORS), "once": True,
-                           "errno": chance.choice((5, 28))} for _ in range(4)]
+                           "errno": chance.choice((5, 28))} for _ in range(10)]
             options = {"driver": "blkdebug", "inject-error": rules, "image": options}
         self.qmp.execute("blockdev-add", driver="raw", node_name="target", discard="unmap",
                          file=options)
         return image
+
+    def gone(self, node):
+        """Deletes a node, unless a job uses it."""
+        try:
+            self.qmp.execute("blockdev-del", node_name=node)
+        except QmpError as error:
+            assert "in use by block job" in error.desc, error
+            return False
+        return True
 
     def backup(self, kind):
         """One backup; whether it succeeded."""
@@ -186,7 +196,8 @@ class Fire:
         self.tally["writes meanwhile"] += self.written() - began
         [job] = self.qmp.execute("query-jobs")
         self.qmp.execute("job-dismiss", id="j")
-        self.qmp.execute("blockdev-del", node_name="target")
+        # A copy that nobody waited for outlives its job, and uses the target until it ends.
+        wait_until("the target is free", lambda: self.gone("target"), PATIENCE)
         what = f"{kind} {arguments['sync']}"
         if "error" in job:
             self.tally[f"{what}: failed"] += 1
@@ -339,7 +350,7 @@ def test_backups_of_a_guest_with_four_queues_on_two_iothreads_show_one_instant_e
     guest.wait_working()
     guest.wait_writes(2 * size // instant.BLOCK)
     chance = random.Random(SEED)
-    delayed = [{"event": "pwritev", "errno": 0, "sector": chance.randrange(size // SECTOR),
+    delayed = [{"event": "none", "iotype": "write", "errno": 0, "sector": chance.randrange(size // SECTOR),
                 "delay-ns": chance.randrange(1, 50) * 10**6} for _ in range(40)]
     qmp = guest.qmp
     taken = []
