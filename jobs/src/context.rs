@@ -7,12 +7,12 @@ use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use block::GraphHandle;
+use block::{GraphHandle, runtime};
 
 use crate::compare::Comparison;
 use crate::drain::OwnDrain;
 use crate::event::{ErrorAction, IoSide, OnError};
-use crate::home::LocalFuture;
+use crate::home::{LocalFuture, Stay};
 use crate::id::JobKey;
 use crate::monitor::Jobs;
 use crate::pair::ActivePair;
@@ -31,11 +31,12 @@ use crate::sync::atomic::Ordering;
 pub struct JobContext {
     shared: Arc<Shared>,
     slot: Arc<Slot>,
+    stay: Stay,
 }
 
 impl JobContext {
-    pub(crate) fn new(shared: Arc<Shared>, slot: Arc<Slot>) -> Self {
-        Self { shared, slot }
+    pub(crate) fn new(shared: Arc<Shared>, slot: Arc<Slot>, stay: Stay) -> Self {
+        Self { shared, slot, stay }
     }
 
     /// The job's id; `internal` for an internal job.
@@ -64,6 +65,17 @@ impl JobContext {
     /// Lets I/O paths wake the body; takes no lock.
     pub fn notifier(&self) -> JobNotifier {
         JobNotifier::new(Arc::clone(&self.slot))
+    }
+
+    /// Lets `rest` end by itself, as a task of this thread, which lives until then even if
+    /// the job is gone: for requests that hang, and that the body does not wait for.
+    pub(crate) fn leave_behind(&self, rest: impl Future<Output = ()> + 'static) {
+        let stay = self.stay.clone();
+        runtime::spawn_local(async move {
+            rest.await;
+            drop(stay);
+        })
+        .detach();
     }
 
     /// The pairs of nodes that jobs keep equal.

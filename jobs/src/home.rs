@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use block::GraphHandle;
@@ -21,6 +22,17 @@ pub(crate) trait Home: Send {
     /// Runs a body there. If the thread ends first, the future (or `start`) is
     /// dropped.
     fn spawn(&self, start: BodyStart);
+
+    /// What keeps the thread from ending with the job.
+    fn stay(&self) -> Stay {
+        Stay::default()
+    }
+}
+
+/// Keeps a job's own thread until it is dropped: for requests that outlive the body.
+#[derive(Clone, Default)]
+pub(crate) struct Stay {
+    _sender: Option<mpsc::Sender<()>>,
 }
 
 /// Makes homes and tells the time.
@@ -53,7 +65,7 @@ impl Environment for RuntimeEnvironment {
             return Ok(Box::new(GivenHome(handle.clone())));
         }
         match Iothread::spawn_background(name) {
-            Ok(iothread) => Ok(Box::new(OwnHome(Some(iothread)))),
+            Ok(iothread) => Ok(Box::new(OwnHome::new(iothread))),
             Err(error) => {
                 let chain = error_chain(&error);
                 Err(JobFailure::new(
@@ -95,13 +107,36 @@ impl Home for GivenHome {
     }
 }
 
-struct OwnHome(Option<Iothread>);
+struct OwnHome {
+    /// `None` once it is to end.
+    iothread: Option<Iothread>,
+    stay: Option<Stay>,
+    /// Disconnected when nobody stays.
+    stayed: Option<mpsc::Receiver<()>>,
+}
+
+impl OwnHome {
+    fn new(iothread: Iothread) -> Self {
+        let (sender, stayed) = mpsc::channel();
+        Self {
+            iothread: Some(iothread),
+            stay: Some(Stay {
+                _sender: Some(sender),
+            }),
+            stayed: Some(stayed),
+        }
+    }
+}
 
 impl Home for OwnHome {
     fn spawn(&self, start: BodyStart) {
-        if let Some(iothread) = &self.0 {
+        if let Some(iothread) = &self.iothread {
             iothread.handle().spawn(start);
         }
+    }
+
+    fn stay(&self) -> Stay {
+        self.stay.clone().unwrap_or_default()
     }
 }
 
@@ -109,11 +144,17 @@ impl Drop for OwnHome {
     fn drop(&mut self) {
         // The thread ends after its last request did; a request on a dead target
         // may take for ever, so nobody waits for that here.
-        let Some(iothread) = self.0.take() else {
+        let (Some(iothread), Some(stayed)) = (self.iothread.take(), self.stayed.take()) else {
             return;
         };
+        self.stay = None;
         let reaper = std::thread::Builder::new().name("job-reaper".to_owned());
-        if let Err(error) = reaper.spawn(move || iothread.stop()) {
+        let reap = move || {
+            // Nothing is ever sent: this ends when the last one who stays has gone.
+            let _ = stayed.recv();
+            iothread.stop();
+        };
+        if let Err(error) = reaper.spawn(reap) {
             tracing::error!(%error, "Cannot wait for the end of a job's iothread");
         }
     }

@@ -173,10 +173,11 @@ impl Shared {
             reported: false,
         };
         let (shared, slot_there) = (Arc::clone(self), Arc::clone(slot));
+        let stay = home.stay();
         home.spawn(Box::new(move || {
             Box::pin(async move {
                 let driver = Arc::clone(&slot_there.driver);
-                let context = JobContext::new(shared, slot_there);
+                let context = JobContext::new(shared, slot_there, stay);
                 context.pause_point().await;
                 let result = driver.run(context).await;
                 end.report(result);

@@ -13,7 +13,7 @@ use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::copying::{
-    BufferPool, Carrier, Copied, CopyError, Entered, INTERVAL, Look, Pace, Rules, Side,
+    BufferPool, Carrier, Copied, CopyError, Entered, INTERVAL, Look, Pace, Rules, Side, enter,
     let_target_go, window_of_speed,
 };
 use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, OnError, SLICE};
@@ -187,16 +187,15 @@ impl<'a> Body<'a> {
             if self.ctx.is_force_cancelled() {
                 return Ok(());
             }
-            let Some(nodes) = self.enter() else {
+            let Some(source) = enter(&self.places.reader) else {
                 runtime::sleep(BUSY).await;
                 continue;
             };
-            let Some(base) = nodes.source.node().backing() else {
+            let Some(base) = source.node().backing() else {
                 break;
             };
             let left = self.snapshot.size() - offset;
-            let source = nodes.source.node();
-            let extent = source.chain_status(Some(&base), offset, left).await;
+            let extent = source.node().chain_status(Some(&base), offset, left).await;
             // Whatever the policy: what is not known cannot be left out.
             let extent = extent.map_err(|error| JobFailure::from(&error))?;
             let end = offset + extent.len.clamp(1, left);
@@ -215,15 +214,12 @@ impl<'a> Body<'a> {
     }
 
     fn enter(&self) -> Option<Entered> {
-        Some(Entered {
-            source: self.places.reader.try_enter()?,
-            target: self.places.target_backend.try_enter()?,
-        })
+        Entered::enter(&self.places.reader, &self.places.target_backend)
     }
 
     /// Flushes the target. `false`: it failed, or something more urgent came up.
     async fn flush(&mut self) -> bool {
-        let Some(target) = self.places.target_backend.try_enter() else {
+        let Some(target) = enter(&self.places.target_backend) else {
             self.ctx.sleep(BUSY).await;
             return false;
         };

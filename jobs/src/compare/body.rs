@@ -186,8 +186,8 @@ impl<'a> Body<'a> {
     fn leave_operations(&mut self) {
         let mut operations = std::mem::take(&mut self.operations);
         if !operations.is_empty() {
-            runtime::spawn_local(async move { while operations.next().await.is_some() {} })
-                .detach();
+            self.ctx
+                .leave_behind(async move { while operations.next().await.is_some() {} });
         }
     }
 

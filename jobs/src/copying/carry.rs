@@ -3,10 +3,11 @@
 //!
 //! Not here: which range is next, who holds it meanwhile, and what a failure means.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
-use block::{InFlight, IoError, IoVec, Node, WriteFlags, ZeroFlags};
+use block::{Backend, InFlight, IoError, IoVec, Node, WriteFlags, ZeroFlags};
 
 use super::plan::{Planner, Segment, SegmentKind};
 use super::pool::BufferPool;
@@ -37,7 +38,8 @@ pub(crate) struct CopyError {
 /// What an operation did.
 #[derive(Debug)]
 pub(crate) struct Copied {
-    /// The range that is done: from its start; what followed is dirty again.
+    /// The range that is done: from its start; what followed is dirty again. Empty if the
+    /// operation gave way to a drained section.
     pub(crate) range: Range<u64>,
     /// Bytes that were moved, for the speed limit.
     pub(crate) charged: u64,
@@ -97,19 +99,69 @@ impl Rules {
     }
 }
 
+/// Why an operation stopped before its time.
+enum Stop {
+    /// Somebody drains a node, or nothing is to be begun any more.
+    Held,
+    Failed(CopyError),
+}
+
+impl From<CopyError> for Stop {
+    fn from(error: CopyError) -> Self {
+        Self::Failed(error)
+    }
+}
+
 /// Carries ranges over. Home only.
 pub(crate) struct Carrier {
     rules: Rules,
     pool: BufferPool,
+    /// Nothing is to be begun any more.
+    stopped: Cell<bool>,
     /// Called after each request that may have changed the target.
     written: Box<dyn Fn()>,
 }
 
-/// Right to use both nodes; taken with `try_enter` before the operation, so that
-/// it never waits for the end of a drained section while holding its range.
+/// Right to use both nodes, for one operation.
+///
+/// It has its place at the target from beginning to end. Requests to the source count
+/// one by one: a target that hangs holds up no drained section of the source.
 pub(crate) struct Entered {
-    pub(crate) source: InFlight,
-    pub(crate) target: InFlight,
+    source: Arc<Backend>,
+    target: InFlight,
+}
+
+impl Entered {
+    /// `None` while somebody drains one of the nodes. To be called before the operation
+    /// holds anything that a section could need.
+    pub(crate) fn enter(source: &Arc<Backend>, target: &Arc<Backend>) -> Option<Self> {
+        if source.is_drained() {
+            return None;
+        }
+        Some(Self {
+            source: Arc::clone(source),
+            target: enter(target)?,
+        })
+    }
+
+    /// Counts a request to the source in.
+    pub(crate) fn source(&self) -> Option<InFlight> {
+        enter(&self.source)
+    }
+
+    /// The place at the target.
+    pub(crate) fn target(&self) -> &InFlight {
+        &self.target
+    }
+}
+
+/// Counts a request in, unless the backend is drained: for users who are told of sections
+/// and whose requests are only counted.
+pub(crate) fn enter(backend: &Arc<Backend>) -> Option<InFlight> {
+    let in_flight = backend.try_enter()?;
+    // Counted before this look, as who drains looks at the count after it has begun: a
+    // section sees the request, or is seen.
+    (!backend.is_drained()).then_some(in_flight)
 }
 
 impl Carrier {
@@ -117,8 +169,27 @@ impl Carrier {
         Self {
             rules,
             pool,
+            stopped: Cell::new(false),
             written: Box::new(written),
         }
+    }
+
+    /// Begins no more requests: operations end with what they have under way.
+    pub(crate) fn stop(&self) {
+        self.stopped.set(true);
+    }
+
+    fn check_on(&self) -> Result<(), Stop> {
+        match self.stopped.get() {
+            true => Err(Stop::Held),
+            false => Ok(()),
+        }
+    }
+
+    /// Counts a request to the source in.
+    fn source(&self, nodes: &Entered) -> Result<InFlight, Stop> {
+        self.check_on()?;
+        nodes.source().ok_or(Stop::Held)
     }
 
     /// The stock of buffers.
@@ -147,10 +218,19 @@ impl Carrier {
         look: Look,
         nodes: &Entered,
     ) -> Result<Copied, CopyError> {
-        let charged = match look {
-            Look::Data => self.copy_data(range.clone(), nodes).await?,
-            Look::Short => self.copy_short(range.clone(), nodes).await?,
-            Look::Probe { request } => return self.probe(range, request, nodes).await,
+        let start = range.start;
+        let carried = match look {
+            Look::Data => self.copy_data(range.clone(), nodes).await,
+            Look::Short => self.copy_short(range.clone(), nodes).await,
+            Look::Probe { request } => match self.probe(range.clone(), request, nodes).await {
+                Ok(copied) => return Ok(copied),
+                Err(stop) => Err(stop),
+            },
+        };
+        let (range, charged) = match carried {
+            Ok(charged) => (range, charged),
+            Err(Stop::Held) => (start..start, 0),
+            Err(Stop::Failed(error)) => return Err(error),
         };
         Ok(Copied {
             range,
@@ -160,20 +240,34 @@ impl Carrier {
         })
     }
 
+    /// Whether the source has zeroes from the start of `range`, and how far that answer
+    /// reaches. A source that cannot tell has data, as far as `request`: reading it tells
+    /// what is wrong.
+    async fn source_zeroes(
+        &self,
+        range: &Range<u64>,
+        request: u64,
+        nodes: &Entered,
+    ) -> Result<(bool, u64), Stop> {
+        let source = self.source(nodes)?;
+        let len = range.end - range.start;
+        let extent = source.node().chain_status(None, range.start, len).await;
+        Ok(match extent {
+            Ok(extent) => (extent.zero, extent.len.clamp(1, len)),
+            Err(_) => (false, len.min(request.max(1))),
+        })
+    }
+
     async fn probe(
         &self,
         range: Range<u64>,
         request: u64,
         nodes: &Entered,
-    ) -> Result<Copied, CopyError> {
-        let first = nodes
-            .source
-            .node()
-            .chain_status(None, range.start, range.end - range.start)
-            .await
-            .map_err(source_error)?;
-        let first_end = range.start + first.len;
-        if first.zero {
+    ) -> Result<Copied, Stop> {
+        let request = request.max(self.rules.unit);
+        let (first_zero, first_len) = self.source_zeroes(&range, request, nodes).await?;
+        let first_end = range.start + first_len;
+        if first_zero {
             let zeroes = self.round_in(&(range.start..first_end));
             if !zeroes.is_empty() {
                 let range = self.zero_front(zeroes, nodes.target.node()).await?;
@@ -185,10 +279,10 @@ impl Carrier {
                 });
             }
         }
-        let end = range.end.min(range.start + request.max(self.rules.unit));
+        let end = range.end.min(range.start + request);
         let range = range.start..end;
         let plan = self
-            .plan(range.clone(), first.len, first.zero, nodes)
+            .plan(range.clone(), first_len, first_zero, nodes)
             .await?;
         let mut charged = 0;
         for Segment { range, kind } in plan {
@@ -198,7 +292,7 @@ impl Carrier {
             }
         }
         Ok(Copied {
-            data: if first.zero || first_end <= end {
+            data: if first_zero || first_end <= end {
                 0..0
             } else {
                 end..first_end
@@ -216,24 +310,19 @@ impl Carrier {
         first_len: u64,
         first_zero: bool,
         nodes: &Entered,
-    ) -> Result<Vec<Segment>, CopyError> {
+    ) -> Result<Vec<Segment>, Stop> {
         let align = u64::from(nodes.target.limits().zero_alignment)
             .max(MIN_ZERO_ALIGN)
             .next_power_of_two();
         let mut planner = Planner::new(range.start, align, self.rules.size);
         planner.push(first_len.min(range.end - range.start), first_zero);
         for _ in 1..MAX_EXTENTS {
-            let left = range.end - planner.next();
-            if left == 0 {
+            let left = planner.next()..range.end;
+            if left.is_empty() {
                 break;
             }
-            let extent = nodes
-                .source
-                .node()
-                .chain_status(None, planner.next(), left)
-                .await
-                .map_err(source_error)?;
-            planner.push(extent.len.clamp(1, left), extent.zero);
+            let (zero, len) = self.source_zeroes(&left, u64::MAX, nodes).await?;
+            planner.push(len, zero);
         }
         let left = range.end - planner.next();
         if left > 0 {
@@ -242,9 +331,9 @@ impl Carrier {
         Ok(planner.finish())
     }
 
-    async fn copy_data(&self, range: Range<u64>, nodes: &Entered) -> Result<u64, CopyError> {
+    async fn copy_data(&self, range: Range<u64>, nodes: &Entered) -> Result<u64, Stop> {
         let len = range.end - range.start;
-        if self.copy_files(range.clone(), nodes).await {
+        if self.copy_files(range.clone(), nodes).await? {
             return Ok(len);
         }
         let buffer = self.pool.take();
@@ -252,11 +341,12 @@ impl Carrier {
         while offset < range.end {
             let len = (range.end - offset).min(self.pool.buffer_size() as u64);
             let iov = buffer.io_vec(len as usize);
-            nodes
-                .source
+            let source = self.source(nodes)?;
+            source
                 .read(offset, iov.clone())
                 .await
                 .map_err(source_error)?;
+            drop(source);
             self.write_target(offset, iov, &nodes.target).await?;
             offset += len;
         }
@@ -266,26 +356,28 @@ impl Carrier {
 
     /// Copies `range` from file to file, where both nodes are no more than that. After a
     /// failure it is read and written, which says what failed.
-    async fn copy_files(&self, range: Range<u64>, nodes: &Entered) -> bool {
+    async fn copy_files(&self, range: Range<u64>, nodes: &Entered) -> Result<bool, Stop> {
         let len = range.end - range.start;
-        let Some(from) = nodes.source.file_range(range.start, len) else {
-            return false;
+        let source = self.source(nodes)?;
+        let Some(from) = source.file_range(range.start, len) else {
+            return Ok(false);
         };
         let copied = nodes.target.copy_from(range.start, from).await;
         (self.written)();
-        copied
+        Ok(copied)
     }
 
     /// Copies a range that fits a buffer; zeroes go over as zeroes.
-    async fn copy_short(&self, range: Range<u64>, nodes: &Entered) -> Result<u64, CopyError> {
+    async fn copy_short(&self, range: Range<u64>, nodes: &Entered) -> Result<u64, Stop> {
         let len = range.end - range.start;
         let buffer = self.pool.take();
         let iov = buffer.io_vec(len as usize);
-        nodes
-            .source
+        let source = self.source(nodes)?;
+        source
             .read(range.start, iov.clone())
             .await
             .map_err(source_error)?;
+        drop(source);
         if iov.is_zero() {
             // Or the pool would not take the buffer back.
             drop(iov);
@@ -299,11 +391,7 @@ impl Carrier {
 
     /// Makes whole chunks from the start of `range` read as zeroes on the target,
     /// and says which. What reads as zeroes already is left alone, however long.
-    async fn zero_front(
-        &self,
-        range: Range<u64>,
-        target: &Arc<Node>,
-    ) -> Result<Range<u64>, CopyError> {
+    async fn zero_front(&self, range: Range<u64>, target: &Arc<Node>) -> Result<Range<u64>, Stop> {
         let (zero, len) = self.rules.target_zeroes(target, &range).await;
         if zero {
             let known = self.round_in(&(range.start..range.start + len));
@@ -320,7 +408,7 @@ impl Carrier {
     }
 
     /// Makes all of a short range read as zeroes on the target.
-    async fn zero_all(&self, range: Range<u64>, target: &Arc<Node>) -> Result<(), CopyError> {
+    async fn zero_all(&self, range: Range<u64>, target: &Arc<Node>) -> Result<(), Stop> {
         let (zero, len) = self.rules.target_zeroes(target, &range).await;
         if zero && len == range.end - range.start {
             return Ok(());
@@ -328,7 +416,8 @@ impl Carrier {
         self.write_zeroes(range, target).await
     }
 
-    async fn write_zeroes(&self, range: Range<u64>, target: &Node) -> Result<(), CopyError> {
+    async fn write_zeroes(&self, range: Range<u64>, target: &Node) -> Result<(), Stop> {
+        self.check_on()?;
         let flags = ZeroFlags {
             may_unmap: self.rules.unmap,
             ..ZeroFlags::default()
@@ -337,18 +426,14 @@ impl Carrier {
             .write_zeroes(range.start, range.end - range.start, flags)
             .await;
         (self.written)();
-        written.map_err(target_error)
+        Ok(written.map_err(target_error)?)
     }
 
-    async fn write_target(
-        &self,
-        offset: u64,
-        iov: IoVec,
-        target: &InFlight,
-    ) -> Result<(), CopyError> {
+    async fn write_target(&self, offset: u64, iov: IoVec, target: &InFlight) -> Result<(), Stop> {
+        self.check_on()?;
         let written = target.write(offset, iov, WriteFlags::default()).await;
         (self.written)();
-        written.map_err(target_error)
+        Ok(written.map_err(target_error)?)
     }
 
     /// The range, widened to whole units (the last one ends with the disk).

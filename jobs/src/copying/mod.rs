@@ -12,7 +12,7 @@ mod pace;
 mod plan;
 mod pool;
 
-pub(crate) use carry::{Carrier, Copied, CopyError, Entered, Look, Rules, Side};
+pub(crate) use carry::{Carrier, Copied, CopyError, Entered, Look, Rules, Side, enter};
 pub(crate) use hold::FilterHold;
 pub(crate) use leave::{
     LEAVE_DRAIN, detach_when_idle, let_target_go, take_out, take_out_some_time,

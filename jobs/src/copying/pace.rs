@@ -50,9 +50,8 @@ const CALM_EVERY: Duration = Duration::from_secs(2);
 const CALM_MEASURED: u32 = 2;
 /// Requests per second weigh a quarter of what they were before.
 const RATE_WEIGHT: u64 = 4;
-/// Longest rest between two requests at the floor; and when the mirror is ready, which
-/// leaves it 32 MiB/s.
-const MAX_REST: Duration = Duration::from_millis(1);
+/// Longest rest between two requests at the floor when the mirror is ready, which leaves
+/// it 32 MiB/s. Before that it is the shortest one.
 const MAX_READY_REST: Duration = Duration::from_millis(8);
 /// Shortest rest that is worth a timer.
 const MIN_REST: Duration = Duration::from_millis(1);
@@ -192,14 +191,14 @@ impl Pace {
             if self.window > self.floor {
                 self.window = (self.window / 2).max(self.floor);
             } else {
-                let most = if self.ready { MAX_READY_REST } else { MAX_REST };
+                let most = if self.ready { MAX_READY_REST } else { MIN_REST };
                 self.rest = (self.rest * 2).clamp(MIN_REST, most);
             }
         } else if !self.rest.is_zero() {
             let rest = match self.ready {
                 // There is time: it is felt out slowly.
                 true => self.rest / 8 * 7,
-                false => self.rest / 2,
+                false => Duration::ZERO,
             };
             self.rest = if rest < MIN_REST {
                 Duration::ZERO
@@ -358,7 +357,7 @@ mod tests {
         run(&mut pace, 3, |_| Some(100_000));
         run(&mut pace, 20, |_| Some(1_000_000));
         assert_eq!(pace.window(), 256 * KIB);
-        assert_eq!(pace.rest(), MAX_REST);
+        assert_eq!(pace.rest(), MIN_REST);
         run(&mut pace, 20, |_| Some(100_000));
         assert_eq!(pace.rest(), Duration::ZERO);
         assert!(pace.window() > 256 * KIB);

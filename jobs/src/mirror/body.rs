@@ -4,23 +4,23 @@
 //! is `watch`ed. The guest is held only in the drained sections of `converge`.
 
 use std::ops::Range;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use block::runtime;
-use futures_util::future::{Either, select};
-use futures_util::stream::FuturesUnordered;
+use futures_util::future::{Either, LocalBoxFuture, select};
 
 use crate::copying::{BufferPool, CopyError, Pace, Side};
-use crate::{Backoff, CopyMode, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, SLICE};
+use crate::{ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, SLICE};
 
-use super::converge::HOLD_RETRY;
+use super::converge::{HOLD_RETRY, over_at};
 use super::copy::Copier;
 use super::driver::{MirrorDriver, Places};
 use super::guard::Guard;
-use super::operations::Done;
+use super::operations::Operations;
+use super::retry::Retry;
 use super::state::MirrorState;
 use super::sweep::{Flushes, Sweep, Swept};
 
@@ -42,9 +42,13 @@ pub(super) struct Body<'a> {
     pub(super) places: &'a Places,
     pub(super) state: Arc<MirrorState>,
     pub(super) copier: Rc<Copier>,
-    pub(super) operations: FuturesUnordered<Pin<Box<dyn Future<Output = Done>>>>,
+    pub(super) operations: Operations,
     /// What drained sections copy and flush.
     pub(super) rest: Sweep,
+    /// While the beginning is found out: bytes that were not looked at yet.
+    pub(super) to_look_at: Option<u64>,
+    /// A step of the beginning that nobody waits for any more.
+    pub(super) left_step: Option<LocalBoxFuture<'static, ()>>,
     pub(super) max_operations: usize,
     /// Bytes in flight as the window counts them.
     pub(super) window_used: u64,
@@ -65,9 +69,12 @@ pub(super) struct Body<'a> {
     pub(super) leap: u64,
     /// Bytes started since the last rest.
     pub(super) since_rest: u64,
-    /// Nothing is started before this instant (rest, failure).
+    /// Nothing is started before this instant (rest, drained section).
     pub(super) not_before: Option<Instant>,
-    pub(super) backoff: Backoff,
+    /// When the copier tries again what failed.
+    pub(super) retry: Retry,
+    /// When failures of the guest's own requests are looked at again.
+    pub(super) active_retry: Retry,
     /// Something has failed since the last scan of the bitmap ended.
     pub(super) failed_in_pass: bool,
     pub(super) failure: Option<JobFailure>,
@@ -104,7 +111,9 @@ impl<'a> Body<'a> {
             places,
             rest: Sweep::new(Rc::clone(&copier), Arc::clone(&state)),
             copier,
-            operations: FuturesUnordered::new(),
+            operations: Operations::new(),
+            to_look_at: None,
+            left_step: None,
             max_operations: max_operations as usize,
             window_used: 0,
             in_flight: 0,
@@ -122,7 +131,8 @@ impl<'a> Body<'a> {
             leap: request,
             since_rest: 0,
             not_before: None,
-            backoff: Backoff::new(),
+            retry: Retry::default(),
+            active_retry: Retry::default(),
             failed_in_pass: false,
             failure: None,
             ready: false,
@@ -142,33 +152,33 @@ impl<'a> Body<'a> {
     /// success that was not forced, the driver knows what is to become of the
     /// target and holds the last drained section if there is one.
     pub(super) async fn run(mut self) -> Result<(), JobFailure> {
-        self.initialize().await?;
+        self.initialize().await;
         self.count_anew();
-        self.skip_time();
+        self.watch_anew();
         loop {
             if self.ctx.is_force_cancelled() {
-                self.quiesce().await;
+                self.let_go(false).await;
                 return Ok(());
             }
-            if let Some(error) = self.state.take_active_error() {
-                self.failed(Side::Target, &error);
-            }
+            self.look_for_active_errors();
             if let Some(failure) = self.failure.take() {
-                self.quiesce().await;
+                self.let_go(true).await;
                 self.report_progress();
                 return Err(failure);
             }
             if self.ctx.is_pause_requested() {
                 self.quiesce().await;
                 self.report_progress();
-                self.ctx.pause_point().await;
-                self.skip_time();
+                if !self.has_to_end() {
+                    self.pause_point().await;
+                }
                 continue;
             }
             if self.driver.take_user_resumed() {
                 // Who resumed the job has done something about what failed.
                 self.not_before = None;
-                self.backoff.reset();
+                self.retry.at_once();
+                self.active_retry.at_once();
             }
             if self.should_end() && !self.ending {
                 self.ending = true;
@@ -186,9 +196,10 @@ impl<'a> Body<'a> {
                 self.quiesce().await;
                 // Flushed beside the guest first: the section's own flush is short.
                 let flushed = self.flush_beside_the_guest().await;
-                // What ended just now may have failed, or have paused the job.
-                let fine = flushed && self.failure.is_none() && !self.ctx.is_pause_requested();
-                if fine && self.converge().await {
+                // What ended just now may have failed, or have paused the job; and the
+                // guest may have written much while the target was flushed.
+                let stays = flushed && !self.has_to_end() && !self.ctx.is_pause_requested();
+                if stays && self.wants_section() && self.converge().await {
                     return Ok(());
                 }
                 continue;
@@ -210,6 +221,11 @@ impl<'a> Body<'a> {
         self.ready && (self.ctx.is_complete_requested() || self.ctx.is_soft_cancelled())
     }
 
+    /// Whether the body is to return at once, with what is in flight left to itself.
+    pub(super) fn has_to_end(&self) -> bool {
+        self.failure.is_some() || self.ctx.is_force_cancelled()
+    }
+
     /// Nothing is dirty or in flight.
     async fn idle(&mut self) {
         if let Some(left) = self.wait_left() {
@@ -224,12 +240,9 @@ impl<'a> Body<'a> {
             }
             self.become_ready();
         }
-        if self.state.copy_mode() == CopyMode::WriteBlocking && !self.state.is_actively_synced() {
-            self.state.set_actively_synced(true);
-            if !self.state.dirty.is_clean() {
-                self.state.set_actively_synced(false);
-                return;
-            }
+        self.state.look_whether_synced();
+        if !self.state.dirty.is_clean() {
+            return;
         }
         self.copier.pool().shrink();
         self.ctx.sleep(SLICE).await;
@@ -237,8 +250,10 @@ impl<'a> Body<'a> {
 
     /// What is left of a rest or of the wait after a failure.
     pub(super) fn wait_left(&self) -> Option<Duration> {
-        let left = self.not_before?.saturating_duration_since(Instant::now());
-        (!left.is_zero()).then_some(left)
+        let now = Instant::now();
+        let rest = self.not_before.map(|at| at.saturating_duration_since(now));
+        let rest = rest.filter(|left| !left.is_zero());
+        rest.max(self.retry.left(now))
     }
 
     /// Another phase begins: passes of the one before do not count.
@@ -255,9 +270,7 @@ impl<'a> Body<'a> {
         self.state.set_catching_up(false);
         self.count_anew();
         self.pace.relax(Instant::now());
-        if self.state.copy_mode() == CopyMode::WriteBlocking {
-            self.state.set_actively_synced(self.state.dirty.is_clean());
-        }
+        self.state.look_whether_synced();
         self.ctx.ready();
     }
 
@@ -283,7 +296,7 @@ impl<'a> Body<'a> {
     /// again later.
     pub(super) async fn flush(&mut self) -> bool {
         let patience = Instant::now() + PATIENCE;
-        let swept = self.rest.flush(runtime::sleep_until(patience)).await;
+        let swept = self.rest.flush(over_at(self.ctx, patience)).await;
         if matches!(swept, Swept::Stopped) && Instant::now() >= patience {
             self.hung = true;
             self.state.set_catching_up(false);
@@ -305,31 +318,54 @@ impl<'a> Body<'a> {
                 false
             }
             Swept::Failed(CopyError { side, error }) => {
-                self.failed(side, &error);
+                self.failed(side, &error, self.rest.began());
                 false
             }
         }
     }
 
-    /// A request failed: acts as the policy of its side says. Its range is dirty
+    /// Acts on a failure of the guest's own requests, which go on meanwhile: with a policy
+    /// that ignores them their number is bounded.
+    fn look_for_active_errors(&mut self) {
+        let now = Instant::now();
+        if self.active_retry.left(now).is_some() {
+            return;
+        }
+        let Some(error) = self.state.take_active_error() else {
+            return;
+        };
+        if self.active_retry.is_long_ago(now) {
+            self.active_retry.went_well();
+        }
+        if self.is_to_be_ignored(Side::Target, &error) {
+            self.active_retry.failed(now, now);
+        }
+    }
+
+    /// A request of the copier's that was begun at `began` has failed. Its range is dirty
     /// again.
-    pub(super) fn failed(&mut self, side: Side, error: &block::IoError) {
-        self.state.set_actively_synced(false);
+    pub(super) fn failed(&mut self, side: Side, error: &block::IoError, began: Instant) {
         self.failed_in_pass = true;
+        if self.failure.is_none() && self.is_to_be_ignored(side, error) {
+            self.retry.failed(began, Instant::now());
+        }
+    }
+
+    /// Acts on a failure as the policy of its side says. `false`: the job fails.
+    fn is_to_be_ignored(&mut self, side: Side, error: &block::IoError) -> bool {
+        self.state.not_synced();
         let (policy, io_side) = match side {
             Side::Source => (self.driver.settings().on_source_error, IoSide::Read),
             Side::Target => (self.driver.settings().on_target_error, IoSide::Write),
         };
-        if self.failure.is_some() {
-            return;
-        }
         let action = self.ctx.io_failed(io_side, error.errno, policy);
         tracing::warn!(job = self.ctx.id(), %error, action = action.name(), "mirror request failed");
         match action {
-            ErrorAction::Report => self.failure = Some(JobFailure::from(error)),
-            ErrorAction::Ignore | ErrorAction::Stop => {
-                self.not_before = Some(Instant::now() + self.backoff.failed());
+            ErrorAction::Report => {
+                self.failure = Some(JobFailure::from(error));
+                false
             }
+            ErrorAction::Ignore | ErrorAction::Stop => true,
         }
     }
 }

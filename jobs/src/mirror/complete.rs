@@ -103,10 +103,18 @@ async fn drain_and_copy(
         sweep: Sweep::new(driver.copier(places, OPERATIONS), Arc::clone(state)),
     };
     let result = late.run().await;
-    let mut sweep = late.sweep;
     // What is in flight, on a target that hangs, does not hold up main.
-    runtime::spawn_local(async move { while sweep.next_ended().await.is_some() {} }).detach();
+    runtime::spawn_local(late.sweep.leave()).detach();
     result
+}
+
+/// What became of the rest in a drained section.
+enum Rest {
+    Copied,
+    /// It takes too long.
+    Slow,
+    /// Somebody else drains a node, who goes first.
+    Drained,
 }
 
 /// The rest of a mirror that was finalized by hand, on main.
@@ -120,7 +128,8 @@ struct Late<'a> {
 impl Late<'_> {
     async fn run(&mut self) -> Result<Held, JobFailure> {
         let mut pause = HOLD_RETRY.0;
-        for attempt in 0..LATE_SECTIONS {
+        let mut attempt = 0;
+        while attempt < LATE_SECTIONS {
             self.copy_beside_the_guest().await?;
             let drained = match self.drain().await? {
                 Ok(drained) => drained,
@@ -129,19 +138,25 @@ impl Late<'_> {
                     tracing::warn!(%error, "mirror: the guest could not be held");
                     self.stop(pause).await;
                     pause = (pause * 2).min(HOLD_RETRY.1);
+                    attempt += 1;
                     continue;
                 }
                 Err(error) => return Err(drain_failure(&error)),
             };
             let doublings = attempt.min(ENDING_DOUBLINGS);
             let limit = self.driver.settings().section_limit * (1 << doublings);
-            if self.copy_the_rest(limit).await? {
-                return Ok(Held {
-                    drained,
-                    _own: None,
-                });
+            match self.copy_the_rest(limit).await? {
+                Rest::Copied => {
+                    return Ok(Held {
+                        drained,
+                        _own: None,
+                    });
+                }
+                Rest::Slow => attempt += 1,
+                Rest::Drained => {}
             }
             drop(drained);
+            runtime::sleep(BUSY).await;
         }
         Err(slow_target())
     }
@@ -197,24 +212,27 @@ impl Late<'_> {
         }
     }
 
-    /// In a drained section. `false`: it takes too long.
-    async fn copy_the_rest(&mut self, limit: Duration) -> Result<bool, JobFailure> {
+    /// In a drained section.
+    async fn copy_the_rest(&mut self, limit: Duration) -> Result<Rest, JobFailure> {
+        let until = Instant::now() + limit;
         let mut stop = pin!(self.stop(limit));
         let swept = match self.sweep.copy(0, |_| (), stop.as_mut()).await {
             Swept::Done => self.sweep.flush(stop).await,
             other => other,
         };
         match swept {
-            Swept::Done => Ok(self.driver.state().dirty.is_clean()),
+            Swept::Done if self.driver.state().dirty.is_clean() => Ok(Rest::Copied),
+            Swept::Done => Ok(Rest::Slow),
             Swept::Failed(error) => Err(late_failure(&error)),
             Swept::Stopped if self.driver.is_cancelled() => Err(JobFailure::cancelled()),
-            Swept::Stopped => Ok(false),
+            Swept::Stopped if Instant::now() < until => Ok(Rest::Drained),
+            Swept::Stopped => Ok(Rest::Slow),
         }
     }
 
     /// Errors: the job was cancelled.
     async fn drain(&self) -> Result<Result<Drained, GraphError>, JobFailure> {
-        let except = [&self.places.source_backend];
+        let except = self.places.own_backends();
         let drained = self
             .graph
             .drain_within(self.places.lowest(), &except, HOLD_LIMIT);

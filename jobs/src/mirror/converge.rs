@@ -109,7 +109,7 @@ impl Body<'_> {
                 dirty = self.state.dirty_bytes(),
                 "mirror: the guest keeps pace with the copier; copy mode is write-blocking now"
             );
-            self.state.set_copy_mode(CopyMode::WriteBlocking);
+            self.state.mirror_actively_for_good();
         }
     }
 
@@ -200,9 +200,12 @@ impl Body<'_> {
     /// `None` if the job was cancelled meanwhile.
     async fn drain_source(&self) -> Option<Result<Drained, GraphError>> {
         let source = Arc::clone(self.places.lowest());
-        let backend = Arc::clone(&self.places.source_backend);
+        let own = self.places.own_backends().map(Arc::clone);
         let drained = self.ctx.graph().run(move |graph: Rc<Graph>| {
-            Box::pin(async move { graph.drain_within(&source, &[&backend], HOLD_LIMIT).await })
+            Box::pin(async move {
+                let own = own.each_ref();
+                graph.drain_within(&source, &own, HOLD_LIMIT).await
+            })
         });
         let mut drained = pin!(drained);
         loop {
@@ -218,7 +221,7 @@ impl Body<'_> {
     /// should be. If not, something may still be in flight.
     async fn copy_rest(&mut self, deadline: Instant) -> bool {
         let (ctx, notifier) = (self.ctx, self.notifier.clone());
-        let mut over = pin!(section_over(ctx, deadline));
+        let mut over = pin!(over_at(ctx, deadline));
         let done = |copied: &Copied| account(ctx, &notifier, copied);
         let swept = self.rest.copy(0, done, over.as_mut()).await;
         if !self.is_done(swept) || !self.state.dirty.is_clean() {
@@ -229,8 +232,8 @@ impl Body<'_> {
     }
 }
 
-/// Ends when a section has lasted long enough, or the job is to stop at once.
-async fn section_over(ctx: &JobContext, deadline: Instant) {
+/// Ends at `deadline`, or when the job is to stop at once.
+pub(super) async fn over_at(ctx: &JobContext, deadline: Instant) {
     let mut timer = pin!(runtime::sleep_until(deadline));
     while !ctx.is_force_cancelled() {
         if let Either::Left(_) = select(timer.as_mut(), pin!(ctx.kicked())).await {

@@ -48,12 +48,14 @@ impl Copier {
         self.carrier.look_at_written(range, request)
     }
 
-    /// Enters both nodes, or neither.
+    /// Begins no more requests: operations end with what they have under way.
+    pub(crate) fn stop(&self) {
+        self.carrier.stop();
+    }
+
+    /// Enters both nodes; `None` while somebody drains one of them.
     pub(crate) fn enter(&self) -> Option<Entered> {
-        Some(Entered {
-            source: self.source.try_enter()?,
-            target: self.state.try_enter_target()?,
-        })
+        Entered::enter(&self.source, self.state.target()?)
     }
 
     /// Copies `range` (whole chunks), or as much from its start as one operation

@@ -65,6 +65,12 @@ impl Places {
     pub(super) fn lowest(&self) -> &Arc<Node> {
         self.replaces.as_ref().unwrap_or(&self.source)
     }
+
+    /// Those that go on in the mirror's own drained sections: its copier's. (The target
+    /// may stand on the source.) They give way to the sections of others.
+    pub(super) fn own_backends(&self) -> [&Arc<Backend>; 2] {
+        [&self.source_backend, &self.target_backend]
+    }
 }
 
 /// Whether `node` is `source`, or is shown by it through filters: then nobody sees a
@@ -281,17 +287,19 @@ impl JobDriver for MirrorDriver {
 
     fn change(&self, change: &JobChange) -> Result<(), String> {
         let JobChange::CopyMode(mode) = change;
-        match (self.state.copy_mode(), mode) {
-            (CopyMode::WriteBlocking, CopyMode::Background) => Err(
-                "Change to copy mode 'background' is not implemented: cancel the job and start \
-                 it anew"
-                    .to_owned(),
-            ),
-            (_, mode) => {
-                self.state.set_copy_mode(*mode);
-                Ok(())
+        match mode {
+            CopyMode::WriteBlocking => self.state.mirror_actively_for_good(),
+            // Nothing is stored: the body may be switching just now.
+            CopyMode::Background if self.state.copy_mode() == CopyMode::Background => {}
+            CopyMode::Background => {
+                return Err(
+                    "Change to copy mode 'background' is not implemented: cancel the job and \
+                     start it anew"
+                        .to_owned(),
+                );
             }
         }
+        Ok(())
     }
 
     fn query(&self) -> JobDetails {
@@ -301,6 +309,11 @@ impl JobDriver for MirrorDriver {
             rates: Some(self.rates()),
             ..JobDetails::default()
         }
+    }
+
+    /// What is in flight is counted at both nodes; this is about what may follow.
+    fn drained_poll(&self) -> bool {
+        !self.is_cancelled()
     }
 
     fn pair(&self) -> Option<CopyPair> {

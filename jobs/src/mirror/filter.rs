@@ -19,6 +19,7 @@ use block::{
 };
 use futures_util::future::{Either, LocalBoxFuture, select};
 
+use super::active::{ActiveRequest, CopyBudget};
 use super::private_copy::PrivateCopy;
 use super::state::{DirtyOnDrop, MirrorState};
 
@@ -51,7 +52,6 @@ impl MirrorTop {
         let dirty = DirtyOnDrop::new(&*self.state, range);
         let result = request.await;
         drop(dirty);
-        self.state.set_actively_synced(false);
         result
     }
 
@@ -76,7 +76,6 @@ impl MirrorTop {
             // The copier waits for the range, and so for what is under way, before
             // anybody takes the target for equal.
             self.state.set_dirty(range);
-            self.state.set_actively_synced(false);
             runtime::spawn_local(part).detach();
         }
     }
@@ -90,22 +89,21 @@ impl MirrorTop {
         let source = self.source.node();
         let len = iov.len() as u64;
         let mut done = 0;
-        // A write of no bytes still goes to the source, which may refuse it.
-        loop {
+        while self.state.holds_guest() && done < len {
             let piece_len = (len - done).min(ACTIVE_PIECE);
             let piece = offset + done..offset + done + piece_len;
             let part = iov.slice(done as usize, piece_len as usize);
-            if self.state.holds_guest() {
-                self.write_actively(&source, piece, part, flags).await?;
-            } else {
-                self.record(piece.clone(), source.write(piece.start, part, flags))
-                    .await?;
-            }
+            self.write_actively(&source, piece, part, flags).await?;
             done += piece_len;
-            if done >= len {
-                return Ok(());
-            }
         }
+        // A write of no bytes still goes to the source, which may refuse it.
+        if done < len || len == 0 {
+            let rest = iov.slice(done as usize, (len - done) as usize);
+            let range = offset + done..offset + len;
+            self.record(range.clone(), source.write(range.start, rest, flags))
+                .await?;
+        }
+        Ok(())
     }
 
     async fn write_actively(
@@ -116,7 +114,7 @@ impl MirrorTop {
         flags: WriteFlags,
     ) -> Result<(), IoError> {
         let state = &self.state;
-        let Some(budget) = state.reserve_active(range.end - range.start) else {
+        let Some(budget) = CopyBudget::reserve(state, range.end - range.start) else {
             return self
                 .record(range.clone(), source.write(range.start, iov, flags))
                 .await;
@@ -137,15 +135,16 @@ impl MirrorTop {
         let claim = mirrored.begin(state, &range, lock);
         source.write(range.start, copy.io_vec(), flags).await?;
         let Some(target) = state.try_enter_target() else {
-            state.set_actively_synced(false);
+            // It is being drained: the copier does it, later.
             return Ok(());
         };
         let part = mirrored.range();
         let skip = (part.start - range.start) as usize;
         let data = copy.io_vec().slice(skip, (part.end - part.start) as usize);
+        let request = ActiveRequest::begin(state, part.end - part.start);
         let written = async move {
             let written = target.write(part.start, data, WriteFlags::default()).await;
-            claim.finish(written);
+            claim.finish(written, request);
             copy.give_back();
             drop((target, budget));
         };
@@ -175,7 +174,7 @@ impl MirrorTop {
             return Ok(());
         }
         let Some(target) = state.try_enter_target() else {
-            state.set_actively_synced(false);
+            // It is being drained: the copier does it, later.
             return Ok(());
         };
         let part = mirrored.range();
@@ -184,9 +183,11 @@ impl MirrorTop {
             may_unmap: flags.may_unmap && state.rules.unmap,
             no_fallback: false,
         };
+        let len = part.end - part.start;
+        let request = ActiveRequest::begin(state, len);
         let written = async move {
-            let len = part.end - part.start;
-            claim.finish(target.write_zeroes(part.start, len, zero).await);
+            let written = target.write_zeroes(part.start, len, zero).await;
+            claim.finish(written, request);
             drop(target);
         };
         self.wait_for_target(Box::pin(written), range).await;
@@ -217,7 +218,7 @@ impl MirrorTop {
             .is_ok_and(|extent| extent.flags.zero && extent.len >= len);
         let target = reads_as_zero.then(|| state.try_enter_target()).flatten();
         let Some(target) = target else {
-            state.set_actively_synced(false);
+            // It is being drained: the copier does it, later.
             return Ok(());
         };
         let part = mirrored.range();
@@ -226,9 +227,11 @@ impl MirrorTop {
             may_unmap: state.rules.unmap,
             no_fallback: false,
         };
+        let len = part.end - part.start;
+        let request = ActiveRequest::begin(state, len);
         let written = async move {
-            let len = part.end - part.start;
-            claim.finish(target.write_zeroes(part.start, len, zero).await);
+            let written = target.write_zeroes(part.start, len, zero).await;
+            claim.finish(written, request);
             drop(target);
         };
         self.wait_for_target(Box::pin(written), range).await;
@@ -245,10 +248,13 @@ struct Claim {
 
 impl Claim {
     /// The target has been written, or not: then the range stays to be copied.
-    fn finish(self, written: Result<(), IoError>) {
+    fn finish(self, written: Result<(), IoError>, request: ActiveRequest) {
         self.state.note_target_written();
         match written {
-            Ok(()) => self.dirty.disarm(),
+            Ok(()) => {
+                self.dirty.disarm();
+                request.done();
+            }
             Err(error) => {
                 drop(self.dirty);
                 self.state.note_active_error(error);

@@ -37,6 +37,10 @@ pub(super) struct Guard {
     done: u64,
     /// Bytes per second; `None` before there was a look.
     rates: Option<(u64, u64)>,
+    /// Looks in a row that found something newly dirty.
+    dirtying: u32,
+    /// What is left was to become less at the last look.
+    waits: bool,
     /// The least that was left, and since when.
     best: (u64, Instant),
     is_stalled: bool,
@@ -52,16 +56,30 @@ impl Guard {
             left: 0,
             done: 0,
             rates: None,
+            dirtying: 0,
+            waits: true,
             best: (u64::MAX, now),
             is_stalled: false,
         }
     }
 
-    /// The time before `now` says nothing: the job was paused, or has only begun.
-    pub(super) fn skip(&mut self, left: u64, done: u64, now: Instant) {
+    /// What was before `now` says nothing.
+    pub(super) fn begin(&mut self, left: u64, done: u64, now: Instant) {
         self.looked = now;
         (self.left, self.done) = (left, done);
         self.best = (left, now);
+    }
+
+    /// The time between these two does not count: the job was parked. After a short one
+    /// the best stays what it was, or frequent drained sections would hide a stall.
+    pub(super) fn rested(&mut self, from: Instant, left: u64, done: u64, now: Instant) {
+        let time = now.saturating_duration_since(from);
+        if time >= SAMPLE.min(self.stall_after) {
+            self.begin(left, done, now);
+        } else {
+            self.looked += time;
+            self.best.1 += time;
+        }
     }
 
     /// Whether it is time to look.
@@ -79,6 +97,11 @@ impl Guard {
             Some(before) => (mean(before.0, dirty), mean(before.1, copy)),
             None => (dirty, copy),
         });
+        self.dirtying = match dirtied {
+            0 => 0,
+            _ => self.dirtying.saturating_add(1),
+        };
+        self.waits = sight.waits;
         self.looked = now;
         (self.left, self.done) = (sight.left, sight.done);
 
@@ -104,9 +127,11 @@ impl Guard {
             .filter(|deadline| now.saturating_duration_since(self.began) >= *deadline)
     }
 
-    /// What clients are shown.
+    /// What clients are shown. Of a mirror that is ready, and only has to keep up, nothing
+    /// while the guest does not write for longer than a moment.
     pub(super) fn rates(&self) -> CopyRates {
-        let (dirty, copy) = self.rates.unwrap_or_default();
+        let rates = self.rates.filter(|_| self.waits || self.dirtying > 1);
+        let (dirty, copy) = rates.unwrap_or_default();
         CopyRates {
             dirty,
             copy,
@@ -160,7 +185,7 @@ mod tests {
     fn guard(left: u64) -> (Guard, Instant) {
         let began = Instant::now();
         let mut guard = Guard::new(None, STALL, began);
-        guard.skip(left, 0, began);
+        guard.begin(left, 0, began);
         (guard, began)
     }
 
@@ -189,6 +214,29 @@ mod tests {
     }
 
     #[test]
+    fn short_rests_do_not_hide_a_stall_and_do_not_count() {
+        let (mut guard, mut now) = guard(100 * MIB);
+        let mut stalls = 0;
+        let second = Duration::from_secs(1);
+        for _ in 0..12 {
+            let sight = Sight {
+                left: 100 * MIB,
+                done: 0,
+                waits: true,
+                is_limited: false,
+            };
+            now += second / 2;
+            guard.rested(now, 100 * MIB, 0, now + second / 2);
+            now += second;
+            stalls += u32::from(guard.look(sight, now));
+        }
+        assert_eq!(guard.stuck_for(now), second * 12);
+        assert_eq!(stalls, 1);
+        guard.rested(now, 100 * MIB, 0, now + 60 * second);
+        assert_eq!(guard.stuck_for(now + 60 * second), Duration::ZERO);
+    }
+
+    #[test]
     fn a_slow_limit_on_an_idle_guest_is_no_stall() {
         let (mut guard, began) = guard(100 * MIB);
         for second in 1..60 {
@@ -214,6 +262,23 @@ mod tests {
             };
             assert!(!guard.look(sight, began + Duration::from_secs(second)));
         }
+    }
+
+    #[test]
+    fn a_ready_mirror_shows_rates_only_while_the_guest_goes_on_writing() {
+        let (mut guard, began) = guard(0);
+        let mut shown = Vec::new();
+        for (second, copied) in [(1, 0), (2, 1), (3, 0), (4, 2), (5, 2), (6, 2), (7, 0)] {
+            let sight = Sight {
+                left: 0,
+                done: guard.done + copied * MIB,
+                waits: false,
+                is_limited: false,
+            };
+            guard.look(sight, began + Duration::from_secs(second));
+            shown.push(guard.rates().dirty > 0);
+        }
+        assert_eq!(shown, [false, false, false, false, true, true, false]);
     }
 
     #[test]

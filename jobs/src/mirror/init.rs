@@ -6,13 +6,15 @@
 //! lost. Nor is one that went to the target by itself and was zeroed over there: the
 //! source has it by then, so its range is found to be allocated.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use block::{Node, ZeroFlags, runtime};
+use futures_util::future::{Either, LocalBoxFuture, select};
 
-use crate::JobFailure;
 use crate::copying::Entered;
+use crate::{JobFailure, SLICE};
 
 use super::body::Body;
 
@@ -35,37 +37,55 @@ pub(super) enum Initial {
 }
 
 impl Body<'_> {
-    /// Finds out what is dirty at first. Ends early if the job is forced to end.
-    ///
-    /// Errors: the source could not be asked.
-    pub(super) async fn initialize(&mut self) -> Result<(), JobFailure> {
+    /// Finds out what is dirty at first. Ends early if the job has to end.
+    pub(super) async fn initialize(&mut self) {
         let Initial::Allocated { base, zero_target } = self.driver.settings().initial.clone()
         else {
-            return Ok(());
+            return;
         };
         if zero_target && !self.zero_target().await {
             // It cannot be done in a simple way: the copier does it range by range, and
             // acts on what fails.
             self.state.dirty.set_all();
             self.report_progress();
-            return Ok(());
+        } else {
+            self.look_through(base).await;
         }
+        self.to_look_at = None;
+    }
+
+    /// Looks for what is allocated above `base`.
+    async fn look_through(&mut self, base: Option<Arc<Node>>) {
+        self.to_look_at = Some(self.state.size);
+        self.watch_anew();
         let mut offset = 0;
         while offset < self.state.size {
-            let Some(nodes) = self.enter_for_a_step().await else {
-                return Ok(());
-            };
             let left = self.state.size - offset;
-            let status = nodes
-                .source
-                .node()
-                .chain_status(base.as_ref(), offset, left);
-            let (allocated, len) = match status.await {
-                Ok(extent) => (extent.depth > 0, extent.len),
-                // The base is not below the source any more: better too much.
-                Err(error) if error.errno == libc::EINVAL && base.is_some() => (true, left),
+            let Some(nodes) = self.enter_for_a_step(left).await else {
+                return;
+            };
+            let base = base.clone();
+            let step = async move {
+                let source = nodes.source()?;
+                let node = source.node();
+                let extent = match node.chain_status(base.as_ref(), offset, left).await {
+                    // The base is not below the source any more: better too much.
+                    Err(error) if error.errno == libc::EINVAL && base.is_some() => (true, left),
+                    Err(error) => return Some(Err(error)),
+                    Ok(extent) => (extent.depth > 0, extent.len),
+                };
+                Some(Ok(extent))
+            };
+            let (allocated, len) = match self.wait_for_step(step).await {
+                Some(Some(Ok(extent))) => extent,
                 // Whatever the policy: what is not known cannot be copied.
-                Err(error) => return Err(JobFailure::from(&error)),
+                Some(Some(Err(error))) => {
+                    self.failure = Some(JobFailure::from(&error));
+                    return;
+                }
+                // Somebody drains the source.
+                Some(None) => continue,
+                None => return,
             };
             let end = offset + len.clamp(1, left);
             if allocated {
@@ -74,50 +94,85 @@ impl Body<'_> {
             }
             offset = end;
         }
-        Ok(())
     }
 
     /// Makes the target read as zeroes. `false`: a request failed.
     async fn zero_target(&mut self) -> bool {
+        self.to_look_at = Some(self.state.size);
+        self.watch_anew();
         let mut offset = 0;
         while offset < self.state.size {
-            let Some(nodes) = self.enter_for_a_step().await else {
+            let rest = offset..self.state.size;
+            let Some(nodes) = self.enter_for_a_step(rest.end - rest.start).await else {
                 return true;
             };
-            let target = nodes.target.node();
-            let rest = offset..self.state.size;
-            let (zero, len) = self.state.copy_rules().target_zeroes(target, &rest).await;
-            let len = if zero { len } else { len.min(ZERO_STEP) };
-            if !zero {
+            let state = Arc::clone(&self.state);
+            let step = async move {
+                let target = nodes.target();
+                let (zero, len) = state.copy_rules().target_zeroes(target.node(), &rest).await;
+                if zero {
+                    return Ok(len);
+                }
+                let len = len.min(ZERO_STEP);
                 let flags = ZeroFlags {
-                    may_unmap: self.state.rules.unmap,
+                    may_unmap: state.rules.unmap,
                     ..ZeroFlags::default()
                 };
                 // A guest's write of the target, in write-blocking mode, comes before or
                 // after.
-                let _range = self.state.in_flight.lock(offset..offset + len).await;
-                let zeroed = nodes.target.write_zeroes(offset, len, flags).await;
-                self.state.note_target_written();
-                if let Err(error) = zeroed {
+                let _range = state.in_flight.lock(rest.start..rest.start + len).await;
+                let zeroed = target.write_zeroes(rest.start, len, flags).await;
+                state.note_target_written();
+                zeroed.map(|()| len)
+            };
+            match self.wait_for_step(step).await {
+                Some(Ok(len)) => offset += len,
+                Some(Err(error)) => {
                     tracing::info!(job = self.ctx.id(), %error, "mirror: the target is not zeroed first");
                     return false;
                 }
+                None => return true,
             }
-            offset += len;
         }
         true
     }
 
-    /// A pause point, and the right to use both nodes. `None`: the job is forced to end.
-    async fn enter_for_a_step(&mut self) -> Option<Entered> {
+    /// A pause point, and the right to use both nodes, with so many bytes still to be
+    /// looked at. `None`: the job has to end.
+    async fn enter_for_a_step(&mut self, to_look_at: u64) -> Option<Entered> {
+        self.to_look_at = Some(to_look_at);
         loop {
-            self.ctx.pause_point().await;
-            if self.ctx.is_force_cancelled() {
+            self.pause_point().await;
+            self.watch_over();
+            if self.has_to_end() {
                 return None;
             }
             match self.copier.enter() {
                 Some(nodes) => return Some(nodes),
                 None => runtime::sleep(BUSY).await,
+            }
+        }
+    }
+
+    /// Waits for one request. `None`: the job has to end, and the request has been left to
+    /// itself.
+    async fn wait_for_step<T: 'static>(
+        &mut self,
+        step: impl Future<Output = T> + 'static,
+    ) -> Option<T> {
+        let mut step: LocalBoxFuture<'static, T> = Box::pin(step);
+        loop {
+            let timer = pin!(runtime::sleep(SLICE));
+            let kicked = pin!(self.ctx.kicked());
+            if let Either::Left((done, _)) = select(step.as_mut(), select(timer, kicked)).await {
+                return Some(done);
+            }
+            self.watch_over();
+            if self.has_to_end() {
+                self.left_step = Some(Box::pin(async move {
+                    step.await;
+                }));
+                return None;
             }
         }
     }

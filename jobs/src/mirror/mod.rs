@@ -2,12 +2,12 @@
 //! source, keeps it so, and puts it in the source's place when asked to.
 //!
 //! - `spec`, `error`, `start`: what is asked for, and how it begins;
-//! - `filter`: the node above the source that sees what the guest does;
+//! - `filter`, `active`: the node above the source that sees what the guest does;
 //! - `state`: what filter and copier share, and the rules they follow;
 //! - `init`: what is to be copied at first;
 //! - `body`, `operations`, `copy`: the copier (what it has in common with other jobs is in
 //!   `copying`);
-//! - `guard`, `watch`: whether it gets on, and what is done if not;
+//! - `guard`, `watch`, `retry`: whether it gets on, and what is done if not;
 //! - `sweep`, `converge`, `complete`: the moments in which the guest is held, and
 //!   the pivot;
 //! - `driver`, `user`: the job as the job core and the graph see it.
@@ -34,6 +34,7 @@
 //! A write of the guest waits for the copier only in `write-blocking` mode, and only
 //! for an operation on the very same chunk. It never fails because of the target.
 
+mod active;
 mod body;
 mod complete;
 mod converge;
@@ -45,6 +46,7 @@ mod guard;
 mod init;
 mod operations;
 mod private_copy;
+mod retry;
 #[cfg(all(test, shuttle))]
 mod shuttle_tests;
 mod spec;

@@ -3,30 +3,38 @@
 //!
 //! Not here: one operation by itself (`copy`), and those of drained sections (`sweep`).
 
+use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::pin;
+use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use block::runtime;
-use futures_util::future::{Either, select};
-use futures_util::stream::StreamExt;
+use block::{CancelReach, runtime};
+use futures_util::future::{Either, LocalBoxFuture, join3, select};
+use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::copying::{Copied, CopyError, Entered, INTERVAL, Look, window_of_speed};
 use crate::{JobContext, JobNotifier, SLICE};
 
-use super::body::{Body, with_patience};
+use super::body::{Body, PATIENCE};
+use super::sweep::Sweep;
 
 /// Smallest request while the guest is active (the granularity may be larger).
 const MIN_REQUEST: u64 = 256 << 10;
 /// Most bytes that one operation looks at, when all before were zeroes.
 const MAX_LEAP: u64 = 1 << 30;
 
+/// Those in flight.
+pub(super) type Operations = FuturesUnordered<LocalBoxFuture<'static, Done>>;
+
 /// An operation in flight.
 pub(super) struct Done {
     range: Range<u64>,
     /// What it counts for in the window.
     cost: u64,
+    began: Instant,
     result: Result<Copied, CopyError>,
 }
 
@@ -87,11 +95,13 @@ impl Body<'_> {
         let len = range.end - range.start;
         self.window_used += cost;
         self.in_flight += len;
+        let began = Instant::now();
         let operation = self.copier.copy(range.clone(), look, nodes);
         self.operations.push(Box::pin(async move {
             Done {
                 range,
                 cost,
+                began,
                 result: operation.await,
             }
         }));
@@ -148,7 +158,7 @@ impl Body<'_> {
             let dirty = self.state.dirty.count_bytes();
             self.passes = self.passes.saturating_add(1);
             if !std::mem::take(&mut self.failed_in_pass) {
-                self.backoff.reset();
+                self.retry.went_well();
             }
             if !self.ready || self.should_end() {
                 self.pace.pass_ended(self.pass_began_with, dirty);
@@ -191,9 +201,14 @@ impl Body<'_> {
         }
     }
 
-    fn ended(&mut self, done: Done) {
+    /// The target does not hang.
+    pub(super) fn has_answered(&mut self) {
         self.hung = false;
         self.last_ended = Instant::now();
+    }
+
+    fn ended(&mut self, done: Done) {
+        self.has_answered();
         self.window_used -= done.cost;
         self.in_flight -= done.range.end - done.range.start;
         match done.result {
@@ -211,31 +226,131 @@ impl Body<'_> {
                     self.data = copied.data;
                 }
             }
-            Err(CopyError { side, error }) => self.failed(side, &error),
+            Err(CopyError { side, error }) => self.failed(side, &error, done.began),
         }
     }
 
-    /// Waits until nothing is in flight, a flush included.
+    /// Waits until nothing is in flight, a flush included; or the body has to end.
     pub(super) async fn quiesce(&mut self) {
-        let state = Arc::clone(&self.state);
-        if with_patience(&state, self.all_ended()).await.1 {
-            // It has answered now.
-            self.hung = false;
+        self.last_ended = Instant::now();
+        while !self.is_quiet() && !self.has_to_end() {
+            self.wait_for_any(SLICE).await;
+            self.watch_over();
+            self.look_for_hang();
         }
     }
 
-    async fn all_ended(&mut self) {
-        while let Some(done) = self.operations.next().await {
-            self.ended(done);
-        }
-        while let Some(ended) = self.rest.next_ended().await {
-            match ended {
-                Ok(Some(copied)) => account(self.ctx, &self.notifier, &copied),
-                Ok(None) => {}
-                Err(CopyError { side, error }) => self.failed(side, &error),
+    /// Whether nothing is in flight.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.operations.is_empty() && self.rest.is_idle() && self.left_step.is_none()
+    }
+
+    /// Waits for something in flight to end, at most `wait`, or until the job is kicked.
+    async fn wait_for_any(&mut self, wait: Duration) {
+        let ended = {
+            let timer = pin!(runtime::sleep(wait));
+            let kicked = pin!(self.ctx.kicked());
+            let any = next_ended(&mut self.operations, &mut self.rest, &mut self.left_step);
+            match select(pin!(any), select(timer, kicked)).await {
+                Either::Left((ended, _)) => ended,
+                Either::Right(_) => None,
             }
+        };
+        match ended {
+            Some(Ended::Operation(done)) => self.ended(done),
+            Some(Ended::Rest(Ok(Some(copied)))) => {
+                self.has_answered();
+                account(self.ctx, &self.notifier, &copied);
+            }
+            Some(Ended::Rest(Err(CopyError { side, error }))) => {
+                self.failed(side, &error, self.rest.began());
+            }
+            Some(Ended::Rest(Ok(None))) => self.has_answered(),
+            Some(Ended::Step) | None => {}
         }
     }
+
+    /// The job is over, as far as the body is concerned: what is in flight has a moment to
+    /// end. What has not ended then is left to itself: to a task that keeps its buffers,
+    /// its ranges and its places at the nodes, which stay the job's until it has ended.
+    pub(super) async fn let_go(&mut self, has_failed: bool) {
+        // No guest has to wait for the target any more.
+        self.state.set_engaged(false);
+        self.wait_until_quiet(PATIENCE).await;
+        if has_failed && !self.is_quiet() {
+            // A cancel has done this at once: what failed may yet be told by the others.
+            self.places.target.cancel_in_flight(CancelReach::Hanging);
+            self.wait_until_quiet(PATIENCE).await;
+        }
+        if self.is_quiet() {
+            return;
+        }
+        tracing::warn!(
+            job = self.ctx.id(),
+            "mirror: requests hang, and are left behind; the nodes stay in use until they end"
+        );
+        let mut operations = std::mem::take(&mut self.operations);
+        let anew = Sweep::new(Rc::clone(&self.copier), Arc::clone(&self.state));
+        let rest = std::mem::replace(&mut self.rest, anew);
+        let step = self.left_step.take();
+        self.copier.stop();
+        self.ctx.leave_behind(async move {
+            let operations = async { while operations.next().await.is_some() {} };
+            let step = async {
+                if let Some(step) = step {
+                    step.await;
+                }
+            };
+            join3(operations, rest.leave(), step).await;
+        });
+    }
+
+    async fn wait_until_quiet(&mut self, limit: Duration) {
+        let until = Instant::now() + limit;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if self.is_quiet() || left.is_zero() {
+                return;
+            }
+            self.wait_for_any(left).await;
+        }
+    }
+}
+
+/// Something that was in flight.
+enum Ended {
+    Operation(Done),
+    /// Of a drained section: an operation, or a flush.
+    Rest(Result<Option<Copied>, CopyError>),
+    /// Of the beginning.
+    Step,
+}
+
+/// Waits for something to end, whatever it is; `None` if nothing is in flight.
+async fn next_ended(
+    operations: &mut Operations,
+    rest: &mut Sweep,
+    step: &mut Option<LocalBoxFuture<'static, ()>>,
+) -> Option<Ended> {
+    poll_fn(|cx| {
+        if let Poll::Ready(Some(done)) = operations.poll_next_unpin(cx) {
+            return Poll::Ready(Some(Ended::Operation(done)));
+        }
+        if let Poll::Ready(Some(ended)) = rest.poll_ended(cx) {
+            return Poll::Ready(Some(Ended::Rest(ended)));
+        }
+        if let Some(running) = step
+            && running.as_mut().poll(cx).is_ready()
+        {
+            *step = None;
+            return Poll::Ready(Some(Ended::Step));
+        }
+        match operations.is_empty() && rest.is_idle() && step.is_none() {
+            true => Poll::Ready(None),
+            false => Poll::Pending,
+        }
+    })
+    .await
 }
 
 /// Notes what an operation did, whoever started it.

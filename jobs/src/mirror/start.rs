@@ -316,10 +316,11 @@ fn set_up(
     }
     let progress = jobs.lock().progress(key);
     // The body refuses sizes that differ, having begun nothing.
-    if let Ok(progress) = progress
-        && spec.source.size() == spec.target.size()
-    {
-        progress.set_remaining(state.dirty_bytes());
+    if let Ok(progress) = progress {
+        if spec.source.size() == spec.target.size() {
+            progress.set_remaining(state.dirty_bytes());
+        }
+        state.active.set_progress(progress);
     }
     state.set_target(Arc::clone(&target_backend));
     // From here on every guest request counts; all of them are still held.

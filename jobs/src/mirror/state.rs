@@ -25,15 +25,12 @@ use std::task::{Context, Poll, Waker};
 
 use block::{Backend, BitmapError, DirtyBitmap, GuestLatency, InFlight, IoError, RangeLock};
 
+use super::active::Active;
 use crate::CopyMode;
-use crate::copying::Rules;
+use crate::copying::{Rules, enter};
 use crate::pair::{Lag, is_dirty_in};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard};
-
-/// Bytes of private copies that write-blocking requests may hold at a time.
-/// What goes beyond is left to the copier.
-const ACTIVE_BYTES_LIMIT: u64 = 64 << 20;
 
 /// How a target is to be written.
 #[derive(Clone, Copy, Debug, Default)]
@@ -63,7 +60,7 @@ pub(crate) struct MirrorState {
     pub(crate) in_flight: RangeLock,
     /// What the guest feels. Atomic.
     pub(crate) latency: GuestLatency,
-    /// [`CopyMode`], changed by the monitor. Atomic.
+    /// [`CopyMode`], made write-blocking by the monitor or the body. Atomic.
     copy_mode: AtomicU8,
     /// Whether guest requests go to the target as well until the copier has caught
     /// up, whatever `copy_mode` says. Set and cleared by the job's body. Atomic.
@@ -71,13 +68,14 @@ pub(crate) struct MirrorState {
     /// Whether guest requests are recorded and mirrored: from the insertion of
     /// the filter to the pivot or the failure of the job. Atomic.
     engaged: AtomicBool,
-    /// Target and source are equal, and stay so by write-blocking. Atomic.
+    /// Target and source are equal, and stay so by write-blocking. Atomic; set before a
+    /// look at `dirty`, and cleared after bits were set there.
     actively_synced: AtomicBool,
     /// Whether the target was written since a flush of it began. Atomic; set by
     /// whoever writes, after the write.
     target_written: AtomicBool,
-    /// Bytes that write-blocking requests have in hand. Atomic.
-    active_bytes: AtomicU64,
+    /// What guests' requests put on the target. Atomic.
+    pub(crate) active: Active,
     /// Requests to the target on behalf of the guest's that are on their way, by the
     /// parity of the `generation` they began in. Atomic.
     on_their_way: [AtomicU64; 2],
@@ -121,7 +119,7 @@ impl MirrorState {
             actively_synced: AtomicBool::new(false),
             // Whoever wrote it before may not have flushed it.
             target_written: AtomicBool::new(true),
-            active_bytes: AtomicU64::new(0),
+            active: Active::default(),
             on_their_way: [AtomicU64::new(0), AtomicU64::new(0)],
             generation: AtomicU64::new(0),
             waiters: Mutex::default(),
@@ -135,9 +133,14 @@ impl MirrorState {
         let _ = self.target.set(target);
     }
 
-    /// Counts a request to the target in; `None` while there is none to be had.
+    /// The job's way to the target.
+    pub(crate) fn target(&self) -> Option<&Arc<Backend>> {
+        self.target.get()
+    }
+
+    /// Counts a request to the target in; `None` while somebody drains it.
     pub(crate) fn try_enter_target(&self) -> Option<InFlight> {
-        self.target.get()?.try_enter()
+        enter(self.target()?)
     }
 
     /// What the copier keeps to.
@@ -171,8 +174,10 @@ impl MirrorState {
         }
     }
 
-    pub(crate) fn set_copy_mode(&self, mode: CopyMode) {
-        self.copy_mode.store(mode as u8, Ordering::Release);
+    /// The copy mode is write-blocking from now on. There is no way back.
+    pub(crate) fn mirror_actively_for_good(&self) {
+        self.copy_mode
+            .store(CopyMode::WriteBlocking as u8, Ordering::Release);
     }
 
     /// Whether guest requests are to write the target themselves.
@@ -197,8 +202,8 @@ impl MirrorState {
         self.engaged.load(Ordering::SeqCst)
     }
 
-    /// Begins or ends recording. Main, inside a drained section (to begin), so
-    /// that no request is half-way.
+    /// Begins or ends recording. To begin: main, inside a drained section, so that no
+    /// request is half-way. To end: main, or the body when the job has failed.
     pub(crate) fn set_engaged(&self, engaged: bool) {
         self.engaged.store(engaged, Ordering::SeqCst);
         if !engaged {
@@ -245,12 +250,28 @@ impl MirrorState {
     }
 
     pub(crate) fn is_actively_synced(&self) -> bool {
-        self.actively_synced.load(Ordering::Acquire)
+        self.actively_synced.load(Ordering::SeqCst)
     }
 
-    pub(crate) fn set_actively_synced(&self, synced: bool) {
-        if self.actively_synced.load(Ordering::Relaxed) != synced {
-            self.actively_synced.store(synced, Ordering::Release);
+    /// Nothing is in flight: notes that target and source are equal, if they are and stay
+    /// so. The job's body only.
+    pub(crate) fn look_whether_synced(&self) {
+        if self.copy_mode() != CopyMode::WriteBlocking || self.is_actively_synced() {
+            return;
+        }
+        // Set before the look: who makes something dirty sets the bits first, and clears
+        // this then. One of the two sees the other.
+        self.actively_synced.store(true, Ordering::SeqCst);
+        if !self.dirty.is_clean() {
+            self.not_synced();
+        }
+    }
+
+    /// Target and source may differ.
+    pub(crate) fn not_synced(&self) {
+        // The line is shared by all who write: written only if that changes it.
+        if self.is_actively_synced() {
+            self.actively_synced.store(false, Ordering::SeqCst);
         }
     }
 
@@ -283,21 +304,6 @@ impl MirrorState {
         self.zeroed.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Bytes that write-blocking requests have in hand.
-    pub(crate) fn active_bytes(&self) -> u64 {
-        self.active_bytes.load(Ordering::Relaxed)
-    }
-
-    /// Takes `len` bytes of the budget for private copies, if they are there.
-    pub(crate) fn reserve_active(self: &Arc<Self>, len: u64) -> Option<ActiveBytes> {
-        let before = self.active_bytes.fetch_add(len, Ordering::Relaxed);
-        let reserved = ActiveBytes {
-            state: Arc::clone(self),
-            len,
-        };
-        (before + len <= ACTIVE_BYTES_LIMIT).then_some(reserved)
-    }
-
     /// Counts a request to the target on behalf of a guest's, until dropped.
     pub(crate) fn send_active(self: &Arc<Self>) -> OnItsWay {
         let generation = self.generation.load(Ordering::SeqCst);
@@ -325,7 +331,6 @@ impl MirrorState {
 
     /// Notes that a write-blocking write of the target failed.
     pub(crate) fn note_active_error(&self, error: IoError) {
-        self.set_actively_synced(false);
         let mut slot = self
             .active_error
             .lock()
@@ -365,8 +370,11 @@ impl MirrorState {
 
     /// Makes a range dirty.
     pub(crate) fn set_dirty(&self, range: Range<u64>) {
-        self.dirty
-            .set(range.start, range.end.saturating_sub(range.start));
+        if range.is_empty() {
+            return;
+        }
+        self.dirty.set(range.start, range.end - range.start);
+        self.not_synced();
     }
 
     /// The whole chunks inside the range; empty if there are none.
@@ -442,20 +450,6 @@ impl Drop for Until<'_> {
         if let Some(key) = self.key {
             self.state.waiters().wakers.remove(&key);
         }
-    }
-}
-
-/// A share of the budget for private copies, until dropped.
-pub(crate) struct ActiveBytes {
-    state: Arc<MirrorState>,
-    len: u64,
-}
-
-impl Drop for ActiveBytes {
-    fn drop(&mut self) {
-        self.state
-            .active_bytes
-            .fetch_sub(self.len, Ordering::Relaxed);
     }
 }
 

@@ -2,14 +2,15 @@
 //! sections, in which the guest waits, and just before them.
 //!
 //! It can be left at any moment. What is in flight then stays so, holding its ranges,
-//! until it is waited for beside the guest ([`Sweep::next_ended`]): a request is never
+//! until it is waited for beside the guest ([`Sweep::poll_ended`]): a request is never
 //! dropped before it has ended.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
 
 use block::IoError;
 use futures_util::future::{Either, LocalBoxFuture, select};
@@ -72,6 +73,7 @@ pub(super) struct Sweep {
     operations: FuturesUnordered<LocalBoxFuture<'static, Result<Copied, CopyError>>>,
     flush: Option<LocalBoxFuture<'static, Result<(), IoError>>>,
     cursor: u64,
+    began: Instant,
 }
 
 impl Sweep {
@@ -82,6 +84,7 @@ impl Sweep {
             operations: FuturesUnordered::new(),
             flush: None,
             cursor: 0,
+            began: Instant::now(),
         }
     }
 
@@ -94,6 +97,7 @@ impl Sweep {
         stop: impl Future<Output = ()>,
     ) -> Swept {
         let mut stop = pin!(stop);
+        self.began = Instant::now();
         loop {
             if !self.start_operations(enough) {
                 return Swept::Stopped;
@@ -130,6 +134,7 @@ impl Sweep {
     /// Makes the target keep all that was written to it before this call.
     pub(super) async fn flush(&mut self, stop: impl Future<Output = ()>) -> Swept {
         let mut stop = pin!(stop);
+        self.began = Instant::now();
         let mut fresh = false;
         loop {
             if let Some(flush) = &mut self.flush {
@@ -153,7 +158,7 @@ impl Sweep {
                 return Swept::Stopped;
             };
             self.state.flush_begins();
-            self.flush = Some(Box::pin(async move { nodes.target.flush().await }));
+            self.flush = Some(Box::pin(async move { nodes.target().flush().await }));
             fresh = true;
         }
     }
@@ -169,13 +174,38 @@ impl Sweep {
         })
     }
 
-    /// Waits for something in flight; `None` if nothing is.
-    pub(super) async fn next_ended(&mut self) -> Option<Result<Option<Copied>, CopyError>> {
-        if let Some(ended) = self.operations.next().await {
-            return Some(ended.map(Some));
+    /// When the last copying or flush began.
+    pub(super) fn began(&self) -> Instant {
+        self.began
+    }
+
+    /// Whether nothing is in flight.
+    pub(super) fn is_idle(&self) -> bool {
+        self.operations.is_empty() && self.flush.is_none()
+    }
+
+    /// Polls for something in flight to end; `None` if nothing is.
+    pub(super) fn poll_ended(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Option<Copied>, CopyError>>> {
+        if let Poll::Ready(Some(ended)) = self.operations.poll_next_unpin(cx) {
+            return Poll::Ready(Some(ended.map(Some)));
         }
-        let result = self.flush.as_mut()?.await;
-        Some(self.flush_ended(result).map(|()| None))
+        let Some(flush) = &mut self.flush else {
+            return match self.operations.is_empty() {
+                true => Poll::Ready(None),
+                false => Poll::Pending,
+            };
+        };
+        let result = ready!(flush.as_mut().poll(cx));
+        Poll::Ready(Some(self.flush_ended(result).map(|()| None)))
+    }
+
+    /// Lets what is in flight end, and begins no more.
+    pub(super) async fn leave(mut self) {
+        self.copier.stop();
+        while poll_fn(|cx| self.poll_ended(cx)).await.is_some() {}
     }
 }
 

@@ -338,6 +338,72 @@ fn a_cancel_while_the_layers_are_looked_through_is_heeded() {
 }
 
 #[test]
+fn a_cancel_or_a_deadline_does_not_wait_for_a_beginning_that_hangs() {
+    for deadline in [None, Some(Duration::from_millis(50))] {
+        with_rig(|rig| async move {
+            let chain = Chain::new(&rig);
+            let at = 3 * CHUNK;
+            chain
+                .upper
+                .hold(Match::op(IoOp::BlockStatus).range(at..at + 1));
+            let spec = MirrorSpec {
+                deadline,
+                ..chain.spec(CopyMode::Background)
+            };
+            let key = rig.start(spec).await;
+            chain.upper.wait_held(1).await;
+            if deadline.is_none() {
+                rig.act(|jobs| jobs.cancel(key, true));
+            }
+            rig.wait_for(JobStatus::Null).await;
+            assert_eq!(chain.upper.held(), 1);
+            match rig.completed().flatten() {
+                None => assert!(rig.was_cancelled()),
+                Some(error) => assert!(error.contains("not looked at"), "{error}"),
+            }
+            assert_eq!(chain.disk.root().name(), "top");
+            let top = rig.node("top");
+            assert!(rig.graph.check_not_blocked(&top).is_err());
+            chain.upper.release_all();
+            rig.until(|| rig.graph.check_not_blocked(&top).is_ok())
+                .await;
+        });
+    }
+}
+
+#[test]
+fn a_target_that_hangs_while_it_is_zeroed_first_does_not_keep_a_cancel_waiting() {
+    with_rig(|rig| async move {
+        let limits = Limits {
+            can_zero_fast: true,
+            ..Limits::default()
+        };
+        let old = TestStorage::with_limits(SIZE, limits);
+        scribble(&old);
+        let options = NodeOptions {
+            discard: DiscardMode::Unmap,
+            ..NodeOptions::default()
+        };
+        let target = rig.graph.add_node(Some("fast"), old.driver(), options);
+        let target = target.expect("target");
+        old.hold(Match::op(IoOp::WriteZeroes));
+        let spec = MirrorSpec {
+            target: Arc::clone(&target),
+            ..rig.spec()
+        };
+        let key = rig.start(spec).await;
+        old.wait_held(1).await;
+        rig.act(|jobs| jobs.cancel(key, true));
+        rig.wait_for(JobStatus::Null).await;
+        assert!(rig.was_cancelled() && old.held() == 1);
+        assert!(rig.graph.check_not_blocked(&target).is_err());
+        old.release_all();
+        rig.until(|| rig.graph.check_not_blocked(&target).is_ok())
+            .await;
+    });
+}
+
+#[test]
 fn a_source_that_cannot_tell_what_is_allocated_fails_the_job() {
     with_rig(|rig| async move {
         let chain = Chain::new(&rig);

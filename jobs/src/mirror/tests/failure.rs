@@ -71,7 +71,8 @@ fn ranges_that_failed_are_copied_again_if_errors_are_ignored() {
             spec.on_target_error = OnError::Ignore;
             spec.on_source_error = OnError::Ignore;
             let key = rig.ready(spec).await;
-            assert_eq!(rig.errors().len(), 1);
+            // What a source does not tell of its extents, reading it does.
+            assert_eq!(rig.errors().len(), usize::from(op != IoOp::BlockStatus));
             rig.pivot(key).await;
             rig.assert_equal();
             rig.assert_on_target();

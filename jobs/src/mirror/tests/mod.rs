@@ -2,7 +2,7 @@
 //! chosen requests.
 //!
 //! Lives here: the rig. `begin` has what is copied at first, `life` has starts, ends and refusals, `race` the staged
-//! races, `progress` mirrors that do not get on, `failure` failing storages, `hang` storages that hang, `stress` the random runs.
+//! races, `progress` mirrors that do not get on, `failure` failing storages, `hang` storages that hang, `ends` ends and sections beside requests that hang, `stress` the random runs.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -22,6 +22,7 @@ use crate::{JobEvent, JobEventKind, JobKey, JobStatus, Jobs, MainJobs};
 use super::{MirrorError, MirrorSpec, start_mirror};
 
 mod begin;
+mod ends;
 mod failure;
 mod hang;
 mod life;
