@@ -19,6 +19,7 @@ mod drain;
 mod history;
 mod ids;
 mod leaf;
+mod pairs;
 mod policies;
 mod shell;
 mod throttle;
