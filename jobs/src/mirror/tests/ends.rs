@@ -228,6 +228,11 @@ fn a_section_of_somebody_else_is_granted_in_the_midst_of_a_mirrors_own() {
                 rig.act(|jobs| jobs.complete(key));
                 rig.wait_for(JobStatus::Pending).await;
             }
+            if !late {
+                // So that what is written is copied in the section, and not before.
+                rig.act(|jobs| jobs.pause(key));
+                rig.wait_for(JobStatus::Standby).await;
+            }
             rig.target.hold(Match::op(IoOp::Write));
             rig.write(0, 4096, 7).await;
             rig.write(CHUNK, 4096, 8).await;
@@ -235,6 +240,9 @@ fn a_section_of_somebody_else_is_granted_in_the_midst_of_a_mirrors_own() {
                 false => jobs.complete(key),
                 true => jobs.finalize(key),
             });
+            if !late {
+                rig.act(|jobs| jobs.resume(key));
+            }
             rig.target.wait_held(1).await;
             let section = rig.section("dst");
             while rig.target.sections() == 0 {

@@ -21,9 +21,13 @@ fn a_target_that_hangs_in_the_final_section_does_not_hold_the_guest() {
                     spec.section_limit = LIMIT;
                 }
                 let key = rig.ready(spec).await;
+                // So that what is written is copied in the section, and not before.
+                rig.act(|jobs| jobs.pause(key));
+                rig.wait_for(JobStatus::Standby).await;
                 rig.write(0, 4096, 6).await;
                 rig.target.hold(Match::op(op));
                 rig.act(|jobs| jobs.complete(key));
+                rig.act(|jobs| jobs.resume(key));
                 rig.target.wait_held(1).await;
                 let write = rig.begin_write(CHUNK, 4096, 7);
                 if cancel {
