@@ -14,6 +14,7 @@ mod error;
 mod handshake;
 mod link;
 mod queue;
+mod received;
 mod socket;
 #[cfg(all(test, not(shuttle)))]
 pub(crate) mod test_server;

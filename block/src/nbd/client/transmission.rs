@@ -17,6 +17,7 @@ use slab::Slab;
 use super::error::NbdError;
 use super::handshake::{Export, HeaderStyle};
 use super::queue::{Answer, LinkState, Queue, Request, Status};
+use super::received::Received;
 use super::socket::{Part, Reader, Socket};
 use crate::buffer::IoVec;
 use crate::nbd::protocol::{
@@ -56,11 +57,18 @@ pub(super) enum End {
 struct Sent {
     cookie: u64,
     request: Request,
-    /// Bytes that a read has got so far.
-    received: u64,
+    /// What a read has got so far, or is getting.
+    received: Received,
     /// First error of a reply in chunks.
     error: Option<i32>,
     status: Option<Status>,
+}
+
+impl Sent {
+    /// Whether a read has got all that it asked for.
+    fn is_complete(&self) -> bool {
+        self.received.is(0..self.request.command.len)
+    }
 }
 
 /// A connection after the handshake.
@@ -201,7 +209,7 @@ impl Connection {
             entry.insert(Sent {
                 cookie,
                 request,
-                received: 0,
+                received: Received::default(),
                 error: None,
                 status: None,
             });
@@ -354,7 +362,6 @@ impl Connection {
                 if let Some(iov) = self.part(key, offset, len.into())? {
                     iov.fill(0);
                 }
-                self.sent.borrow_mut()[key].received += u64::from(len);
             }
             chunk::BLOCK_STATUS | chunk::BLOCK_STATUS_EXT
                 if command == command::BLOCK_STATUS
@@ -408,7 +415,7 @@ impl Connection {
             return Ok(Err(errno));
         }
         match entry.request.command.kind {
-            command::READ if entry.received != entry.request.command.len => {
+            command::READ if !entry.is_complete() => {
                 Err(NbdError::Violation("a read that is not answered in full"))
             }
             command::BLOCK_STATUS if entry.status.is_none() => {
@@ -435,14 +442,14 @@ impl Connection {
         if let Some(iov) = part {
             read_error(reader.read_into(&iov).await)?;
         }
-        self.sent.borrow_mut()[key].received += len;
         Ok(())
     }
 
-    /// The memory of a read for `len` bytes at `offset`, which the server names.
+    /// The memory of a read for `len` bytes at `offset`, which the server names. They
+    /// count as received.
     fn part(&self, key: usize, offset: u64, len: u64) -> Result<Option<IoVec>, NbdError> {
-        let sent = self.sent.borrow();
-        let entry = &sent[key];
+        let mut sent = self.sent.borrow_mut();
+        let entry = &mut sent[key];
         let command = &entry.request.command;
         let outside = NbdError::Violation("data outside the range that was asked for");
         let Some(from) = offset.checked_sub(command.offset) else {
@@ -451,10 +458,10 @@ impl Connection {
         let inside = from
             .checked_add(len)
             .is_some_and(|end| end <= command.len && len > 0);
-        // More than there is to come would be the same bytes twice.
-        if !inside || entry.received + len > command.len {
+        if !inside {
             return Err(outside);
         }
+        entry.received.add(from..from + len)?;
         Ok(command
             .iov
             .as_ref()

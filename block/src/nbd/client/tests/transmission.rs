@@ -274,7 +274,7 @@ fn a_reply_that_breaks_the_rules_ends_the_connection_and_answers_nothing() {
         (|c| simple(0, c ^ 1 << 40, &[]), "a reply to no request"),
         (|_| vec![0xff; 64], "Bad magic number"),
     ];
-    let read_cases: [(Say, &str); 17] = [
+    let read_cases: [(Say, &str); 18] = [
         (|c| simple(0, c, &[0; 512]), "a simple reply with data"),
         (
             |c| structured(1, chunk::NONE, c, &[]),
@@ -307,7 +307,15 @@ fn a_reply_that_breaks_the_rules_ends_the_connection_and_answers_nothing() {
                 let twice = structured(0, chunk::OFFSET_DATA, c, &data(512, &[1; 300]));
                 [twice.clone(), twice].concat()
             },
-            "data outside the range that was asked for",
+            "the same bytes of a read twice",
+        ),
+        (
+            |c| {
+                // As many bytes as were asked for, and the last ones missing.
+                let data = structured(0, chunk::OFFSET_DATA, c, &data(512, &[1; 300]));
+                [data, structured(1, chunk::OFFSET_HOLE, c, &hole(600, 212))].concat()
+            },
+            "the same bytes of a read twice",
         ),
         (
             |c| structured(1, chunk::OFFSET_HOLE, c, &hole(512, u32::MAX)),
