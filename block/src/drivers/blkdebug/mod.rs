@@ -94,11 +94,13 @@ pub enum BlkdebugError {
 pub struct BlkdebugDriver {
     image: Child,
     limits: Limits,
+    /// Unit of zero writes, and of discards, in bytes: powers of two. What is left over
+    /// of zero writes is written as data.
+    zero_unit: u64,
+    discard_unit: u64,
     /// Largest write of zeroes, and discard, in bytes; of whole sectors.
     max_write_zero: u64,
     max_discard: u64,
-    /// Unit of discards in bytes, a power of two.
-    discard_unit: u64,
     take: Perm,
     unshare: Perm,
     /// A leaf lock, held to find the rule of a request.
@@ -136,10 +138,12 @@ impl BlkdebugDriver {
                 zero_alignment: unit(options.opt_write_zero, below.zero_alignment),
                 max_transfer: match options.max_transfer {
                     0 => below.max_transfer,
-                    max => max,
+                    max => max.max(SECTOR_SIZE as u32),
                 },
                 ..below
             },
+            // The one of the node below is not passed on.
+            zero_unit: unit(options.opt_write_zero, 1).max(align).into(),
             max_write_zero: most(options.max_write_zero),
             max_discard: most(options.max_discard),
             discard_unit: unit(options.opt_discard, 1).into(),
@@ -214,10 +218,11 @@ fn check_limits(options: &BlkdebugOptions, below: Limits) -> Result<u32, Blkdebu
         return Err(wrong("align", options.align));
     }
     let own = u32::try_from(options.align).map_err(|_| wrong("align", options.align))?;
-    // What is given has to go with this; sizes below a sector are never asked for.
+    // What is given has to go with this. To QEMU nodes that take any sector take any
+    // byte; sizes below a sector are never asked for.
     let align = own.max(match own {
-        0 => 1,
-        _ => below.request_alignment,
+        1.. if below.request_alignment > SECTOR_SIZE as u32 => below.request_alignment,
+        _ => 1,
     });
     let multiples = [
         ("max-transfer", options.max_transfer, align),
@@ -319,8 +324,7 @@ impl BlockDriver for BlkdebugDriver {
         flags: ZeroFlags,
     ) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
-            let unit = u64::from(self.limits.zero_alignment).max(1);
-            let (first, last) = whole_units(offset, len, unit);
+            let (first, last) = whole_units(offset, len, self.zero_unit);
             let end = offset + len;
             let (head, tail) = (first - offset, end - last);
             if flags.no_fallback && (head > 0 || tail > 0) {

@@ -347,6 +347,22 @@ fn a_delayed_request_waits_and_then_goes_on_or_fails() {
 }
 
 #[test]
+fn zeroes_smaller_than_the_best_unit_of_the_node_below_are_zeroes_to_the_rules() {
+    EventLoop::new("test").unwrap().block_on(async {
+        let mut options = no_options();
+        options.inject_error.push(InjectError {
+            op: Some(IoOp::WriteZeroes),
+            errno: libc::ENOSPC,
+            ..rule(DebugEvent::NONE)
+        });
+        let (storage, debug, _raw) = stack(options).await;
+        let zeroes = debug.write_zeroes(512, 512, ZeroFlags::default()).await;
+        assert_eq!(zeroes.unwrap_err().errno, libc::ENOSPC);
+        assert_eq!(storage.ended(), []);
+    });
+}
+
+#[test]
 fn zeroes_and_discards_go_out_in_the_sizes_that_were_asked_for() {
     EventLoop::new("test").unwrap().block_on(async {
         let mut options = no_options();

@@ -189,12 +189,13 @@ fn set(limits: &mut ThrottleLimits, part: Part, value: i64) {
     }
 }
 
-fn get(limits: &mut ThrottleLimits, part: Part) -> u64 {
+fn get(limits: &mut ThrottleLimits, part: Part) -> i64 {
     match part {
-        Part::Rate(bucket) => bucket.of(limits).rate,
-        Part::Burst(bucket) => bucket.of(limits).burst,
+        Part::Rate(bucket) => bucket.of(limits).rate.cast_signed(),
+        Part::Burst(bucket) => bucket.of(limits).burst.cast_signed(),
         Part::BurstLength(bucket) => bucket.of(limits).burst_seconds.into(),
-        Part::IopsSize => limits.iops_size,
+        // Not checked: a negative one is there.
+        Part::IopsSize => limits.iops_size.cast_signed(),
     }
 }
 
