@@ -188,47 +188,4 @@ impl BlockDriver for CopyOnReadDriver {
 }
 
 #[cfg(all(test, not(shuttle)))]
-mod tests {
-    use super::*;
-    use crate::chain::tests::{layer, node};
-    use crate::runtime::EventLoop;
-    use crate::test_storage::CHUNK;
-
-    fn read(top: &Arc<Node>, chunk: u64) -> u8 {
-        let iov = AlignedBuffer::new(512).io_vec(512);
-        EventLoop::new("read")
-            .unwrap()
-            .block_on(top.read(chunk * CHUNK, iov.clone()))
-            .unwrap();
-        let mut byte = [0];
-        iov.copy_to(0, &mut byte);
-        byte[0]
-    }
-
-    fn depth(top: &Arc<Node>, chunk: u64) -> u32 {
-        let status = top.chain_status(None, chunk * CHUNK, CHUNK);
-        EventLoop::new("status")
-            .unwrap()
-            .block_on(status)
-            .unwrap()
-            .depth
-    }
-
-    #[test]
-    fn what_is_read_from_a_layer_above_the_bottom_is_copied_once() {
-        let lowest = layer("lowest", 64, &[1], None);
-        let base = layer("base", 64, &[0, 40], Some(&lowest));
-        let top = layer("top", 64, &[2], Some(&base));
-        let child = Child::new(ChildRole::File, Arc::clone(&top));
-        let filter = node("cor", Box::new(CopyOnReadDriver::new(child, Some(&base))));
-        assert_eq!(
-            (read(&filter, 0), read(&filter, 1), read(&filter, 2)),
-            (1, 1, 1)
-        );
-        assert_eq!((depth(&top, 0), depth(&top, 1), depth(&top, 2)), (1, 3, 1));
-        // Not read, and not near to what was.
-        assert_eq!(depth(&top, 40), 2);
-        assert_eq!(read(&filter, 41), 0);
-        assert_eq!(depth(&top, 40), 2);
-    }
-}
+mod tests;
