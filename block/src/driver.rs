@@ -288,6 +288,23 @@ pub trait BlockDriver: Send + Sync + 'static {
         })
     }
 
+    /// As [`resize`](Self::resize), for a format that needs more room: `size` is more
+    /// than the node has, other requests may be in flight, and the driver may take more
+    /// of the nodes below than is asked for. The default does not.
+    fn grow<'a>(&'a self, size: u64) -> BoxFuture<'a, Result<(), IoError>> {
+        match self.filtered() {
+            Some(below) => Box::pin(async move { below.grow(size).await }),
+            None => self.resize(size),
+        }
+    }
+
+    /// Gives back what [`grow`](Self::grow) took in advance. Called while nobody needs
+    /// to write the node any more who did, and before the right to write the nodes below
+    /// goes.
+    fn release_reserve<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async { Ok(()) })
+    }
+
     /// The child that a filter shows: the same data, unchanged. `None` for all
     /// that are no filters.
     fn filtered(&self) -> Option<Arc<Node>> {

@@ -71,8 +71,8 @@ pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
     BackingRef, BlkdebugOptions, BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions,
     ChildChoice, CopyBeforeWriteOptions, CopyOnReadOptions, DetectZeroes, DiscardMode,
-    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, Qcow2Options, RawOptions,
-    SnapshotAccessOptions, SocketAddress, ThrottleOptions,
+    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, PreallocateOptions,
+    Qcow2Options, RawOptions, SnapshotAccessOptions, SocketAddress, ThrottleOptions,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
 pub use range_lock::{LockRange, RangeGuard, RangeLock};

@@ -425,6 +425,20 @@ impl Node {
     ///
     /// Cancel: the size is the old or the new one.
     pub(crate) async fn resize(&self, size: u64) -> Result<(), IoError> {
+        self.resize_by(size, self.driver.resize(size)).await
+    }
+
+    /// As [`resize`](Self::resize), for a format above that needs more room; its other
+    /// requests need not be held back, since it makes none past the end.
+    pub(crate) async fn grow(&self, size: u64) -> Result<(), IoError> {
+        self.resize_by(size, self.driver.grow(size)).await
+    }
+
+    async fn resize_by(
+        &self,
+        size: u64,
+        resize: impl Future<Output = Result<(), IoError>>,
+    ) -> Result<(), IoError> {
         self.check_writable(IoOp::Truncate, size, 0)?;
         if size > MAX_SIZE {
             return Err(self.error(IoOp::Truncate, size, 0, libc::EFBIG));
@@ -432,7 +446,7 @@ impl Node {
         if !self.unnamed_bitmaps().is_empty() {
             return Err(self.error(IoOp::Truncate, size, 0, libc::EBUSY));
         }
-        let resized = self.driver.resize(size).await;
+        let resized = resize.await;
         self.fit_bitmaps();
         resized.map_err(|error| IoError {
             // Not every driver knows its node.

@@ -146,6 +146,8 @@ pub enum DriverOptions {
     Blkdebug(BlkdebugOptions),
     /// Limits the rate of requests to another node.
     Throttle(ThrottleOptions),
+    /// Takes space of a file before a format needs it.
+    Preallocate(PreallocateOptions),
     /// Copies what is read from backing images.
     CopyOnRead(CopyOnReadOptions),
     /// Copies what is about to be changed to a target.
@@ -175,6 +177,7 @@ impl DriverOptions {
             Self::NullCo(_) => "null-co",
             Self::Nbd(_) => "nbd",
             Self::Throttle(_) => "throttle",
+            Self::Preallocate(_) => "preallocate",
             Self::CopyOnRead(_) => "copy-on-read",
             Self::CopyBeforeWrite(_) => "copy-before-write",
             Self::SnapshotAccess(_) => "snapshot-access",
@@ -191,6 +194,9 @@ impl DriverOptions {
                 vec![(ChildRole::Image, ChildChoice::Node(&options.image))]
             }
             Self::Throttle(options) => vec![(ChildRole::File, ChildChoice::Node(&options.file))],
+            Self::Preallocate(options) => {
+                vec![(ChildRole::File, ChildChoice::Node(&options.file))]
+            }
             Self::CopyOnRead(options) => {
                 vec![(ChildRole::File, ChildChoice::Node(&options.file))]
             }
@@ -225,6 +231,7 @@ impl DriverOptions {
             Self::Raw(_)
             | Self::Qcow2(_)
             | Self::Throttle(_)
+            | Self::Preallocate(_)
             | Self::Blkdebug(_)
             | Self::CopyOnRead(_)
             | Self::CopyBeforeWrite(_)
@@ -268,6 +275,10 @@ pub struct Qcow2Options {
     /// Whether what is discarded in the image is discarded in its file; `None`: if
     /// `discard` says unmap.
     pub pass_discard_request: Option<bool>,
+    /// Asked for, which the image has to allow. Nothing comes of it.
+    pub lazy_refcounts: bool,
+    /// As `lazy_refcounts`; in bytes.
+    pub l2_cache_entry_size: Option<u64>,
 }
 
 impl Qcow2Options {
@@ -278,6 +289,8 @@ impl Qcow2Options {
             data_file: None,
             backing: BackingRef::Header,
             pass_discard_request: None,
+            lazy_refcounts: false,
+            l2_cache_entry_size: None,
         }
     }
 }
@@ -429,6 +442,28 @@ pub struct BlkdebugOptions {
     pub take_child_perms: Perm,
     /// Rights that it denies others whatever its users do.
     pub unshare_child_perms: Perm,
+}
+
+/// Options of `preallocate`. Negative numbers are refused when the node is opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PreallocateOptions {
+    /// The file.
+    pub file: BlockdevRef,
+    /// Where the file may end, in bytes (QEMU's default: 1 MiB): a multiple of 512.
+    pub align: i64,
+    /// How much is taken past what is needed, in bytes (QEMU's default: 128 MiB).
+    pub size: i64,
+}
+
+impl PreallocateOptions {
+    /// With QEMU's defaults.
+    pub fn new(file: BlockdevRef) -> Self {
+        Self {
+            file,
+            align: 1 << 20,
+            size: 128 << 20,
+        }
+    }
 }
 
 /// Options of `copy-on-read`.

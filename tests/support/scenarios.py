@@ -8,7 +8,7 @@ import json
 import pathlib
 
 DRIVERS = {"file", "raw", "null-co", "null-aio", "blkdebug", "copy-before-write", "copy-on-read",
-           "nbd", "qcow2", "snapshot-access", "throttle"}
+           "nbd", "preallocate", "qcow2", "snapshot-access", "throttle"}
 
 # Scenarios that cannot be judged from their commands and drivers.
 WAITING = {

@@ -83,9 +83,30 @@ pub enum OpenError {
         /// Size of the node below.
         available: u64,
     },
+    /// The disk is larger than any can be.
+    #[error("Could not refresh total sector count: File too large")]
+    TooLarge,
+    /// A size that `preallocate` is given is negative.
+    #[error("Parameter '{0}' expects a non-negative number below 2^64")]
+    NegativeSize(&'static str),
+    /// `preallocate` counts in whole sectors.
+    #[error("prealloc-align parameter of preallocate filter is not aligned to 512")]
+    PreallocateAlignment,
     /// The file is no qcow2 image, or one that cannot be served.
     #[error(transparent)]
     Qcow2(HeaderError),
+    /// `l2-cache-entry-size` is not one that the image can have.
+    #[error(
+        "L2 cache entry size must be a power of two between 512 and the cluster size \
+         ({cluster_size})"
+    )]
+    L2CacheEntrySize {
+        /// Of the image, in bytes.
+        cluster_size: u64,
+    },
+    /// `lazy-refcounts` of an image of version 2.
+    #[error("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")]
+    LazyRefcounts,
     /// The header of an image cannot be read.
     #[error("Could not read the header of the image in node '{file}'")]
     ReadImage {

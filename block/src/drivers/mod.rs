@@ -8,6 +8,7 @@ pub mod copy_on_read;
 pub mod file;
 pub mod nbd;
 pub mod null;
+pub mod preallocate;
 pub mod qcow2;
 pub mod raw;
 pub mod snapshot_access;

@@ -106,6 +106,15 @@ impl RawDriver {
             errno: libc::EINVAL,
         })
     }
+
+    /// Size of the node below when this one has `size` bytes.
+    fn resized(&self, size: u64) -> Result<u64, IoError> {
+        if self.window().size.is_some() {
+            let file = self.file.node();
+            return Err(file.error(IoOp::Truncate, size, 0, libc::EOPNOTSUPP));
+        }
+        self.below(IoOp::Truncate, size, 0)
+    }
 }
 
 impl BlockDriver for RawDriver {
@@ -215,14 +224,11 @@ impl BlockDriver for RawDriver {
     }
 
     fn resize<'a>(&'a self, size: u64) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async move {
-            let file = self.file.node();
-            if self.window().size.is_some() {
-                return Err(file.error(IoOp::Truncate, size, 0, libc::EOPNOTSUPP));
-            }
-            let below = self.below(IoOp::Truncate, size, 0)?;
-            file.resize(below).await
-        })
+        Box::pin(async move { self.file.node().resize(self.resized(size)?).await })
+    }
+
+    fn grow<'a>(&'a self, size: u64) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move { self.file.node().grow(self.resized(size)?).await })
     }
 
     /// A window that does not move with the end of the node below must not lose

@@ -237,6 +237,9 @@ pub enum GraphError {
     /// A size past what any node can have.
     #[error("offset({0}) exceeds maximum(9223372035781033984)")]
     TooLarge(u64),
+    /// An image whose first level table cannot map so large a disk.
+    #[error("Failed to grow the L1 table: File too large")]
+    NoLargerL1,
     /// Resizing a read-only node.
     #[error("Image is read-only")]
     ImageReadOnly,

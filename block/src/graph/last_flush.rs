@@ -13,6 +13,7 @@ use super::Graph;
 use super::topology::Topology;
 use crate::driver::CancelReach;
 use crate::node::Node;
+use crate::permissions::Perm;
 use crate::runtime::sleep;
 use crate::wait::Waiters;
 
@@ -87,14 +88,27 @@ impl Graph {
         let unlimited = Unlimited::begin(nodes.clone());
         let written = nodes.iter().filter(|node| !node.read_only());
         join(join_all(written.map(last_flush)), self.closing.done()).await;
+        for node in &nodes {
+            release_reserve(node).await;
+        }
         drop(unlimited);
     }
 
     /// Writes out what nodes have in memory that are not in `after`, the graph that is
-    /// to be. When they are closed, others may have the nodes below already, and nobody
+    /// to be; and nodes that nobody writes there give back what they took in advance. When they are closed, others may have the nodes below already, and nobody
     /// may be there any more to wait. Cancel: some is written.
     pub(super) async fn flush_for_removal(&self, mut after: Topology) {
         let removed = after.remove_orphans();
+        // If that is refused, nothing comes of it anyway.
+        let _ = after.update_permissions();
+        let writes = Perm::WRITE | Perm::RESIZE;
+        let written = |node: &Node| {
+            let entry = after.node(node.id());
+            entry.is_some_and(|entry| entry.permissions.need.intersects(writes))
+        };
+        let before = self.topology.borrow().nodes.clone();
+        let mut unused: Vec<_> = before.into_iter().map(|entry| entry.node).collect();
+        unused.retain(|node| !written(node));
         drop(after);
         let dirty = removed
             .into_iter()
@@ -110,6 +124,16 @@ impl Graph {
             }
             drop(unlimited);
         }
+        for node in unused {
+            release_reserve(&node).await;
+        }
+    }
+}
+
+async fn release_reserve(node: &Arc<Node>) {
+    if let Err(error) = node.driver().release_reserve().await {
+        let node = node.name();
+        tracing::warn!(node, %error, "space that was taken in advance is not given back");
     }
 }
 

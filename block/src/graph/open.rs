@@ -19,11 +19,12 @@ use crate::drivers::copy_on_read::CopyOnReadDriver;
 use crate::drivers::file::{FileNode, OpenFlags};
 use crate::drivers::nbd::NbdDriver;
 use crate::drivers::null::NullDriver;
+use crate::drivers::preallocate::PreallocateDriver;
 use crate::drivers::raw::RawDriver;
 use crate::drivers::snapshot_access::SnapshotAccessDriver;
 use crate::drivers::throttle::ThrottleDriver;
 use crate::drivers::{OpenError, file};
-use crate::node::{Child, Node, NodeOptions};
+use crate::node::{Child, MAX_SIZE, Node, NodeOptions};
 use crate::options::{BlockdevOptions, BlockdevRef, DetectZeroes, DiscardMode, DriverOptions};
 use crate::permissions::Permissions;
 use crate::runtime::unblock;
@@ -240,6 +241,9 @@ impl<'a> Opening<'a> {
             let opened = self.open_driver(&node_name, &options).await;
             self.depth -= 1;
             let opened = opened?;
+            if opened.driver.size() > MAX_SIZE {
+                return Err(OpenError::TooLarge.into());
+            }
             let node = Node::new(
                 &node_name,
                 opened.driver,
@@ -374,6 +378,16 @@ impl<'a> Opening<'a> {
                 let group = self.graph.throttle_group(&throttle.group)?;
                 Ok(Opened {
                     driver: Box::new(ThrottleDriver::new(group, file)),
+                    read_only,
+                    children: vec![entry],
+                })
+            }
+            DriverOptions::Preallocate(preallocate) => {
+                let (file, entry) = self
+                    .child(ChildRole::File, &preallocate.file, options)
+                    .await?;
+                Ok(Opened {
+                    driver: Box::new(PreallocateDriver::new(preallocate, file)?),
                     read_only,
                     children: vec![entry],
                 })

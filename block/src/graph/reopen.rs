@@ -54,6 +54,12 @@ impl Graph {
         let drains = queue.entries.iter();
         let sections = try_join_all(drains.map(|wanted| self.drain(&wanted.node, &[]))).await?;
         queue.flush().await?;
+        let reopened = queue.entries.iter().map(|wanted| Arc::clone(&wanted.node));
+        let below = self.topology.borrow().all_below(reopened.collect());
+        for node in below {
+            // They may have another file by then, or no right to write it.
+            node.driver().release_reserve().await?;
+        }
         // Nothing is awaited from here on; but much may have happened meanwhile.
         let mut topology = queue.plan(&self.topology.borrow())?;
         let children = |topology: &Topology, wanted: &Wanted| wanted.children(topology);

@@ -118,7 +118,7 @@ impl GrowingFile {
         let size = end
             .checked_next_multiple_of(GROW)
             .ok_or_else(|| error(libc::EFBIG))?;
-        match node.resize(size).await {
+        match node.grow(size).await {
             Ok(()) => Ok(()),
             Err(cause) => {
                 tracing::debug!(node = node.name(), %cause, "the file of an image cannot grow");

@@ -4,6 +4,9 @@
 //! (QEMU's docs/interop/qcow2.rst). Images are hostile: each number is checked
 //! against the file before anything is allocated or followed by it.
 
+use crate::drivers::OpenError;
+use crate::options::Qcow2Options;
+
 /// Bytes that every header has.
 const V2_LEN: usize = 72;
 /// Bytes of a version 3 header without optional fields.
@@ -33,7 +36,7 @@ const FEATURE_NAME_LEN: u32 = 48;
 const MAX_EXTENSIONS: usize = 256;
 
 /// QEMU's limit: 32 MiB.
-const MAX_L1_ENTRIES: u64 = 4 << 20;
+pub(super) const MAX_L1_ENTRIES: u64 = 4 << 20;
 /// QEMU's limit: 8 MiB.
 const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 /// Longest name of a backing file.
@@ -286,6 +289,19 @@ impl Header {
         header.backing = backing_name(cluster, cluster_size)?;
         header.read_extensions(cluster, header_len)?;
         Ok(header)
+    }
+
+    /// Refuses options that the image does not allow.
+    pub(crate) fn check_options(&self, options: &Qcow2Options) -> Result<(), OpenError> {
+        let cluster_size = 1 << self.cluster_bits;
+        let fits = |size: u64| size.is_power_of_two() && (512..=cluster_size).contains(&size);
+        if options.l2_cache_entry_size.is_some_and(|size| !fits(size)) {
+            return Err(OpenError::L2CacheEntrySize { cluster_size });
+        }
+        if options.lazy_refcounts && self.version < 3 {
+            return Err(OpenError::LazyRefcounts);
+        }
+        Ok(())
     }
 
     fn check_tables(&self, file_len: u64) -> Result<(), HeaderError> {

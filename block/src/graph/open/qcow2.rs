@@ -31,18 +31,22 @@ impl Opening<'_> {
         let rights = qcow2::file_permissions(read_only, Permissions::IDLE);
         self.hold(node, ChildRole::File, &below, rights)?;
         let header = qcow2::read_header(&below, read_only).await?;
+        header.check_options(image)?;
 
-        let data_file = match (&image.data_file, header.needs_data_file()) {
-            (Some(data_file), true) => {
+        let data_file = match &image.data_file {
+            Some(data_file) => {
                 let (data_file, entry) =
                     self.child(ChildRole::DataFile, data_file, options).await?;
                 children.push(entry);
                 Some(data_file)
             }
-            (None, false) => None,
+            None => None,
+        };
+        match (&data_file, header.needs_data_file()) {
+            (Some(_), true) | (None, false) => {}
             (Some(_), false) => return Err(OpenError::DataFileUnexpected.into()),
             (None, true) => return Err(OpenError::DataFileRequired.into()),
-        };
+        }
 
         let backing = self
             .open_backing(&below, &header, image, options)

@@ -72,6 +72,7 @@ const DRIVERS: &[(&str, ReadDriver)] = &[
     ("nbd", drivers::nbd),
     ("null-aio", drivers::null_aio),
     ("null-co", drivers::null_co),
+    ("preallocate", drivers::preallocate),
     ("qcow2", drivers::qcow2),
     ("raw", drivers::raw),
     ("snapshot-access", drivers::snapshot_access),
@@ -144,9 +145,11 @@ fn node_options(mut args: Args, parent: &Common) -> Result<BlockdevOptions, QmpE
     let read_only = args.optional_bool("read-only")?;
     let auto_read_only = args.optional_bool("auto-read-only")?;
     if args.optional_bool("force-share")? == Some(true) {
-        args.refuse(QmpError::generic(
-            "Parameter 'force-share' is not supported here; leave it out",
-        ));
+        let text = match read_only {
+            Some(true) => "Parameter 'force-share' is not supported here; leave it out",
+            _ => "force-share=on can only be used with read-only images",
+        };
+        args.refuse(QmpError::generic(text));
     }
     let detect_zeroes = args
         .optional_enum(

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use block::{
     CbwPolicy, CopyBeforeWriteOptions, CopyOnReadOptions, DriverOptions, FileOptions, InetAddress,
-    NbdOptions, NullCoOptions, OnCbwError, Qcow2Options, RawOptions, SnapshotAccessOptions,
-    SocketAddress, ThrottleOptions,
+    NbdOptions, NullCoOptions, OnCbwError, PreallocateOptions, Qcow2Options, RawOptions,
+    SnapshotAccessOptions, SocketAddress, ThrottleOptions,
 };
 
 use super::{Common, backing, child, optional_child};
@@ -41,6 +41,7 @@ fn file_or_device(
     host_device: bool,
 ) -> Result<DriverOptions, QmpError> {
     let filename = args.required_str("filename")?;
+    let pr_manager = args.optional_str("pr-manager")?;
     let locking = args
         .optional_enum(
             "locking",
@@ -55,6 +56,10 @@ fn file_or_device(
             ("io_uring", Aio::IoUring),
         ],
     )?;
+    // How QEMU works, not what it does.
+    args.optional_i64("aio-max-batch")?;
+    args.optional_bool("drop-cache")?;
+    args.optional_bool("x-check-cache-dropped")?;
     if aio == Some(Aio::Native) && !common.direct {
         args.refuse(QmpError::generic(
             "aio=native was specified, but it requires cache.direct=on, which was not specified.",
@@ -64,6 +69,11 @@ fn file_or_device(
         let driver = if host_device { "host_device" } else { "file" };
         args.refuse(QmpError::generic(format!(
             "The '{driver}' block driver requires a file name"
+        )));
+    }
+    if let Some(id) = pr_manager {
+        args.refuse(QmpError::generic(format!(
+            "No persistent reservation manager with id '{id}'"
         )));
     }
     Ok(DriverOptions::File(FileOptions {
@@ -254,6 +264,17 @@ pub(super) fn copy_on_read(args: &mut Args, common: &Common) -> Result<DriverOpt
     }))
 }
 
+pub(super) fn preallocate(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
+    let default = PreallocateOptions::new(child(args, "file", common)?);
+    Ok(DriverOptions::Preallocate(PreallocateOptions {
+        align: args
+            .optional_i64("prealloc-align")?
+            .unwrap_or(default.align),
+        size: args.optional_i64("prealloc-size")?.unwrap_or(default.size),
+        ..default
+    }))
+}
+
 pub(super) fn throttle(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
     let group = args.required_str("throttle-group")?;
     let file = child(args, "file", common)?;
@@ -261,16 +282,16 @@ pub(super) fn throttle(args: &mut Args, common: &Common) -> Result<DriverOptions
 }
 
 /// `lazy-refcounts`, the sizes of caches and checks for overlaps change how QEMU
-/// works, not what an image holds: they are read and have no effect.
+/// works, not what an image holds: they are checked and have no effect.
 pub(super) fn qcow2(args: &mut Args, common: &Common) -> Result<DriverOptions, QmpError> {
     let file = child(args, "file", common)?;
     let backing = backing(args, common)?;
-    args.optional_bool("lazy-refcounts")?;
+    let lazy_refcounts = args.optional_bool("lazy-refcounts")?.unwrap_or(false);
     let pass_discard_request = args.optional_bool("pass-discard-request")?;
     args.optional_bool("pass-discard-snapshot")?;
     args.optional_bool("pass-discard-other")?;
     overlap_check(args)?;
-    qcow2_caches(args)?;
+    let l2_cache_entry_size = qcow2_caches(args)?;
     if let Some(mut encrypt) = args.optional_object("encrypt")? {
         let format = encrypt.required_enum("format", &[("aes", "aes"), ("luks", "luks")])?;
         args.refuse(QmpError::generic(format!(
@@ -284,6 +305,8 @@ pub(super) fn qcow2(args: &mut Args, common: &Common) -> Result<DriverOptions, Q
         data_file,
         backing,
         pass_discard_request,
+        lazy_refcounts,
+        l2_cache_entry_size,
     }))
 }
 
@@ -321,12 +344,13 @@ fn overlap_check(args: &mut Args) -> Result<(), QmpError> {
     }
 }
 
-fn qcow2_caches(args: &mut Args) -> Result<(), QmpError> {
+/// Gives `l2-cache-entry-size`, which the image has to allow.
+fn qcow2_caches(args: &mut Args) -> Result<Option<u64>, QmpError> {
     let cache = args.optional_non_negative("cache-size")?;
     let l2 = args.optional_non_negative("l2-cache-size")?;
     let entry = args.optional_non_negative("l2-cache-entry-size")?;
     let refcount = args.optional_non_negative("refcount-cache-size")?;
-    let interval = args.optional_non_negative("cache-clean-interval")?;
+    let interval = args.optional_i64("cache-clean-interval")?;
     if let Some(cache) = cache {
         if l2.is_some() && refcount.is_some() {
             args.refuse(QmpError::generic(
@@ -343,15 +367,8 @@ fn qcow2_caches(args: &mut Args) -> Result<(), QmpError> {
             ));
         }
     }
-    if let Some(entry) = entry
-        && !(entry.is_power_of_two() && (512..=2 << 20).contains(&entry))
-    {
-        args.refuse(QmpError::generic(
-            "L2 cache entry size must be a power of two between 512 and the cluster size",
-        ));
-    }
-    if interval.is_some_and(|interval| interval > u32::MAX.into()) {
+    if interval.is_some_and(|interval| u32::try_from(interval).is_err()) {
         args.refuse(QmpError::generic("Cache clean interval too big"));
     }
-    Ok(())
+    Ok(entry)
 }

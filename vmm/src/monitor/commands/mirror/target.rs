@@ -48,6 +48,7 @@ const NO_FORMATS: &[&str] = &[
     "nbd",
     "null-aio",
     "null-co",
+    "preallocate",
     "throttle",
 ];
 /// How a qcow2 image begins.
