@@ -24,7 +24,7 @@ impl FileDriver {
         }
         let (file, kind) = (Arc::clone(&self.file), self.kind);
         let known = Arc::clone(&self.size);
-        runtime::unblock(move || {
+        let resized = runtime::unblock(move || {
             let now = match kind {
                 Kind::Regular => {
                     file.set_len(size)?;
@@ -41,6 +41,9 @@ impl FileDriver {
             known.store(now, Ordering::Relaxed);
             Ok(())
         })
-        .await
+        .await;
+        // What is cut off is a hole if the file grows again. Nobody asks meanwhile.
+        self.data_region.forget(0..u64::MAX);
+        resized
     }
 }

@@ -13,7 +13,7 @@ use crate::driver::{
 };
 use crate::drivers::ReopenError;
 use crate::error::IoError;
-use crate::node::{Child, Node};
+use crate::node::{Child, Node, SECTOR_SIZE};
 use crate::permissions::{Perm, Permissions};
 use crate::runtime::EventLoop;
 
@@ -22,8 +22,10 @@ impl BlockDriver for Qcow2Driver {
         "qcow2"
     }
 
+    /// A part of a sector at the end cannot be reached, as in QEMU.
     fn size(&self) -> u64 {
-        self.size.load(Ordering::Relaxed)
+        let size = self.size.load(Ordering::Relaxed);
+        size - size % SECTOR_SIZE
     }
 
     fn limits(&self) -> Limits {

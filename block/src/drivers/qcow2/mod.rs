@@ -39,7 +39,7 @@ mod requests;
 mod resize;
 mod storage;
 #[cfg(all(test, not(shuttle)))]
-mod tests;
+pub(crate) mod tests;
 mod zero;
 
 use std::io;
@@ -97,10 +97,11 @@ pub struct Qcow2Driver {
     /// Tables were changed since they were last written out. Set before a change;
     /// cleared by who holds `tables` alone.
     changed: AtomicBool,
-    /// `imago` has panicked: nothing is known of its state.
-    broken: AtomicBool,
-    /// Size of the disk in bytes. Written by a resize, of which there is one at a
-    /// time.
+    /// `imago` has panicked: nothing is known of its state. Its storage looks at this,
+    /// too, so that nothing of that state is written any more.
+    broken: Arc<AtomicBool>,
+    /// Size of the disk in bytes, as the header has it: perhaps not of whole sectors.
+    /// Written by a resize, of which there is one at a time.
     size: AtomicU64,
     cluster_size: u64,
     version: u32,
@@ -150,10 +151,9 @@ async fn backing_of(backing: &Child) -> io::Result<FormatAccess<NodeStorage>> {
 
 async fn open_image(
     header: &Header,
-    file: &Arc<GrowingFile>,
-    data_file: Option<&Arc<GrowingFile>>,
-    backing: Option<&Child>,
+    (file, data_file, backing): (&Arc<GrowingFile>, Option<&Arc<GrowingFile>>, Option<&Child>),
     writable: bool,
+    broken: &Arc<AtomicBool>,
 ) -> Result<Image, OpenError> {
     let opened = async {
         let order = match writable {
@@ -164,9 +164,10 @@ async fn open_image(
                     .map_err(|error| io::Error::from_raw_os_error(error.errno))?,
             ),
         };
-        let storage = NodeStorage::image(Arc::clone(file), order);
+        let storage = NodeStorage::image(Arc::clone(file), order, Arc::clone(broken));
         let mut image = Image::open_image(storage, writable).await?;
-        image.set_data_file(data_file.map(Arc::clone).map(NodeStorage::data));
+        let data = data_file.map(|file| NodeStorage::data(Arc::clone(file), Arc::clone(broken)));
+        image.set_data_file(data);
         image.set_backing(match backing {
             Some(backing) => Some(backing_of(backing).await?),
             None => None,
@@ -198,12 +199,12 @@ impl Qcow2Driver {
             .data_file
             .map(|child| Arc::new(GrowingFile::new(child)));
         let backing = children.backing;
+        let broken = Arc::new(AtomicBool::new(false));
         let image = open_image(
             header,
-            &file,
-            data_file.as_ref(),
-            backing.as_ref(),
+            (&file, data_file.as_ref(), backing.as_ref()),
             !read_only,
+            &broken,
         )
         .await?;
         Ok(Self {
@@ -214,7 +215,7 @@ impl Qcow2Driver {
             image: RwLock::new(image),
             tables: RwLock::with_max_readers((), MAX_CHANGES),
             changed: AtomicBool::new(false),
-            broken: AtomicBool::new(false),
+            broken,
             size: AtomicU64::new(header.size),
             cluster_size: 1 << header.cluster_bits,
             version: header.version,

@@ -45,8 +45,8 @@ impl Qcow2Driver {
         if !read_only && !self.writable.load(Ordering::Relaxed) {
             let header = read_header(&self.file.node(), false).await?;
             let backing = self.backing.load_full();
-            let (data_file, backing) = (self.data_file.as_ref(), backing.as_deref());
-            image = Some(open_image(&header, &self.file, data_file, backing, true).await?);
+            let nodes = (&self.file, self.data_file.as_ref(), backing.as_deref());
+            image = Some(open_image(&header, nodes, true, &self.broken).await?);
         }
         *self.next() = Some(Next { read_only, image });
         Ok(Reopened {

@@ -76,8 +76,10 @@ impl Qcow2Driver {
                 Place::Data { at, .. } => self.data().read(at, part).await?,
                 Place::Zero => part.fill(0),
                 Place::Compressed => {
-                    let unpacked = self.unpack(&image, request, at, &part).await?;
-                    done += unpacked;
+                    // Not for writers, but each reader pins a table in the cache as
+                    // they do.
+                    let _bounded = self.tables.read().await;
+                    done += self.unpack(&image, request, at, &part).await?;
                     continue;
                 }
                 Place::Unallocated => match self.backing.load_full() {
@@ -90,16 +92,15 @@ impl Qcow2Driver {
         Ok(())
     }
 
-    /// Reads compressed clusters, a bounded number of them; gives how many bytes.
-    async fn unpack(
+    /// Reads from a compressed cluster, and gives how many bytes: none if it is not
+    /// compressed any more. The caller holds `image` and `tables`.
+    pub(super) async fn unpack(
         &self,
         image: &Image,
         request: (IoOp, u64, u64),
         at: u64,
         into: &IoVec,
     ) -> Result<usize, IoError> {
-        // Not for writers, but each reader pins a table in the cache as they do.
-        let _bounded = self.tables.read().await;
         let to_end = self.cluster_size - at % self.cluster_size;
         let len = into.len().min(to_end as usize);
         let mut bytes = vec![0; len];
@@ -146,7 +147,7 @@ impl Qcow2Driver {
 
     /// Writes where there is no cluster of this image alone yet; gives how many
     /// bytes. The caller holds `image` and `tables`.
-    async fn write_new(
+    pub(super) async fn write_new(
         &self,
         image: &Image,
         request: (IoOp, u64, u64),

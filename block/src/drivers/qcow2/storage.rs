@@ -6,6 +6,7 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use imago::Storage;
 use imago::io_buffers::{IoVector, IoVectorMut};
@@ -38,31 +39,48 @@ enum Target {
 /// on, as all I/O on nodes does.
 pub(super) struct NodeStorage {
     target: Target,
+    /// What `imago` knows makes no sense: nothing of it is to be written.
+    broken: Arc<AtomicBool>,
     helper: CommonStorageHelper,
 }
 
 impl NodeStorage {
-    /// The image's file; `order` if it is to be written.
-    pub(super) fn image(file: Arc<GrowingFile>, order: Option<WriteOrder>) -> Self {
-        Self::new(match order {
+    /// The image's file; `order` if it is to be written, as long as it is not `broken`.
+    pub(super) fn image(
+        file: Arc<GrowingFile>,
+        order: Option<WriteOrder>,
+        broken: Arc<AtomicBool>,
+    ) -> Self {
+        let target = match order {
             Some(order) => Target::Image(file, Box::new(order)),
             None => Target::Readable(file),
-        })
+        };
+        Self::new(target, broken)
     }
 
-    /// The image's data file.
-    pub(super) fn data(file: Arc<GrowingFile>) -> Self {
-        Self::new(Target::Data(file))
+    /// The image's data file, written as long as the image is not `broken`.
+    pub(super) fn data(file: Arc<GrowingFile>, broken: Arc<AtomicBool>) -> Self {
+        Self::new(Target::Data(file), broken)
     }
 
     /// The image's backing node.
     pub(super) fn backing(child: Child) -> Self {
-        Self::new(Target::Backing(child))
+        Self::new(Target::Backing(child), Arc::default())
     }
 
-    fn new(target: Target) -> Self {
+    /// Fails once the image is broken: a request that was under way when that was found
+    /// would write tables of which nothing is known.
+    fn check_usable(&self) -> io::Result<()> {
+        match self.broken.load(Ordering::Acquire) {
+            true => Err(io::Error::from_raw_os_error(libc::EIO)),
+            false => Ok(()),
+        }
+    }
+
+    fn new(target: Target, broken: Arc<AtomicBool>) -> Self {
         Self {
             target,
+            broken,
             helper: CommonStorageHelper::default(),
         }
     }
@@ -141,6 +159,7 @@ impl Storage for NodeStorage {
     }
 
     async unsafe fn pure_writev(&self, bytes: IoVector<'_>, offset: u64) -> io::Result<()> {
+        self.check_usable()?;
         match &self.target {
             Target::Image(file, order) => {
                 let iov = copied(&bytes)?;
@@ -159,6 +178,7 @@ impl Storage for NodeStorage {
     }
 
     async unsafe fn pure_write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check_usable()?;
         match &self.target {
             Target::Image(file, order) => order.write_zeroes(file, offset, len).await,
             Target::Data(file) => {
@@ -198,6 +218,7 @@ impl Storage for NodeStorage {
     }
 
     async fn resize(&self, size: u64, _: PreallocateMode) -> io::Result<()> {
+        self.check_usable()?;
         match &self.target {
             Target::Data(file) => file.node().resize(size).await.map_err(io_error),
             _ => Err(io::ErrorKind::Unsupported.into()),
@@ -208,6 +229,44 @@ impl Storage for NodeStorage {
 impl fmt::Debug for NodeStorage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("NodeStorage").field(&self.name()).finish()
+    }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use imago::io_buffers::IoBuffer;
+    use imago::storage::ext::StorageExt as _;
+
+    use super::*;
+    use crate::driver::ChildRole;
+    use crate::graph::Graph;
+    use crate::node::NodeOptions;
+    use crate::runtime::EventLoop;
+    use crate::test_storage::TestStorage;
+
+    #[test]
+    fn nothing_is_written_for_an_image_that_is_broken() {
+        let graph = Graph::new();
+        let storage = TestStorage::new(1 << 20);
+        let node = graph
+            .add_node(Some("f"), storage.driver(), NodeOptions::default())
+            .unwrap();
+        let file = Arc::new(GrowingFile::new(Child::new(ChildRole::DataFile, node)));
+        let broken = Arc::new(AtomicBool::new(false));
+        let below = NodeStorage::data(file, Arc::clone(&broken));
+        let mut ones = IoBuffer::new(512, 512).unwrap();
+        ones.as_mut().into_slice().fill(1);
+        let event_loop = EventLoop::new("test").unwrap();
+        event_loop.block_on(async {
+            below.write(&ones, 0).await.unwrap();
+            broken.store(true, Ordering::Release);
+            let error = below.write(&ones, 512).await.unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EIO));
+            assert!(below.write_zeroes(0, 512).await.is_err());
+            assert!(below.resize(512, PreallocateMode::None).await.is_err());
+        });
+        let content = storage.snapshot();
+        assert_eq!((content[0], content[512], content.len()), (1, 0, 1 << 20));
     }
 }
 

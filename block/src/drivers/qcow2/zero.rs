@@ -1,6 +1,7 @@
 //! Zeroes and discards.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use imago::format::drivers::FormatDriverInstance;
 
@@ -22,7 +23,7 @@ impl Qcow2Driver {
     fn clusters(&self, offset: u64, len: u64) -> Range<u64> {
         let end = offset + len;
         let start = offset.next_multiple_of(self.cluster_size);
-        let end = match end == crate::driver::BlockDriver::size(self) {
+        let end = match end == self.size.load(Ordering::Relaxed) {
             true => end,
             false => end - end % self.cluster_size,
         };
@@ -109,8 +110,7 @@ impl Qcow2Driver {
             return self.free(request, range.start..end).await;
         }
         let _changing = self.tables.read().await;
-        self.changed
-            .store(true, std::sync::atomic::Ordering::Release);
+        self.changed.store(true, Ordering::Release);
         let zeroed = self
             .run(request, image.ensure_zero_mapping(range.start, found))
             .await?;
@@ -160,8 +160,7 @@ impl Qcow2Driver {
             true => self.places_of(&image, request, &range).await?,
             false => Vec::new(),
         };
-        self.changed
-            .store(true, std::sync::atomic::Ordering::Release);
+        self.changed.store(true, Ordering::Release);
         let mut at = range.start;
         while at < range.end {
             let len = range.end - at;

@@ -323,3 +323,22 @@ fn a_dropped_rewrite_keeps_its_block_locked_until_it_is_done() {
         }
     });
 }
+
+#[test]
+fn what_a_resize_cuts_off_is_a_hole_when_the_file_grows_again() {
+    for place in places() {
+        let image = image_in(&place, SIZE);
+        let driver = open_image(image.path(), false);
+        EventLoop::new("test").unwrap().block_on(async {
+            let ones = memory(SIZE as usize, 0, SIZE as usize);
+            ones.fill(1);
+            driver.write(0, ones, WriteFlags::default()).await.unwrap();
+            let extent = driver.block_status(0, SIZE).await.unwrap();
+            assert!(extent.flags.data);
+            driver.resize(4096).await.unwrap();
+            driver.resize(SIZE).await.unwrap();
+            let extent = driver.block_status(8192, 4096).await.unwrap();
+            assert_eq!((extent.len, extent.flags.zero), (4096, true));
+        });
+    }
+}

@@ -130,15 +130,24 @@ impl<'a> Image<'a> {
     /// First byte of each sector of the disk, as a guest reads it without a backing
     /// image.
     pub(super) fn sectors(&self) -> Vec<u8> {
-        let mut sectors = vec![0; (self.u64(24) / 512) as usize];
+        self.sectors_over(|_| 0)
+    }
+
+    /// As [`sectors`](Self::sectors), where a backing image has these.
+    pub(super) fn sectors_over(&self, below: impl Fn(usize) -> u8) -> Vec<u8> {
+        let mut sectors: Vec<u8> = (0..(self.u64(24) / 512) as usize).map(below).collect();
         let per_cluster = (1usize << self.cluster_bits) / 512;
         for (guest, entry) in self.mappings() {
-            if entry & OFFSET == 0 || entry & 1 != 0 {
+            let zero = entry & 1 != 0;
+            if entry & OFFSET == 0 && !zero {
                 continue;
             }
             for within in 0..per_cluster {
                 if let Some(sector) = sectors.get_mut(guest as usize * per_cluster + within) {
-                    *sector = self.byte((entry & OFFSET) + within as u64 * 512);
+                    *sector = match zero {
+                        true => 0,
+                        false => self.byte((entry & OFFSET) + within as u64 * 512),
+                    };
                 }
             }
         }

@@ -11,8 +11,9 @@ use super::{Layout, on_main, open_on};
 use crate::buffer::AlignedBuffer;
 use crate::driver::{WriteFlags, ZeroFlags};
 use crate::node::{Node, NodeOptions};
-use crate::options::{BackingRef, DiscardMode};
+use crate::options::{BackingRef, BlockdevRef, DiscardMode};
 use crate::runtime::spawn_local;
+use crate::test_storage::TestStorage;
 
 struct Random(u64);
 
@@ -35,10 +36,20 @@ struct Change {
 
 /// What was asked of the disk.
 struct History {
+    /// There is a backing image, which shows through at first.
+    backed: bool,
     /// By sector. One task changes a sector, so these follow each other.
     changes: Vec<Vec<Change>>,
     /// Events before each flush began and ended.
     flushes: Vec<(usize, usize)>,
+}
+
+/// First byte of each sector of the backing image.
+fn below(backed: bool, sector: usize) -> u8 {
+    match backed {
+        true => 200 + (sector % 50) as u8,
+        false => 0,
+    }
 }
 
 /// Every so many events the process stops.
@@ -91,7 +102,17 @@ async fn one_request(
             let start = offset.next_multiple_of(cluster);
             let end = (offset + bytes) / cluster * cluster;
             if start < end {
-                node.discard(start, end - start).await.unwrap();
+                if history.borrow().backed {
+                    // What is not there is not discarded: the backing image still shows.
+                    let flags = ZeroFlags {
+                        may_unmap: true,
+                        ..ZeroFlags::default()
+                    };
+                    let zeroed = node.write_zeroes(start, end - start, flags).await;
+                    zeroed.unwrap();
+                } else {
+                    node.discard(start, end - start).await.unwrap();
+                }
                 let ended = recorder.position();
                 for sector in start / 512..end / 512 {
                     history.borrow_mut().changes[sector as usize].push(Change {
@@ -109,9 +130,9 @@ async fn one_request(
             for (i, sector) in (first..first + len).enumerate() {
                 let mut byte = [0];
                 iov.copy_to(i * 512, &mut byte);
-                let expected = history.borrow().changes[sector as usize]
-                    .last()
-                    .map_or(0, |change| change.value);
+                let sector = sector as usize;
+                let last = history.borrow().changes[sector].last().map(|c| c.value);
+                let expected = last.unwrap_or_else(|| below(history.borrow().backed, sector));
                 assert_eq!(byte[0], expected, "sector {sector}");
             }
             return;
@@ -134,10 +155,11 @@ async fn one_request(
 }
 
 /// Runs requests at random, some at once, and gives what happened.
-fn run(layout: Layout, seed: u64, requests: u64) -> (Vec<u8>, Recorder, History) {
+fn run(layout: Layout, backed: bool, seed: u64, requests: u64) -> (Vec<u8>, Recorder, History) {
     let before = layout.image();
     let recorder = Recorder::new(before.clone(), seed);
     let history = Rc::new(RefCell::new(History {
+        backed,
         changes: (0..layout.size / 512).map(|_| Vec::new()).collect(),
         flushes: Vec::new(),
     }));
@@ -150,7 +172,20 @@ fn run(layout: Layout, seed: u64, requests: u64) -> (Vec<u8>, Recorder, History)
         let file = graph
             .add_node(Some("f"), recorder.driver(), options)
             .unwrap();
-        let node = open_on(&graph, "q", "f", BackingRef::None).await.unwrap();
+        let backing = match backed {
+            false => BackingRef::None,
+            true => {
+                let base = TestStorage::new(layout.size);
+                for sector in 0..(layout.size / 512) as usize {
+                    base.poke(sector as u64 * 512, &[below(true, sector); 512]);
+                }
+                graph
+                    .add_node(Some("base"), base.driver(), options)
+                    .unwrap();
+                BackingRef::Node(BlockdevRef::Name("base".to_owned()))
+            }
+        };
+        let node = open_on(&graph, "q", "f", backing).await.unwrap();
         let tasks: Vec<_> = (0..TASKS)
             .map(|task| {
                 let (node, recorder) = (Arc::clone(&node), recorder.clone());
@@ -186,7 +221,8 @@ fn check_content(image: &[u8], history: &History, at: usize, anything: bool, wha
         .map(|(began, _)| *began)
         .max()
         .unwrap_or(0);
-    let sectors = Image::new(image).sectors();
+    let below = |sector| below(history.backed, sector);
+    let sectors = Image::new(image).sectors_over(below);
     for (sector, changes) in history.changes.iter().enumerate() {
         let begun = changes.iter().filter(|change| change.began < at);
         // At the same number the order is not known.
@@ -196,12 +232,15 @@ fn check_content(image: &[u8], history: &History, at: usize, anything: bool, wha
             continue;
         }
         let value = sectors[sector];
-        let fits = value == durable.map_or(0, |change| change.value)
+        let fits = value == durable.map_or(below(sector), |change| change.value)
             || later.any(|change| change.value == value);
         assert!(
             fits,
-            "{what} at {at}: sector {sector} holds {value}, was {:?} at {flushed}",
-            durable.map(|change| (change.value, change.began, change.ended)),
+            "{what} at {at}: sector {sector} holds {value}, flushed {flushed}: {:?}",
+            changes
+                .iter()
+                .map(|c| (c.value, c.began, c.ended))
+                .collect::<Vec<_>>(),
         );
     }
 }
@@ -215,8 +254,8 @@ fn check_tables(image: &[u8], at: usize, what: &str) {
     );
 }
 
-fn stop_anywhere(layout: Layout, seed: u64, requests: u64) {
-    let (before, recorder, history) = run(layout, seed, requests);
+fn stop_anywhere(layout: Layout, backed: bool, seed: u64, requests: u64) {
+    let (before, recorder, history) = run(layout, backed, seed, requests);
     let events = recorder.events();
 
     let mut image = before.clone();
@@ -274,7 +313,7 @@ fn small_clusters_and_many_tables() {
         size: 6 << 20,
     };
     for seed in seeds(1, 2) {
-        stop_anywhere(layout, seed, 60);
+        stop_anywhere(layout, false, seed, 60);
     }
 }
 
@@ -286,6 +325,18 @@ fn clusters_larger_than_requests() {
         size: 2 << 20,
     };
     for seed in seeds(1001, 2) {
-        stop_anywhere(layout, seed, 80);
+        stop_anywhere(layout, false, seed, 80);
+    }
+}
+
+#[test]
+fn clusters_that_are_copied_from_a_backing_image() {
+    let layout = Layout {
+        cluster_bits: 12,
+        refcount_order: 4,
+        size: 2 << 20,
+    };
+    for seed in seeds(2001, 2) {
+        stop_anywhere(layout, true, seed, 60);
     }
 }

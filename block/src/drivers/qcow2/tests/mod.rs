@@ -5,6 +5,7 @@
 //! - `order`: what has to be durable before what;
 //! - `life`: images that are reopened, deleted, or not to be flushed;
 //! - `requests`: what requests do, and what goes wrong with them;
+//! - `resize`: disks that become larger or smaller;
 //! - `check`: looks through an image as 'qemu-img check' does;
 //! - `recorder`: a storage that remembers the order of what was done.
 
@@ -15,6 +16,7 @@ mod life;
 mod order;
 mod recorder;
 mod requests;
+mod resize;
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -28,17 +30,17 @@ use crate::runtime::EventLoop;
 
 /// How an image is laid out.
 #[derive(Clone, Copy, Debug)]
-struct Layout {
-    cluster_bits: u32,
-    refcount_order: u32,
+pub(crate) struct Layout {
+    pub(crate) cluster_bits: u32,
+    pub(crate) refcount_order: u32,
     /// Of the disk, in bytes.
-    size: u64,
+    pub(crate) size: u64,
 }
 
 impl Layout {
     /// An empty image of version 3: header, reference count table with one block,
     /// first level table.
-    fn image(self) -> Vec<u8> {
+    pub(crate) fn image(self) -> Vec<u8> {
         let cluster = 1usize << self.cluster_bits;
         let l1_entries = self.size.div_ceil(1 << (2 * self.cluster_bits - 3)).max(1);
         let l1_clusters = (l1_entries as usize * 8).div_ceil(cluster);
