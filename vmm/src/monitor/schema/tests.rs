@@ -18,6 +18,7 @@ use crate::vm_control::{RunState, ShutdownCause, VmEvent};
 const REFUSED: &[&str] = &[
     "encrypt",
     "mptcp",
+    "pr-manager",
     "tls-authz",
     "tls-creds",
     "x-dirty-bitmap",
