@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """The embedded guest under `diptych run` beside the same guest under QEMU.
 
-    tests/bench/guest.py [--rounds N] [--directory DIR]
+    tests/bench/guest.py [MODE]... [--rounds N] [--directory DIR]
 
 The guest writes 4 KiB at random at depth 32 to a disk of 1 GiB that is full of
-data, as fast as it can, while the disk is mirrored; QEMU's machine is microvm.
-Shows the guest's rate and longest stall with no job, while the mirror copies,
-and when it is ready. The rounds alternate between the two, and the median is
-shown. Prints Markdown.
+data, as fast as it can, while the disk is mirrored (background,
+write-blocking) or backed up in full (backup; fleecing: from a snapshot that
+copy-before-write keeps); QEMU's machine is microvm. Shows the guest's rate and
+longest stall with no job, while the job copies, and when a mirror is ready.
+The rounds alternate between the two, and the median is shown. Prints Markdown.
 """
 import argparse
 import collections
@@ -30,8 +31,9 @@ TOOLS = ("diptych", "qemu")
 SIZE = 1 << 30
 WORKLOAD = "mailbox=0 mailbox_ms=5 depth=32 fill=all verify=off"
 CALM = 3
-# How long a mirror may take to become ready, in seconds.
+# How long a mirror may take to become ready, or a backup to end, in seconds.
 GIVE_UP = 15
+MODES = ("background", "write-blocking", "backup", "fleecing")
 
 
 class Machine(Guest):
@@ -50,7 +52,7 @@ class Machine(Guest):
             path.unlink(missing_ok=True)
             with open(path, "wb") as image:
                 image.truncate(SIZE)
-        self.targets = [target]
+        self.targets, self.scratch = [target], folder / "scratch.raw"
         self.qmp_path = folder / "qmp.sock"
         self.qmp_path.unlink(missing_ok=True)
         command = self.diptych() if tool == "diptych" else self.qemu()
@@ -77,8 +79,28 @@ class Machine(Guest):
                                     ("disk0", self.source, ",iothread=io0")):
             command += [
                 "-drive", f"if=none,id={name},file={path},format=raw,discard=unmap,aio=io_uring",
-                "-device", f"virtio-blk-device,drive={name},queue-size=256{options}"]
+                "-device", f"virtio-blk-device,id={name},drive={name},queue-size=256{options}"]
         return command
+
+    def backup(self, fleecing):
+        """Adds the target and starts the backup 'mirror0'."""
+        self.add_target()
+        source = "disk0"
+        if fleecing:
+            with open(self.scratch, "wb") as image:
+                image.truncate(SIZE)
+            [disk] = [row for row in self.qmp.execute("query-block") if row["device"] == "disk0"]
+            self.qmp.execute("blockdev-add", driver="file", node_name="scratch",
+                             filename=str(self.scratch), discard="unmap")
+            self.qmp.execute("blockdev-add", driver="copy-before-write", node_name="cbw",
+                             file=disk["inserted"]["node-name"], target="scratch")
+            self.qmp.execute("qom-set", path="/machine/peripheral/disk0", property="drive",
+                             value="cbw")
+            source = "snap"
+            self.qmp.execute("blockdev-add", driver="snapshot-access", node_name=source,
+                             file="cbw")
+        self.qmp.execute("blockdev-backup", job_id="mirror0", device=source, target="target0",
+                         sync="full")
 
     def alive(self):
         return self.popen.poll() is None
@@ -106,7 +128,7 @@ class Machine(Guest):
         self.popen.wait()
 
 
-def measure(tool, folder, copy_mode):
+def measure(tool, folder, mode):
     """Returns {phase: (writes/s, longest stall in ms, seconds)}."""
     machine = Machine(tool, folder)
     begins = []
@@ -119,18 +141,25 @@ def measure(tool, folder, copy_mode):
         machine.wait_working()
         time.sleep(CALM)
         begin(1)
-        machine.mirror(copy_mode=copy_mode)
-        ready = True
+        is_mirror = mode in ("background", "write-blocking")
+        if is_mirror:
+            machine.mirror(copy_mode=mode)
+        else:
+            machine.backup(mode == "fleecing")
+        copied = True
         try:
-            machine.qmp.event("BLOCK_JOB_READY", GIVE_UP)
+            end = machine.qmp.event("BLOCK_JOB_READY" if is_mirror else "BLOCK_JOB_COMPLETED",
+                                    GIVE_UP)
+            assert "error" not in end["data"], end
         except TimeoutError:
-            ready = False
+            copied = False
         begin(2)
-        time.sleep(CALM)
+        time.sleep(CALM if is_mirror else 0.1)
         begin(3)
         time.sleep(0.1)
-        machine.qmp.execute("job-cancel", id="mirror0")
-        machine.qmp.event("BLOCK_JOB_CANCELLED", 60)
+        if is_mirror or not copied:
+            machine.qmp.execute("job-cancel", id="mirror0")
+            machine.qmp.event("BLOCK_JOB_CANCELLED", 60)
         report = machine.finish()
     finally:
         machine.end()
@@ -139,25 +168,31 @@ def measure(tool, folder, copy_mode):
     pace = guest_seconds / (begins[2] - begins[0])
     phases = {}
     for name, counts in zip(("no job", "copying", "ready"), report["phases"]):
-        if name == "ready" and not ready:
+        if name == "ready" and not (is_mirror and copied):
             continue
         seconds = counts["us"] / 1e6 / pace
-        phases[name] = (counts["w"] / seconds, counts["stall"] / 1e3 / pace, seconds)
+        phases[name] = (counts["w"] / seconds, counts["stall"] / 1e3 / pace,
+                        seconds if copied or name == "no job" else None)
     return phases
 
 
-def attempt(tool, folder, copy_mode):
-    """As `measure`, once more if the machine ends in the midst of it."""
-    try:
-        return measure(tool, folder, copy_mode)
-    except (EOFError, ConnectionError) as error:
-        print(f"{tool}, {copy_mode}: the machine ended ({error})", file=sys.stderr)
-        return measure(tool, folder, copy_mode)
+def attempt(tool, folder, mode, tries=4):
+    """As `measure`, again if the machine ends in the midst of it."""
+    while True:
+        try:
+            return measure(tool, folder, mode)
+        except (EOFError, ConnectionError) as error:
+            tries -= 1
+            if tries == 0:
+                raise
+            print(f"{tool}, {mode}: the machine ended ({error})", file=sys.stderr)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modes", nargs="*", choices=[*MODES, []], metavar="MODE",
+                        help=f"{', '.join(MODES)} (default: all)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=pathlib.Path, default="/dev/shm")
     args = parser.parse_args()
@@ -165,7 +200,7 @@ def main():
         parser.error("QEMU is not installed: apt-get install qemu-system-x86")
     print("| mode | phase | diptych | QEMU | longest stall diptych | longest stall QEMU |")
     print("|---|---|---|---|---|---|")
-    for mode in ("background", "write-blocking"):
+    for mode in args.modes or MODES:
         results = {tool: collections.defaultdict(list) for tool in TOOLS}
         for _ in range(args.rounds):
             for tool in TOOLS:
@@ -173,6 +208,8 @@ def main():
                     for name, numbers in attempt(tool, pathlib.Path(folder), mode).items():
                         results[tool][name].append(numbers)
         for name in ("no job", "copying", "ready"):
+            if name == "ready" and mode in ("backup", "fleecing"):
+                continue
             cells = [cell(name, results[tool], args.rounds) for tool in TOOLS]
             print(f"| {mode} | {name} | {cells[0][0]} | {cells[1][0]} "
                   f"| {cells[0][1]} | {cells[1][1]} |", flush=True)
@@ -183,13 +220,14 @@ def cell(name, phases, rounds):
     runs = phases[name]
     if not runs:
         return ["never ready", ""]
-    rate, stall, seconds = (statistics.median(column) for column in zip(*runs))
+    rate, stall = (statistics.median(run[column] for run in runs) for column in range(2))
     base = statistics.median(run[0] for run in phases["no job"])
     text = f"{rate / 1e3:.1f}k/s"
     if name != "no job":
         text += f" ({rate / base:.0%})"
     if name == "copying":
-        text += f", {seconds:.1f} s"
+        took = [run[2] for run in runs]
+        text += f", more than {GIVE_UP} s" if None in took else f", {statistics.median(took):.1f} s"
     if len(runs) < rounds:
         text += f" ({len(runs)} of {rounds} runs)"
     return [text, f"{stall:.1f} ms"]
