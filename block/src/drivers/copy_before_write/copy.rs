@@ -3,7 +3,6 @@
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, OnceLock};
 
 use super::snapshot::{Claim, Snapshot};
@@ -12,11 +11,16 @@ use crate::buffer::AlignedBuffer;
 use crate::driver::{WriteFlags, ZeroFlags};
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node};
+use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use crate::wait::Waiters;
 
 /// Most bytes that are copied in one piece (or one cluster).
 const PIECE: u64 = 1 << 20;
 /// Longest range that is read without asking what it is.
 const SHORT: u64 = 64 << 10;
+/// Most bytes of buffers that the copies of one snapshot have in flight: guests can ask
+/// for many at once, each for a large cluster.
+const MAX_MEMORY: u64 = if cfg!(test) { PIECE } else { 128 << 20 };
 /// Size of the buffers in stock, and how many each thread has.
 const STOCK: (usize, usize) = (SHORT as usize, 32);
 
@@ -53,6 +57,58 @@ impl Entered {
         match self {
             Self::Child(node) => node,
             Self::Backend(request) => request.node(),
+        }
+    }
+}
+
+/// The buffers of a snapshot's copies: no more than [`MAX_MEMORY`] bytes at a time. Any
+/// thread.
+#[derive(Default)]
+pub(super) struct Memory {
+    /// Bytes taken. Atomic.
+    taken: AtomicU64,
+    /// Those who wait for bytes to be given back.
+    waiters: Waiters,
+}
+
+/// Bytes that were taken, until it is dropped.
+pub(super) struct Taken<'a> {
+    memory: &'a Memory,
+    len: u64,
+}
+
+impl Memory {
+    /// Takes `len` bytes, at most [`PIECE`], once they are there. `None`: `given_up` came
+    /// true before ([`look_again`](Self::look_again)).
+    ///
+    /// Cancel: nothing is taken.
+    async fn take(&self, len: u64, given_up: impl Fn() -> bool) -> Option<Taken<'_>> {
+        let look = || match self.try_take(len) {
+            None if given_up() => Some(None),
+            None => None,
+            taken => Some(taken),
+        };
+        self.waiters.until(look).await
+    }
+
+    /// Lets all who wait look again.
+    pub(super) fn look_again(&self) {
+        self.waiters.wake();
+    }
+
+    fn try_take(&self, len: u64) -> Option<Taken<'_>> {
+        let more = |taken: u64| taken.checked_add(len).filter(|sum| *sum <= MAX_MEMORY);
+        self.taken.fetch_update(SeqCst, SeqCst, more).ok()?;
+        Some(Taken { memory: self, len })
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let before = self.memory.taken.fetch_sub(self.len, SeqCst);
+        // Who waits for more than there was looks again; nobody waits below that.
+        if before + PIECE > MAX_MEMORY {
+            self.memory.waiters.wake();
         }
     }
 }
@@ -101,7 +157,10 @@ pub(super) async fn secure(
             return Ok(());
         }
         let changes = || {
-            snapshot.lets_pass() || snapshot.is_free(&range) || snapshot.any_todo(&range).is_some()
+            given_up.get()
+                || snapshot.lets_pass()
+                || snapshot.is_free(&range)
+                || snapshot.any_todo(&range).is_some()
         };
         snapshot.until(range.clone(), changes).await;
     }
@@ -127,6 +186,10 @@ async fn copy(snapshot: &Snapshot, mut claim: Claim) -> Result<(), IoError> {
     };
     let (mut at, mut moved) = (range.start, 0);
     while at < end {
+        if snapshot.lets_pass() {
+            // Nobody needs the rest, and the target may be somebody else's soon.
+            return Ok(());
+        }
         let piece = at..end.min(at + PIECE);
         at = piece.end;
         moved += carry_over(snapshot, piece).await?;
@@ -181,9 +244,10 @@ async fn is_allocated(snapshot: &Snapshot, cluster: Range<u64>) -> Result<bool, 
 async fn carry_over(snapshot: &Snapshot, range: Range<u64>) -> Result<u64, IoError> {
     let len = range.end - range.start;
     let source = snapshot.source();
-    let Some(target) = snapshot.target.enter() else {
-        return Err(snapshot.error(IoOp::Write, &range, libc::ECANCELED));
-    };
+    let cancelled = || snapshot.error(IoOp::Write, &range, libc::ECANCELED);
+    let memory = snapshot.memory.take(len, || snapshot.lets_pass()).await;
+    let _memory = memory.ok_or_else(cancelled)?;
+    let target = snapshot.target.enter().ok_or_else(cancelled)?;
     if len > SHORT {
         let extent = source.chain_status(None, range.start, len).await?;
         if extent.zero && extent.len >= len {

@@ -18,7 +18,6 @@ use std::future::Future;
 use std::ops::Range;
 use std::pin::pin;
 use std::rc::Rc;
-use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -42,6 +41,7 @@ use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node};
 use crate::permissions::{Perm, Permissions};
 use crate::runtime;
+use crate::sync::atomic::Ordering::SeqCst;
 
 /// Smallest cluster in bytes, as QEMU's.
 pub const MIN_CLUSTER: u64 = 64 << 10;
@@ -226,8 +226,8 @@ impl CopyBeforeWriteDriver {
 impl Snapshot {
     /// Reads what the disk held.
     ///
-    /// Errors: `EACCES` if the snapshot is broken or the range not part of it. Cancel:
-    /// nothing is left behind.
+    /// Errors: `EACCES` if the snapshot is broken or has ended, or the range is not part of
+    /// it. Cancel: nothing is left behind.
     pub async fn read(&self, offset: u64, iov: IoVec) -> Result<(), IoError> {
         let end = offset.saturating_add(iov.len() as u64);
         let mut at = offset;
@@ -240,7 +240,7 @@ impl Snapshot {
                 Some(_) => {
                     self.source().read(at, part).await?;
                     // The guest may have gone on without waiting for this.
-                    if self.broken().is_some() {
+                    if self.lets_pass() {
                         return Err(denied(libc::EACCES));
                     }
                 }
@@ -263,7 +263,7 @@ impl Snapshot {
         let extent = match &place.frozen {
             Some(_) => {
                 let extent = self.source().chain_status(None, offset, len).await?;
-                if self.broken().is_some() {
+                if self.lets_pass() {
                     return Err(denied(libc::EACCES));
                 }
                 extent
@@ -289,7 +289,7 @@ impl Snapshot {
     /// Errors: as [`read`](Self::read). Cancel: they are out of the snapshot or not.
     pub async fn discard(&self, offset: u64, len: u64) -> Result<(), IoError> {
         let range = offset..offset.saturating_add(len);
-        if self.broken().is_some() {
+        if self.lets_pass() {
             return Err(self.error(IoOp::Discard, &range, libc::EACCES));
         }
         let clusters = self.round_in(&range);
@@ -380,6 +380,18 @@ impl BlockDriver for CopyBeforeWriteDriver {
 
     fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {
         Box::pin(async move { self.file.node().block_status(offset, len).await })
+    }
+
+    /// As long as the snapshot is needed, what would be cut off has not been saved, and
+    /// what would be new has no place in it.
+    fn resize<'a>(&'a self, size: u64) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async move {
+            let file = self.file.node();
+            if !self.snapshot.lets_pass() {
+                return Err(file.error(IoOp::Truncate, size, 0, libc::EBUSY));
+            }
+            file.resize(size).await
+        })
     }
 
     fn filtered(&self) -> Option<Arc<Node>> {

@@ -24,17 +24,17 @@
 //! two sees the other.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use super::copy::Target;
+use super::copy::{Memory, Target};
 use super::waiting::{Change, Waiting};
 use crate::backend::Backend;
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
 use crate::error::{IoError, IoOp};
 use crate::latency::GuestLatency;
 use crate::node::{Child, Node};
+use crate::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering::SeqCst};
 
 /// Chunks that one step of a long walk looks at.
 const STEP: u64 = 1 << 12;
@@ -108,6 +108,8 @@ pub struct Snapshot {
     frozen: AtomicUsize,
     /// Copies that a guest's request began, and which may outlive it.
     pub(super) copies: AtomicUsize,
+    /// Of those.
+    pub(super) memory: Memory,
     /// Only what this node's own layer has is copied, at the cost of a look at each
     /// cluster. Atomic; set before requests come, and cleared once everything else is
     /// out of the snapshot.
@@ -141,6 +143,7 @@ impl Snapshot {
             ended: AtomicBool::new(false),
             frozen: AtomicUsize::new(0),
             copies: AtomicUsize::new(0),
+            memory: Memory::default(),
             only_allocated: AtomicBool::new(false),
             waiting: Waiting::default(),
             observer: OnceLock::new(),
@@ -268,6 +271,7 @@ impl Snapshot {
                 error = %std::io::Error::from_raw_os_error(errno),
                 "a snapshot is broken: what the guest wrote over could not be saved"
             );
+            self.memory.look_again();
             self.changed(0..self.size);
         }
     }
@@ -275,10 +279,12 @@ impl Snapshot {
     /// The snapshot is not needed any more: guests' requests pass.
     pub fn end(&self) {
         self.ended.store(true, SeqCst);
+        self.memory.look_again();
         self.changed(0..self.size);
     }
 
-    /// Whether guests' requests pass without any more copying.
+    /// Whether guests' requests pass without any more copying, so that the snapshot cannot
+    /// be read any more.
     pub(super) fn lets_pass(&self) -> bool {
         self.ended.load(SeqCst) || self.broken().is_some()
     }
@@ -422,10 +428,10 @@ impl Snapshot {
     /// Looks where the snapshot has the bytes from the start of `range` on, and sees to
     /// it that they stay there until the result is dropped.
     ///
-    /// Errors: an errno; `EACCES` if the snapshot is broken, or does not have them.
+    /// Errors: an errno; `EACCES` if the snapshot is lost, or does not have them.
     pub(super) fn look(&self, range: Range<u64>) -> Result<Place<'_>, i32> {
-        let freeze = Freeze::new(self, range.clone());
-        if self.broken().is_some() {
+        let mut freeze = Freeze::new(self, range.clone());
+        if self.lets_pass() {
             return Err(libc::EACCES);
         }
         let pending = self.pending.is_dirty(range.start);
@@ -445,10 +451,19 @@ impl Snapshot {
             end(&self.access, true),
         ];
         let end = ends.into_iter().flatten().min().unwrap_or(range.end);
+        if pending {
+            freeze.narrow(end);
+        }
         Ok(Place {
             range: range.start..end,
             frozen: pending.then_some(freeze),
         })
+    }
+
+    /// How many wait for a change.
+    #[cfg(all(test, not(shuttle)))]
+    pub(super) fn waiters(&self) -> usize {
+        self.waiting.waiters()
     }
 
     /// The range, widened to whole clusters (the last one ends with the disk).
@@ -608,6 +623,18 @@ impl<'a> Freeze<'a> {
             snapshot,
             key,
             range,
+        }
+    }
+}
+
+impl Freeze<'_> {
+    /// What is behind `end` may be written.
+    fn narrow(&mut self, end: u64) {
+        if end < self.range.end {
+            let rest = end..self.range.end;
+            self.range.end = end;
+            self.snapshot.waiting.narrow(self.key, end);
+            self.snapshot.waiting.changed(&rest);
         }
     }
 }

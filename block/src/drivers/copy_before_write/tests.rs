@@ -12,7 +12,7 @@ use crate::runtime::{EventLoop, LocalTask, spawn_local};
 use crate::test_storage::{CHUNK, Match, TestStorage};
 
 const CLUSTER: u64 = MIN_CLUSTER;
-const SIZE: u64 = 16 * CLUSTER;
+const SIZE: u64 = 32 * CLUSTER;
 const LIMIT: Duration = Duration::from_secs(60);
 
 struct Rig {
@@ -258,6 +258,57 @@ fn a_write_waits_for_a_read_of_the_source_and_reads_overlap() {
 }
 
 #[test]
+fn a_read_of_the_source_holds_no_write_to_what_is_copied() {
+    run(async {
+        let rig = rig();
+        rig.write(CLUSTER, 2).await;
+        rig.source.hold(Match::op(IoOp::Read).range(0..512));
+        let read = rig.begin_read(0, 3 * CLUSTER);
+        rig.source.wait_held(1).await;
+        rig.write(CLUSTER + CHUNK, 3).await;
+        rig.write(2 * CLUSTER, 3).await;
+        rig.source.release_all();
+        assert!(read.await.unwrap().iter().all(|byte| *byte == 1));
+    });
+}
+
+#[test]
+fn a_write_that_was_held_by_the_end_of_a_long_read_goes_on_when_that_is_not_needed() {
+    run(async {
+        let rig = rig();
+        let whole = rig.snapshot.look(0..2 * CLUSTER).ok().unwrap();
+        assert_eq!(whole.range, 0..2 * CLUSTER);
+        let write = rig.begin_write(CLUSTER, 2);
+        settle().await;
+        assert!(!write.is_finished());
+        // The second cluster is copied by now.
+        let front = rig.snapshot.look(0..2 * CLUSTER).ok().unwrap();
+        assert_eq!(front.range, 0..CLUSTER);
+        drop(whole);
+        write.await.unwrap();
+        drop(front);
+    });
+}
+
+#[test]
+fn a_snapshot_that_has_ended_cannot_be_read() {
+    run(async {
+        let rig = rig();
+        rig.source.hold(Match::op(IoOp::Read).range(0..512));
+        let read = rig.begin_read(0, 512);
+        rig.source.wait_held(1).await;
+        rig.snapshot.end();
+        rig.write(0, 2).await;
+        rig.source.release_all();
+        assert_eq!(read.await.unwrap_err().errno, libc::EACCES);
+        let error = rig.begin_read(CLUSTER, 512).await.unwrap_err();
+        assert_eq!(error.errno, libc::EACCES);
+        let status = rig.access.block_status(0, 512).await;
+        assert_eq!(status.unwrap_err().errno, libc::EACCES);
+    });
+}
+
+#[test]
 fn a_read_over_copied_and_other_clusters_sees_one_instant() {
     run(async {
         let rig = rig();
@@ -297,6 +348,75 @@ fn a_dead_target_holds_a_request_no_longer_than_its_timeout() {
             rig.write(CHUNK, 3).await;
         });
     }
+}
+
+#[test]
+fn who_gives_up_waiting_for_the_copy_of_another_leaves_nothing_behind() {
+    run(async {
+        let policy = CbwPolicy {
+            timeout: Some(Duration::from_millis(1)),
+            ..CbwPolicy::default()
+        };
+        let rig = rig_with(policy, None);
+        rig.target.hold(Match::any());
+        rig.begin_write(0, 2).await.unwrap_err();
+        for _ in 0..10 {
+            let again = rig.begin_write(CHUNK, 3).await;
+            assert_eq!(again.unwrap_err().errno, libc::ETIMEDOUT);
+        }
+        settle().await;
+        assert_eq!(rig.snapshot.waiters(), 0);
+        rig.target.release_all();
+    });
+}
+
+#[test]
+fn copies_have_a_bounded_amount_of_memory_in_flight() {
+    for ends in [false, true] {
+        run(async {
+            let rig = rig();
+            rig.target.hold(Match::op(IoOp::Write));
+            let clusters = SIZE / CLUSTER;
+            let writes: Vec<_> = (0..clusters)
+                .map(|cluster| rig.begin_write(cluster * CLUSTER, 2))
+                .collect();
+            let most = (1 << 20) / CLUSTER as usize;
+            rig.target.wait_held(most).await;
+            settle().await;
+            assert_eq!(rig.target.held(), most);
+            if ends {
+                rig.snapshot.end();
+                for write in writes {
+                    write.await.unwrap();
+                }
+                assert_eq!(rig.target.held(), most, "nothing is begun any more");
+                rig.target.release_all();
+                return;
+            }
+            rig.target.release_all();
+            for write in writes {
+                write.await.unwrap();
+            }
+            for cluster in 0..clusters {
+                assert_eq!(rig.target.peek(cluster * CLUSTER, 1), [1]);
+            }
+        });
+    }
+}
+
+#[test]
+fn the_size_stays_as_long_as_the_snapshot_is_needed() {
+    run(async {
+        let rig = rig();
+        for size in [CLUSTER, 2 * SIZE] {
+            let error = rig.filter.driver().resize(size).await.unwrap_err();
+            assert_eq!(error.errno, libc::EBUSY);
+        }
+        assert_eq!(rig.filter.size(), SIZE);
+        rig.snapshot.end();
+        rig.filter.driver().resize(CLUSTER).await.unwrap();
+        assert_eq!(rig.filter.size(), CLUSTER);
+    });
 }
 
 #[test]

@@ -4,9 +4,9 @@
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::task::{Context, Poll, Waker};
 
+use crate::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use crate::sync::{Mutex, lock};
 
 /// Those who wait, and those who read. Any thread.
@@ -46,6 +46,15 @@ impl Waiting {
         key
     }
 
+    /// Of a range that is read, what is behind `end` is not.
+    pub(super) fn narrow(&self, key: u64, end: u64) {
+        let mut lists = lock(&self.lists);
+        let of_key = lists.frozen.iter_mut().find(|(known, _)| *known == key);
+        if let Some((_, range)) = of_key {
+            range.end = end;
+        }
+    }
+
     /// The range is not read any more.
     pub(super) fn thaw(&self, key: u64) {
         lock(&self.lists).frozen.retain(|(known, _)| *known != key);
@@ -58,6 +67,11 @@ impl Waiting {
             .frozen
             .iter()
             .any(|(_, frozen)| overlap(frozen, range))
+    }
+
+    #[cfg(all(test, not(shuttle)))]
+    pub(super) fn waiters(&self) -> usize {
+        self.waiters.load(SeqCst)
     }
 
     /// Wakes those who wait for some of `range`. What they wait for is there already.
