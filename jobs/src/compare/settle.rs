@@ -31,6 +31,8 @@ const HOLD_LIMIT: Duration = Duration::from_millis(100);
 const HELD_TIME: Duration = Duration::from_millis(10);
 const HELD_DOUBLINGS: u32 = 2;
 const HELD_BYTES: u64 = 256 << 10;
+/// Bytes of one such read: what was read in time need not be read again.
+const HELD_PIECE: u64 = 64 << 10;
 /// Wait for a mirror that copies a candidate while requests are held.
 const LAG: Duration = Duration::from_millis(1);
 
@@ -188,25 +190,24 @@ impl Body<'_> {
     /// Reads a little of what is left while requests are held, for a moment.
     async fn read_held(&mut self, held: &Held, limit: Duration, settled: &mut Settled) {
         let until = Instant::now() + limit;
-        let mut bytes = 0;
+        let mut room = HELD_BYTES;
         let mut open = std::mem::take(&mut settled.open).into_iter();
         let mut left = Vec::new();
         for range in open.by_ref() {
-            bytes += range.end - range.start;
-            let late = Instant::now() >= until || bytes > HELD_BYTES;
-            let looked = match late {
-                true => None,
-                false => self.read_one_held(held, &range, until).await,
-            };
-            match looked {
-                Some(looked) if looked.stop.is_none() && looked.end == range.end => {
-                    for range in looked.differing {
-                        settled.differ.push(range);
+            let mut at = range.start;
+            while at < range.end && room > 0 && Instant::now() < until {
+                let piece = at..range.end.min(at + HELD_PIECE.min(room));
+                at = piece.end;
+                room -= piece.end - piece.start;
+                match self.read_one_held(held, &piece, until).await {
+                    Some(looked) if looked.stop.is_none() && looked.end == piece.end => {
+                        settled.differ.extend(looked.differing);
                     }
+                    _ => push(&mut left, piece),
                 }
-                _ => left.push(range),
             }
-            if late {
+            if at < range.end {
+                push(&mut left, at..range.end);
                 break;
             }
         }

@@ -503,6 +503,30 @@ fn what_is_wrong_on_a_mirrors_target_is_found_under_a_guest_that_writes() {
 }
 
 #[test]
+fn a_long_range_that_is_written_all_the_time_is_decided_too() {
+    with_rig(|rig| async move {
+        const LEN: u64 = 600 * KIB;
+        rig.begin_write(0, LEN, 255).await;
+        let writer = {
+            let (rig, mut byte) = (Rc::clone(&rig), 0u8);
+            runtime::spawn_local(async move {
+                while rig.status() != Some(JobStatus::Concluded) {
+                    byte = byte.wrapping_add(1);
+                    rig.begin_write(0, LEN, byte | 1).await;
+                }
+            })
+        };
+        rig.start(rig.spec());
+        rig.concluded().await;
+        writer.await;
+        assert_eq!(rig.error(), None);
+        let found = rig.found();
+        assert_eq!((found.differences, found.differing_bytes), (1, LEN));
+        assert_eq!(found.undecided_bytes, 0);
+    });
+}
+
+#[test]
 fn a_comparison_of_a_mirror_that_ends_does_not_end_well() {
     with_rig(|rig| async move {
         scribble(&rig, 0..SIZE);
