@@ -86,12 +86,21 @@ pub(super) struct FleecingClaim {
     range: Range<u64>,
 }
 
+impl FleecingClaim {
+    /// The clusters from `end` on are to be copied again.
+    fn leave_from(&mut self, end: u64) {
+        let Range { start, end: last } = self.range;
+        let end = end.clamp(start, last);
+        if end < last {
+            self.range.end = end;
+            self.fleecing.wanted.todo.set(end, last - end);
+        }
+    }
+}
+
 impl Drop for FleecingClaim {
     fn drop(&mut self) {
-        let Range { start, end } = self.range;
-        if start < end {
-            self.fleecing.wanted.todo.set(start, end - start);
-        }
+        self.leave_from(self.range.start);
     }
 }
 
@@ -101,6 +110,15 @@ impl BodyClaim {
         match self {
             Self::Shared(claim) => claim.range(),
             Self::Fleecing(claim) => claim.range.clone(),
+        }
+    }
+
+    /// The clusters from `end` on (of whole clusters) are left to others: they are to be
+    /// copied again.
+    pub(super) fn leave_from(&mut self, end: u64) {
+        match self {
+            Self::Shared(claim) => claim.leave_from(end),
+            Self::Fleecing(claim) => claim.leave_from(end),
         }
     }
 

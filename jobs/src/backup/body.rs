@@ -2,6 +2,7 @@
 //!
 //! One task on the job's home; its operations run inside it, side by side.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -38,6 +39,8 @@ const BUFFERS: usize = 16;
 struct Done {
     /// What it counts for in the window.
     cost: u64,
+    /// End of what it claimed.
+    end: u64,
     result: Result<Copied, CopyError>,
 }
 
@@ -312,16 +315,21 @@ impl<'a> Body<'a> {
         let snapshot = Arc::clone(&self.snapshot);
         let discards = self.driver.settings().discard_source;
         self.operations.push(Box::pin(async move {
-            let result = carrier.carry(claim.range(), look, &nodes).await;
+            let range = claim.range();
+            let end = range.end;
+            let claim = RefCell::new(claim);
+            // The guest need not wait for what is left to others.
+            let leave = |end| claim.borrow_mut().leave_from(end);
+            let result = carrier.carry(range, look, &nodes, leave).await;
             if let Ok(copied) = &result {
-                claim.copied_to(copied.range.end).await;
+                claim.into_inner().copied_to(copied.range.end).await;
                 if discards && let Err(error) = snapshot.discard_source(copied.range.clone()).await
                 {
                     // It is a hint, and the copy is there.
                     tracing::debug!(%error, "backup: the source is not discarded");
                 }
             }
-            Done { cost, result }
+            Done { cost, end, result }
         }));
     }
 
@@ -379,6 +387,10 @@ impl<'a> Body<'a> {
                 self.ctx.progress().add_done(len);
                 self.notifier.charge(copied.charged);
                 self.backoff.reset();
+                if copied.range.end < done.end {
+                    // What was left comes next, and not after all the others.
+                    self.cursor = self.cursor.min(copied.range.end);
+                }
                 if copied.was_zero {
                     self.leap = self.leap.saturating_mul(2).min(MAX_LEAP);
                 } else {

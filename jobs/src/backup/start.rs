@@ -37,6 +37,13 @@ const WRITE_TARGET: Permissions = Permissions {
     share: Perm::ALL.without(Perm::RESIZE),
 };
 
+/// The job's hold on its filter while it discards what it has copied: a new write could
+/// be what is discarded.
+const NO_WRITERS: Permissions = Permissions {
+    need: Perm::NONE,
+    share: Perm::ALL.without(Perm::WRITE),
+};
+
 /// Starts a backup of the source as it is at this moment. The job has been created and
 /// is running when this returns.
 ///
@@ -343,7 +350,11 @@ pub fn prepare_backup(
         job_id: spec.job_id.clone(),
         job_type: KIND.name,
     });
-    let filter_hold = attach(&filter, Permissions::IDLE, hold)?;
+    let hold_permissions = match spec.discard_source {
+        true => NO_WRITERS,
+        false => Permissions::IDLE,
+    };
+    let filter_hold = attach(&filter, hold_permissions, hold)?;
 
     let (mut scratch, mut reader) = (None, Arc::clone(&source_backend));
     if let Some(node) = &spec.scratch {

@@ -6,14 +6,19 @@
 use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use block::{Backend, InFlight, IoError, IoVec, Node, WriteFlags, ZeroFlags};
 
 use super::plan::{Planner, Segment, SegmentKind};
 use super::pool::BufferPool;
 
-/// Most bytes of zeroes that one operation writes, so that it ends soon.
-const MAX_ZERO: u64 = 64 << 20;
+/// Bytes of zeroes that one operation writes: at first, and at most. It doubles as long
+/// as they are written at once, and is halved when they take long, since somebody may wait
+/// for the range.
+const ZERO: (u64, u64) = (1 << 20, 64 << 20);
+/// Time in which zeroes count as written at once, and from which on they take long.
+const ZERO_TIME: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(20));
 /// Extents that one operation asks for at most; what is left counts as data.
 const MAX_EXTENTS: usize = 64;
 /// Longest range that is read without asking for its extents.
@@ -120,6 +125,8 @@ pub(crate) struct Carrier {
     stopped: Cell<bool>,
     /// Called after each request that may have changed the target.
     written: Box<dyn Fn()>,
+    /// Bytes of zeroes that one operation writes, in [`ZERO`].
+    zeroes: Cell<u64>,
 }
 
 /// Right to use both nodes, for one operation.
@@ -171,6 +178,7 @@ impl Carrier {
             pool,
             stopped: Cell::new(false),
             written: Box::new(written),
+            zeroes: Cell::new(ZERO.0),
         }
     }
 
@@ -209,7 +217,9 @@ impl Carrier {
     }
 
     /// Carries `range` (whole units) over, or as much from its start as one operation
-    /// should. The caller holds the range: nobody else writes the target there.
+    /// should. The caller holds the range: nobody else writes the target there. `leave` is
+    /// called with the end of what is carried as soon as that is known, if it is less: the
+    /// rest need not be held any more.
     ///
     /// Cancel: what was being written to the target is undefined.
     pub(crate) async fn carry(
@@ -217,15 +227,18 @@ impl Carrier {
         range: Range<u64>,
         look: Look,
         nodes: &Entered,
+        leave: impl Fn(u64),
     ) -> Result<Copied, CopyError> {
         let start = range.start;
         let carried = match look {
             Look::Data => self.copy_data(range.clone(), nodes).await,
             Look::Short => self.copy_short(range.clone(), nodes).await,
-            Look::Probe { request } => match self.probe(range.clone(), request, nodes).await {
-                Ok(copied) => return Ok(copied),
-                Err(stop) => Err(stop),
-            },
+            Look::Probe { request } => {
+                match self.probe(range.clone(), request, nodes, leave).await {
+                    Ok(copied) => return Ok(copied),
+                    Err(stop) => Err(stop),
+                }
+            }
         };
         let (range, charged) = match carried {
             Ok(charged) => (range, charged),
@@ -263,6 +276,7 @@ impl Carrier {
         range: Range<u64>,
         request: u64,
         nodes: &Entered,
+        leave: impl Fn(u64),
     ) -> Result<Copied, Stop> {
         let request = request.max(self.rules.unit);
         let (first_zero, first_len) = self.source_zeroes(&range, request, nodes).await?;
@@ -270,7 +284,7 @@ impl Carrier {
         if first_zero {
             let zeroes = self.round_in(&(range.start..first_end));
             if !zeroes.is_empty() {
-                let range = self.zero_front(zeroes, nodes.target.node()).await?;
+                let range = self.zero_front(zeroes, nodes.target.node(), leave).await?;
                 return Ok(Copied {
                     data: 0..0,
                     range,
@@ -280,6 +294,9 @@ impl Carrier {
             }
         }
         let end = range.end.min(range.start + request);
+        if end < range.end {
+            leave(end);
+        }
         let range = range.start..end;
         let plan = self
             .plan(range.clone(), first_len, first_zero, nodes)
@@ -391,7 +408,12 @@ impl Carrier {
 
     /// Makes whole chunks from the start of `range` read as zeroes on the target,
     /// and says which. What reads as zeroes already is left alone, however long.
-    async fn zero_front(&self, range: Range<u64>, target: &Arc<Node>) -> Result<Range<u64>, Stop> {
+    async fn zero_front(
+        &self,
+        range: Range<u64>,
+        target: &Arc<Node>,
+        leave: impl Fn(u64),
+    ) -> Result<Range<u64>, Stop> {
         let (zero, len) = self.rules.target_zeroes(target, &range).await;
         if zero {
             let known = self.round_in(&(range.start..range.start + len));
@@ -399,11 +421,16 @@ impl Carrier {
                 return Ok(known);
             }
         }
+        let most = self.zeroes.get();
         let end = self
-            .round_out(&(range.start..range.start + len.min(MAX_ZERO)))
+            .round_out(&(range.start..range.start + len.min(most)))
             .end
             .min(range.end);
+        leave(end);
+        let begun = Instant::now();
         self.write_zeroes(range.start..end, target).await?;
+        self.zeroes
+            .set(next_zeroes(most, end - range.start, begun.elapsed()));
         Ok(range.start..end)
     }
 
@@ -455,6 +482,18 @@ impl Carrier {
     }
 }
 
+/// How many zeroes are written at once after `len` bytes of them, of at most `most`, took
+/// so long.
+fn next_zeroes(most: u64, len: u64, took: Duration) -> u64 {
+    if took >= ZERO_TIME.1 {
+        return (most / 2).max(ZERO.0);
+    }
+    match took < ZERO_TIME.0 && len >= most {
+        true => (most * 2).min(ZERO.1),
+        false => most,
+    }
+}
+
 fn source_error(error: IoError) -> CopyError {
     CopyError {
         side: Side::Source,
@@ -466,5 +505,29 @@ fn target_error(error: IoError) -> CopyError {
     CopyError {
         side: Side::Target,
         error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeroes_are_written_in_as_large_pieces_as_the_target_takes_at_once() {
+        let mut most = ZERO.0;
+        for _ in 0..10 {
+            most = next_zeroes(most, most, Duration::ZERO);
+        }
+        assert_eq!(most, ZERO.1);
+        assert_eq!(next_zeroes(most, most - 1, Duration::ZERO), most);
+        for _ in 0..10 {
+            most = next_zeroes(most, 512, ZERO_TIME.1);
+        }
+        assert_eq!(most, ZERO.0);
+        assert_eq!(
+            next_zeroes(most, 512, Duration::ZERO),
+            most,
+            "not by a short one"
+        );
     }
 }

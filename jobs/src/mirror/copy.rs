@@ -79,7 +79,10 @@ impl Copier {
         async move {
             let _guard = claim.lock.await;
             let dirty = claim.dirty;
-            let copied = copier.carrier.carry(range.clone(), look, &nodes).await?;
+            // The guest waits for the whole range or for none of it.
+            let leave = |_| ();
+            let carried = copier.carrier.carry(range.clone(), look, &nodes, leave);
+            let copied = carried.await?;
             if copied.range.end < range.end {
                 copier.state.set_dirty(copied.range.end..range.end);
             }

@@ -554,6 +554,15 @@ impl Claim {
         self.range.clone()
     }
 
+    /// The clusters from `end` on (of whole clusters) are left to others: they are to be
+    /// copied again.
+    pub fn leave_from(&mut self, end: u64) {
+        let end = end.clamp(self.range.start, self.range.end);
+        let rest = end..self.range.end;
+        self.range.end = end;
+        self.give_back(rest);
+    }
+
     /// The target has what the snapshot had in the clusters up to `end` (of whole
     /// clusters); the rest is still to be copied.
     pub fn copied_to(mut self, end: u64) {
@@ -580,6 +589,13 @@ impl Claim {
         self.settle(done);
     }
 
+    fn give_back(&self, rest: Range<u64>) {
+        if !rest.is_empty() {
+            self.snapshot.todo.set(rest.start, rest.end - rest.start);
+            self.snapshot.changed(rest);
+        }
+    }
+
     fn settle(&self, done: Range<u64>) {
         if !done.is_empty() {
             self.snapshot
@@ -592,11 +608,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let rest = self.range.clone();
-        if !rest.is_empty() {
-            self.snapshot.todo.set(rest.start, rest.end - rest.start);
-            self.snapshot.changed(rest);
-        }
+        self.give_back(self.range.clone());
     }
 }
 

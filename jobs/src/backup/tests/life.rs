@@ -1,7 +1,7 @@
 //! Starts, ends, and failures.
 
 use block::test_storage::Match;
-use block::{CbwPolicy, IoOp, OnCbwError};
+use block::{CbwPolicy, GraphError, IoOp, OnCbwError};
 
 use crate::backup::{BackupSync, BitmapMode, prepare_backup};
 use crate::{ErrorAction, OnError};
@@ -268,6 +268,27 @@ fn a_paused_backup_copies_only_what_the_guest_is_about_to_change() {
         rig.act(|jobs| jobs.set_speed(key, 0));
         assert_eq!(rig.end().await, None);
         rig.assert_instant();
+    });
+}
+
+#[test]
+fn a_source_that_is_discarded_gets_no_writer_meanwhile() {
+    with_rig(|rig| async move {
+        rig.graph.detach(&rig.disk);
+        let mut spec = rig.spec();
+        spec.discard_source = true;
+        rig.source.hold(Match::op(IoOp::Read));
+        rig.start(spec).await;
+        rig.source.wait_held(1).await;
+        let writer = || rig.graph.attach("late", &rig.node("src"), device(), None);
+        assert!(matches!(writer(), Err(GraphError::Conflict { .. })));
+        rig.source.release_all();
+        assert_eq!(rig.end().await, None);
+        let target = rig.target.snapshot();
+        assert!(rig.instant == target, "the target differs from the instant");
+        assert!(rig.source.snapshot().iter().all(|byte| *byte == 0));
+        let late = writer().expect("nobody is against it any more");
+        rig.graph.detach(&late);
     });
 }
 

@@ -46,6 +46,28 @@ fn a_write_to_what_is_being_copied_waits_and_is_not_in_the_copy() {
 }
 
 #[test]
+fn a_write_waits_for_no_more_than_what_is_being_copied() {
+    // Data at the front of a longer range that is looked at, or zeroes there.
+    for op in [IoOp::Write, IoOp::WriteZeroes] {
+        with_rig(|rig| async move {
+            if op == IoOp::WriteZeroes {
+                let zeroed = rig.disk.discard(0, CLUSTER).await;
+                zeroed.expect("a discard");
+                rig.target.poke(0, &[1; CLUSTER as usize]);
+            }
+            let instant = rig.source.snapshot();
+            rig.target.hold(Match::op(op).range(0..4096));
+            rig.start(rig.spec()).await;
+            rig.target.wait_held(1).await;
+            rig.write(512 * KIB, 4096, 7).await;
+            rig.target.release_all();
+            assert_eq!(rig.end().await, None);
+            assert!(rig.target.snapshot() == instant);
+        });
+    }
+}
+
+#[test]
 fn a_small_write_has_no_more_copied_than_it_must() {
     with_rig(|rig| async move {
         let mut spec = rig.spec();
