@@ -228,7 +228,8 @@ impl MirrorTop {
             no_fallback: false,
         };
         let len = part.end - part.start;
-        let request = ActiveRequest::begin(state, len);
+        // As in QEMU, discards are no work that progress shows.
+        let request = ActiveRequest::begin(state, 0);
         let written = async move {
             let written = target.write_zeroes(part.start, len, zero).await;
             claim.finish(written, request);

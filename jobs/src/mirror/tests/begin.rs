@@ -143,15 +143,15 @@ impl BlockDriver for Layers {
 
 /// A disk of two layers, of which the first chunk of the upper one is allocated, and a
 /// target that shows the same base.
-struct Chain {
+pub(super) struct Chain {
     rig: Rc<Rig>,
-    upper: TestStorage,
-    target: TestStorage,
-    disk: Arc<Backend>,
+    pub(super) upper: TestStorage,
+    pub(super) target: TestStorage,
+    pub(super) disk: Arc<Backend>,
 }
 
 impl Chain {
-    fn new(rig: &Rc<Rig>) -> Self {
+    pub(super) fn new(rig: &Rc<Rig>) -> Self {
         scribble(&rig.source);
         let (upper, target) = (TestStorage::new(SIZE), TestStorage::new(SIZE));
         upper.poke(0, &[7; CHUNK as usize]);
@@ -181,7 +181,7 @@ impl Chain {
         }
     }
 
-    fn spec(&self, copy_mode: CopyMode) -> MirrorSpec {
+    pub(super) fn spec(&self, copy_mode: CopyMode) -> MirrorSpec {
         MirrorSpec {
             sync: SyncMode::Top,
             copy_mode,
@@ -200,7 +200,7 @@ impl Chain {
         })
     }
 
-    async fn assert_equal(&self) {
+    pub(super) async fn assert_equal(&self) {
         let (top, copy) = (self.rig.node("top"), self.rig.node("copy"));
         for offset in (0..SIZE).step_by(CHUNK as usize) {
             let read = async |node: &Arc<Node>| {

@@ -1,8 +1,10 @@
 //! Tests of the whole mirror: a real graph, real iothreads, storages that hold
 //! chosen requests.
 //!
-//! Lives here: the rig. `begin` has what is copied at first, `life` has starts, ends and refusals, `race` the staged
-//! races, `progress` mirrors that do not get on, `failure` failing storages, `hang` storages that hang, `ends` ends and sections beside requests that hang, `stress` the random runs.
+//! Lives here: the rig. `begin` has what is copied at first, `first_instant` writes around
+//! the beginning, `life` starts, ends and refusals, `race` the staged races, `progress`
+//! mirrors that do not get on, `failure` failing storages, `hang` storages that hang, `ends`
+//! ends and sections beside requests that hang, `stress` the random runs.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -24,6 +26,7 @@ use super::{MirrorError, MirrorSpec, start_mirror};
 mod begin;
 mod ends;
 mod failure;
+mod first_instant;
 mod hang;
 mod life;
 mod progress;

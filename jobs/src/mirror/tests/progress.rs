@@ -92,6 +92,69 @@ fn a_mirror_that_is_not_ready_in_time_fails_and_says_what_was_missing() {
 }
 
 #[test]
+fn progress_counts_what_the_guest_itself_puts_on_the_target() {
+    with_rig(|rig| async move {
+        scribble(&rig.source);
+        let key = rig
+            .ready(MirrorSpec {
+                copy_mode: CopyMode::WriteBlocking,
+                ..rig.spec()
+            })
+            .await;
+        rig.write(0, 64 * KIB, 7).await;
+        rig.write_zeroes(128 * KIB, 64 * KIB, true).await;
+        rig.write(512, 512, 8).await;
+        let discard = rig.guest(0, |disk| async move { disk.discard(256 * KIB, 4096).await });
+        discard.await.expect("a discard");
+        let all = SIZE + 128 * KIB + 512;
+        rig.until(|| {
+            let info = rig.jobs.query().remove(0);
+            (info.current_progress, info.total_progress) == (all, all)
+        })
+        .await;
+        rig.pivot(key).await;
+        rig.assert_equal();
+    });
+}
+
+#[test]
+fn actively_synced_is_not_shown_over_what_is_left_to_the_copier() {
+    with_rig(|rig| async move {
+        scribble(&rig.source);
+        let key = rig
+            .ready(MirrorSpec {
+                copy_mode: CopyMode::WriteBlocking,
+                on_target_error: crate::OnError::Ignore,
+                ..rig.spec()
+            })
+            .await;
+        let synced = || rig.jobs.query()[0].actively_synced == Some(true);
+        for (storage, op) in [
+            (&rig.source, IoOp::Write),
+            (&rig.target, IoOp::Write),
+            (&rig.target, IoOp::WriteZeroes),
+        ] {
+            rig.until(synced).await;
+            // The copier does nothing about it for now.
+            rig.act(|jobs| jobs.pause(key));
+            rig.until(|| rig.jobs.query()[0].status == JobStatus::Standby)
+                .await;
+            assert!(synced());
+            storage.fail_once(Match::op(op), libc::EIO);
+            match op {
+                IoOp::WriteZeroes => rig.write_zeroes(4096, 8192, true).await,
+                _ => drop(rig.begin_write(4096, 8192, 7).await),
+            }
+            assert!(!synced(), "{op:?}");
+            rig.act(|jobs| jobs.resume(key));
+        }
+        rig.until(synced).await;
+        rig.assert_equal();
+        rig.pivot(key).await;
+    });
+}
+
+#[test]
 fn a_mirror_that_is_ready_in_time_has_no_deadline_any_more() {
     with_rig(|rig| async move {
         let spec = MirrorSpec {
