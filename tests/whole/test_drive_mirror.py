@@ -174,3 +174,50 @@ def test_a_mirror_that_may_switch_shows_its_copy_mode(program, tmp_path):
     qmp.execute("block-job-change", id="j0", type="mirror", copy_mode="write-blocking")
     [job] = qmp.execute("query-block-jobs")
     assert job["copy-mode"] == "write-blocking"
+
+
+def read_only(qmp):
+    nodes = qmp.execute("query-named-block-nodes")
+    return {node["node-name"]: node["ro"] for node in nodes}
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_the_target_of_a_read_only_source_is_read_only_after_the_pivot(
+        program, tmp_path, exported):
+    image(tmp_path / "src.img", writes=[(7, 0, 65536)])
+    image(tmp_path / "dst.img")
+    daemon, qmp = program.storage_daemon()
+    qmp.execute("blockdev-add", driver="raw", node_name="src", read_only=True,
+                file={"driver": "file", "filename": str(tmp_path / "src.img")})
+    add(qmp, "dst", "raw", tmp_path / "dst.img")
+    if exported:
+        path = tmp_path / "nbd.sock"
+        qmp.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
+        qmp.execute("block-export-add", type="nbd", id="e0", node_name="src")
+    qmp.execute("blockdev-mirror", job_id="j0", device="src", target="dst", sync="full")
+    qmp.status("j0", "ready")
+    assert not read_only(qmp)["dst"]
+    qmp.execute("job-complete", id="j0")
+    ends_well(qmp, "j0")
+    assert all(read_only(qmp).values()), "the target and the file below it, too"
+    if exported:
+        uri = f"nbd+unix:///src?socket={tmp_path}/nbd.sock"
+        tool("qemu-io", "-r", "-f", "raw", "-c", "read -P 7 0 65536", uri)
+    same(tmp_path / "src.img", "raw", tmp_path / "dst.img", "raw")
+    # It can be written again when somebody says so.
+    qmp.execute("blockdev-reopen", options=[
+        {"driver": "raw", "node-name": "dst", "read-only": False,
+         "file": {"driver": "file", "filename": str(tmp_path / "dst.img")}}])
+    assert not read_only(qmp)["dst"]
+
+
+def test_a_target_that_is_read_only_is_refused(program, tmp_path):
+    image(tmp_path / "src.img")
+    image(tmp_path / "dst.img")
+    daemon, qmp = program.storage_daemon()
+    add(qmp, "src", "raw", tmp_path / "src.img")
+    qmp.execute("blockdev-add", driver="raw", node_name="dst", read_only=True,
+                auto_read_only=True,
+                file={"driver": "file", "filename": str(tmp_path / "dst.img")})
+    with pytest.raises(QmpError, match="Block node is read-only"):
+        qmp.execute("blockdev-mirror", job_id="j0", device="src", target="dst", sync="full")

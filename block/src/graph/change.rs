@@ -39,6 +39,8 @@ impl Graph {
             NodeOptions {
                 discard: DiscardMode::Unmap,
                 detect_zeroes: DetectZeroes::Off,
+                // As with QEMU; what is below says whether there may be writers.
+                read_only: false,
                 ..below.options()
             },
         );

@@ -101,6 +101,28 @@ impl Graph {
     }
 }
 
+impl Graph {
+    /// Makes a node read-only, or writable, with the children that were opened with it;
+    /// otherwise it stays as it is. As [`reopen`](Self::reopen).
+    pub async fn set_read_only(&self, node: &Arc<Node>, read_only: bool) -> Result<(), GraphError> {
+        let given = {
+            let topology = self.topology.borrow();
+            let entry = topology.node(node.id());
+            entry.and_then(|entry| entry.given.clone())
+        };
+        let given = given.ok_or_else(|| ReopenError::NotSupported {
+            driver: node.driver_name(),
+            node: node.name().to_owned(),
+        })?;
+        let options = BlockdevOptions {
+            node_name: Some(node.name().to_owned()),
+            read_only: Some(read_only),
+            ..BlockdevOptions::clone(&given)
+        };
+        self.reopen(vec![options]).await
+    }
+}
+
 fn ids(children: &[(ChildRole, Arc<Node>)]) -> Vec<(ChildRole, u64)> {
     let with_id = |(role, node): &(ChildRole, Arc<Node>)| (*role, node.id());
     children.iter().map(with_id).collect()

@@ -43,6 +43,7 @@ pub(super) async fn prepare(driver: &MirrorDriver, graph: &Rc<Graph>) -> Result<
         Some(held) => held,
         None => drain_and_copy(driver, places, graph).await?,
     };
+    adopt_read_only(places, graph).await;
     // From a cancel on, writes of the guest are not recorded: the target may be old.
     // Nothing is awaited between this look and the replacement.
     if driver.is_cancelled() {
@@ -63,6 +64,28 @@ pub(super) async fn prepare(driver: &MirrorDriver, graph: &Rc<Graph>) -> Result<
             ),
         )
     })
+}
+
+/// Makes the target read-only where that in whose place it comes is: who has that opened
+/// so wants to write none of it. As in QEMU, the pivot does not depend on it.
+async fn adopt_read_only(places: &Places, graph: &Graph) {
+    let read_only = places.lowest().read_only();
+    if places.target.read_only() == read_only {
+        return;
+    }
+    // Nothing is copied any more.
+    let adopted = match graph.set_permissions(&places.target_backend, Permissions::IDLE) {
+        Ok(()) => graph.set_read_only(&places.target, read_only).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = adopted {
+        tracing::warn!(
+            %error,
+            target_node = places.target.name(),
+            read_only,
+            "mirror: the target does not become what the source is"
+        );
+    }
 }
 
 /// Puts the target in its place: that of the filter with all below it, or that of the
