@@ -4,7 +4,8 @@
 //! Lives here: the rig. `begin` has what is copied at first, `first_instant` writes around
 //! the beginning, `life` starts, ends and refusals, `race` the staged races, `progress`
 //! mirrors that do not get on, `failure` failing storages, `hang` storages that hang, `ends`
-//! ends and sections beside requests that hang, `stress` the random runs.
+//! ends and sections beside requests that hang, `regressions` what others got wrong, `stress`
+//! the random runs.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -31,6 +32,7 @@ mod hang;
 mod life;
 mod progress;
 mod race;
+mod regressions;
 mod stress;
 
 const KIB: u64 = 1024;
