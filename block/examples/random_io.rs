@@ -90,6 +90,7 @@ fn main() -> ExitCode {
         filename: PathBuf::from(path),
         locking: None,
         host_device: false,
+        bitmap_file: None,
     };
     let flags = OpenFlags {
         cache: CacheOptions {

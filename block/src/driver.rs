@@ -8,6 +8,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use crate::bitmaps::kept::ImageFile;
 use crate::buffer::IoVec;
 use crate::debug_event::DebugEvent;
 use crate::drivers::ReopenError;
@@ -314,6 +315,20 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// The node that shows through the ranges that are not allocated here; `None`
     /// if there is none.
     fn backing(&self) -> Option<Arc<Node>> {
+        None
+    }
+
+    /// The image on the host that everything is in, if there is one: where persistent bitmaps
+    /// are kept beside.
+    fn image_file(&self) -> Option<ImageFile> {
+        self.filtered()
+            .and_then(|below| below.driver().image_file())
+    }
+
+    /// What persistent bitmaps of the node are of, where others may be kept beside the same
+    /// image: the driver, and what of the image it shows. `None`, which is the default: they
+    /// are not kept.
+    fn bitmap_layer(&self) -> Option<String> {
         None
     }
 

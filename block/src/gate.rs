@@ -41,6 +41,11 @@ struct Shard(AtomicUsize);
 pub(crate) struct ShardIndex(usize);
 
 impl ShardIndex {
+    /// A small number; threads have different ones, as far as there are not more of them.
+    pub(crate) fn index(self) -> usize {
+        self.0
+    }
+
     /// The shard of the calling thread.
     #[cfg(not(shuttle))]
     pub(crate) fn current() -> Self {

@@ -42,7 +42,7 @@ mod wait;
 
 pub use backend::{AttachmentKind, Backend, BackendUser, InFlight};
 pub use bitmaps::{
-    BitmapChange, BitmapHold, FrozenBitmap, NamedBitmap, NamedBitmapError, NewBitmap,
+    BitmapChange, BitmapHold, FrozenBitmap, KeptError, NamedBitmap, NamedBitmapError, NewBitmap,
 };
 pub use buffer::{AlignedBuffer, IoVec, MemoryOwner};
 pub use chain::ChainExtent;
@@ -63,8 +63,8 @@ pub use export::{
     Exports, ListenAddress, ListenError, NbdServerOptions,
 };
 pub use graph::{
-    BackendInfo, BitmapInfo, BusyBackend, DEFAULT_DRAIN_TIMEOUT, Drained, DumpEdge, DumpNode,
-    Graph, GraphDump, GraphError, GraphHandle, NodeChild, NodeInfo,
+    BackendInfo, BitmapInfo, BusyBackend, CopiedBitmaps, DEFAULT_DRAIN_TIMEOUT, Drained, DumpEdge,
+    DumpNode, Graph, GraphDump, GraphError, GraphHandle, NodeChild, NodeInfo,
 };
 pub use latency::{Felt, GuestLatency};
 pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};

@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use arc_swap::{ArcSwap, ArcSwapOption};
 
 use crate::bitmaps::NamedBitmaps;
+use crate::bitmaps::kept::{Intent, Keeper, Writing};
 use crate::buffer::{AlignedBuffer, IoVec};
 use crate::debug_event::DebugEvent;
 use crate::dirty_bitmap::DirtyBitmap;
@@ -22,6 +23,7 @@ use crate::driver::{
 };
 use crate::error::{IoError, IoOp};
 use crate::options::{DetectZeroes, DiscardMode};
+use crate::sync::Mutex;
 
 mod child;
 mod options;
@@ -77,6 +79,11 @@ pub struct Node {
     bitmaps: ArcSwap<Vec<Arc<DirtyBitmap>>>,
     /// Bitmaps of users, recording or not.
     pub(crate) named_bitmaps: NamedBitmaps,
+    /// Where writes may go at the moment; there is one once bitmaps have been kept.
+    pub(crate) intent: OnceLock<Arc<Intent>>,
+    /// Who keeps the persistent bitmaps, if there are any. A leaf lock. Changed on main, or
+    /// when nobody uses the node any more.
+    pub(crate) keeper: Mutex<Option<Arc<Keeper>>>,
     /// Taken out by the first write that goes past it.
     write_threshold: ArcSwapOption<WriteThreshold>,
 }
@@ -93,6 +100,8 @@ impl Node {
             options: AtomicU8::new(options.pack()),
             bitmaps: ArcSwap::default(),
             named_bitmaps: NamedBitmaps::default(),
+            intent: OnceLock::new(),
+            keeper: Mutex::default(),
             write_threshold: ArcSwapOption::empty(),
         })
     }
@@ -216,6 +225,7 @@ impl Node {
             return Ok(());
         }
         self.check_write_threshold(offset + len);
+        let _writing = self.begin_writing(IoOp::Write, offset, len).await?;
         let _mark = Mark {
             node: self,
             offset,
@@ -246,6 +256,24 @@ impl Node {
         let result = self.write_pieces(offset, &iov, flags).await;
         self.debug_event(DebugEvent::PWRITEV_DONE);
         result
+    }
+
+    /// Waits until a write to the range may go to the storage, since persistent bitmaps would
+    /// not miss it even after a crash. It counts until the result is dropped: after the
+    /// bitmaps are marked. Fails with `EIO` if that cannot be made sure.
+    async fn begin_writing(
+        &self,
+        op: IoOp,
+        offset: u64,
+        len: u64,
+    ) -> Result<Option<Writing<'_>>, IoError> {
+        match self.intent.get() {
+            None => Ok(None),
+            Some(intent) => match intent.enter(offset, len).await {
+                Ok(writing) => Ok(Some(writing)),
+                Err(_) => Err(self.error(op, offset, len, libc::EIO)),
+            },
+        }
     }
 
     async fn write_pieces(
@@ -294,6 +322,9 @@ impl Node {
             return false;
         }
         self.check_write_threshold(offset + len);
+        let Ok(_writing) = self.begin_writing(IoOp::Write, offset, len).await else {
+            return false;
+        };
         let _mark = Mark {
             node: self,
             offset,
@@ -317,6 +348,7 @@ impl Node {
             return Ok(());
         }
         self.check_write_threshold(offset + len);
+        let _writing = self.begin_writing(IoOp::WriteZeroes, offset, len).await?;
         let _mark = Mark {
             node: self,
             offset,
@@ -362,6 +394,7 @@ impl Node {
         if len == 0 || self.options().discard == DiscardMode::Ignore {
             return Ok(());
         }
+        let _writing = self.begin_writing(IoOp::Discard, offset, len).await?;
         let _mark = Mark {
             node: self,
             offset,
@@ -446,8 +479,17 @@ impl Node {
         if !self.unnamed_bitmaps().is_empty() {
             return Err(self.error(IoOp::Truncate, size, 0, libc::EBUSY));
         }
+        let noted = self.note_resize(true).await;
+        if let Err(error) = noted {
+            tracing::error!(node = self.name(), %error, "not resized");
+            return Err(self.error(IoOp::Truncate, size, 0, libc::EIO));
+        }
         let resized = resize.await;
         self.fit_bitmaps();
+        if let Err(error) = self.note_resize(false).await {
+            // Any size is taken for the disk's then: nothing is lost.
+            tracing::error!(node = self.name(), %error, "bitmaps were resized in memory only");
+        }
         resized.map_err(|error| IoError {
             // Not every driver knows its node.
             node: match error.errno {

@@ -250,6 +250,9 @@ pub struct FileOptions {
     pub locking: Option<bool>,
     /// Driver `host_device` was asked for: the file must be a block device.
     pub host_device: bool,
+    /// Where persistent bitmaps are kept. `None`: beside a file that is there, with `.bitmaps`
+    /// added to its name; new ones only for formats in which QEMU keeps some.
+    pub bitmap_file: Option<PathBuf>,
 }
 
 /// Options of `raw`.

@@ -149,6 +149,7 @@ fn node_options(id: &str, spec: &DiskSpec) -> BlockdevOptions {
             filename: spec.path.clone(),
             locking: None,
             host_device: false,
+            bitmap_file: None,
         }),
     );
     options(

@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 
+use super::list::Unsettled;
 use super::{NamedBitmap, NamedBitmapError, NewBitmap, Usage};
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::node::Node;
 
 /// A change that has been made, and lasts if it is [committed](Self::commit). Dropped,
 /// it is undone: the bitmap is as it was, with the writes recorded since.
+///
+/// What the change makes of a persistent bitmap is durable only after
+/// [`Graph::store_bitmaps`](crate::Graph::store_bitmaps).
 ///
 /// Several are committed in any order, and undone in the reverse order of that in which
 /// they were made. On main.
@@ -16,6 +20,8 @@ use crate::node::Node;
 pub struct BitmapChange {
     bitmap: Arc<NamedBitmap>,
     before: Option<Before>,
+    /// Goes last: what is not settled is not stored.
+    _unsettled: Unsettled,
 }
 
 /// What it takes to undo a change.
@@ -38,16 +44,21 @@ impl BitmapChange {
     /// Adds a bitmap to `node`. Fails if the name is bad or taken, if the granularity
     /// is no power of two of at least 512, or for lack of memory.
     pub fn add(node: &Arc<Node>, new: &NewBitmap<'_>) -> Result<Self, NamedBitmapError> {
+        let unsettled = Unsettled::new(node);
         let bitmap = node.add_bitmap(new)?;
-        Ok(Self::new(&bitmap, Before::Absent))
+        Ok(Self {
+            bitmap,
+            before: Some(Before::Absent),
+            _unsettled: unsettled,
+        })
     }
 
-    /// Clears it. Fails if it is busy or inconsistent, or for lack of memory.
+    /// Clears it. Fails if it is busy, read-only or inconsistent, or for lack of memory.
     ///
     /// A write that ends meanwhile is in it afterwards or not; in a drained section
     /// there is none.
     pub fn clear(bitmap: &Arc<NamedBitmap>) -> Result<Self, NamedBitmapError> {
-        bitmap.check_usable()?;
+        bitmap.check_changeable()?;
         let bits = bitmap.bits();
         let clean = DirtyBitmap::new(bits.size(), bits.granularity())?;
         Ok(Self::with_bits(bitmap, clean))
@@ -55,8 +66,8 @@ impl BitmapChange {
 
     /// Adds what is dirty in `from`, of nodes of the same size, with any granularity.
     ///
-    /// Fails if it or one of them is busy or inconsistent, if a size differs, or for
-    /// lack of memory; and with the first error of `from` itself.
+    /// Fails if it or one of them is busy or inconsistent, if it is read-only, if a size
+    /// differs, or for lack of memory; and with the first error of `from` itself.
     pub fn merge(
         bitmap: &Arc<NamedBitmap>,
         from: impl IntoIterator<Item = Result<Arc<NamedBitmap>, NamedBitmapError>>,
@@ -66,7 +77,7 @@ impl BitmapChange {
         // A source that is not there is told before anything else, as QEMU does.
         for source in from {
             let source = source?;
-            bitmap.check_usable()?;
+            bitmap.check_changeable()?;
             source.check_usable()?;
             let source = source.bits();
             if source.size() != bits.size() {
@@ -77,7 +88,7 @@ impl BitmapChange {
             }
             sum.merge(&source);
         }
-        bitmap.check_usable()?;
+        bitmap.check_changeable()?;
         let change = Self::with_bits(bitmap, sum);
         // Writes that have ended before the new bits were attached are in here.
         bitmap.bits().merge(&bits);
@@ -86,6 +97,7 @@ impl BitmapChange {
 
     /// Lets it record. Fails if it is busy or inconsistent.
     pub fn enable(bitmap: &Arc<NamedBitmap>) -> Result<Self, NamedBitmapError> {
+        let unsettled = Unsettled::of(bitmap);
         let mut state = bitmap.lock();
         bitmap.check(&state, false)?;
         let before = match std::mem::replace(&mut state.enabled, true) {
@@ -96,11 +108,13 @@ impl BitmapChange {
         Ok(Self {
             bitmap: Arc::clone(bitmap),
             before,
+            _unsettled: unsettled,
         })
     }
 
     /// Lets it record no more. Fails if it is busy or inconsistent.
     pub fn disable(bitmap: &Arc<NamedBitmap>) -> Result<Self, NamedBitmapError> {
+        let unsettled = Unsettled::of(bitmap);
         let mut state = bitmap.lock();
         bitmap.check(&state, false)?;
         let before = match std::mem::replace(&mut state.enabled, false) {
@@ -110,17 +124,24 @@ impl BitmapChange {
         Ok(Self {
             bitmap: Arc::clone(bitmap),
             before,
+            _unsettled: unsettled,
         })
     }
 
     /// Removes it from its node: with the commit, and until then it is busy. Fails if
-    /// it is busy.
+    /// it is busy or read-only.
     pub fn remove(bitmap: &Arc<NamedBitmap>) -> Result<Self, NamedBitmapError> {
+        let unsettled = Unsettled::of(bitmap);
         let mut state = bitmap.lock();
         bitmap.check(&state, true)?;
+        bitmap.check_read_only()?;
         state.usage = Usage::Held;
         drop(state);
-        Ok(Self::new(bitmap, Before::Present))
+        Ok(Self {
+            bitmap: Arc::clone(bitmap),
+            before: Some(Before::Present),
+            _unsettled: unsettled,
+        })
     }
 
     /// The bitmap.
@@ -137,18 +158,16 @@ impl BitmapChange {
         }
     }
 
-    fn new(bitmap: &Arc<NamedBitmap>, before: Before) -> Self {
-        Self {
-            bitmap: Arc::clone(bitmap),
-            before: Some(before),
-        }
-    }
-
     fn with_bits(bitmap: &Arc<NamedBitmap>, bits: DirtyBitmap) -> Self {
+        let unsettled = Unsettled::of(bitmap);
         let mut state = bitmap.lock();
         let before = std::mem::replace(&mut state.bits, Arc::new(bits));
         bitmap.attach(&state);
-        Self::new(bitmap, Before::Bits(before))
+        Self {
+            bitmap: Arc::clone(bitmap),
+            before: Some(Before::Bits(before)),
+            _unsettled: unsettled,
+        }
     }
 }
 

@@ -17,6 +17,12 @@ pub enum NamedBitmapError {
     /// Nothing keeps bitmaps of the node when it is closed.
     #[error("Can't store persistent bitmaps to {0}: Operation not supported")]
     NotKept(String),
+    /// As many bitmaps of the node are kept as can be, or they would take too much memory.
+    #[error("Too many persistent bitmaps for node '{0}': remove some")]
+    TooMany(String),
+    /// It is kept, and its node is read-only.
+    #[error("Bitmap '{0}' is readonly and cannot be modified")]
+    ReadOnly(String),
     /// The node has no bitmap of that name.
     #[error("Dirty bitmap '{0}' not found")]
     NotFound(String),

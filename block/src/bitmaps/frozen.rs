@@ -78,6 +78,11 @@ impl FrozenBitmap {
                 state.bits.merge(also);
             }
         }
+        drop(state);
+        if let Some(node) = self.bitmap.node().filter(|_| self.bitmap.is_persistent()) {
+            // Until that is durable, a crash leaves what reclaiming leaves: more.
+            node.store_bitmaps_soon();
+        }
     }
 }
 

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use super::kept::{BitmapState, MAX_BITMAPS, MAX_BITS};
 use super::{MAX_NAME, NamedBitmap, NamedBitmapError, NewBitmap, Usage, default_granularity};
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
 use crate::graph::Graph;
 use crate::node::Node;
+use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use crate::sync::{Mutex, lock};
 
 /// The named bitmaps of a node, in the order in which they were made.
@@ -13,17 +15,70 @@ use crate::sync::{Mutex, lock};
 pub(crate) struct NamedBitmaps {
     /// A leaf lock. Changed on main only.
     all: Mutex<Vec<Arc<NamedBitmap>>>,
+    /// Changes that may still be undone, and those that were ever begun. Changed on main;
+    /// read by the keeper, which does not store what is not settled.
+    unsettled: AtomicU64,
+    begun: AtomicU64,
+    /// That of the side-car file when it was last read or closed.
+    generation: AtomicU64,
+}
+
+impl NamedBitmaps {
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(SeqCst)
+    }
+
+    pub(super) fn set_generation(&self, generation: u64) {
+        self.generation.store(generation, SeqCst);
+    }
+}
+
+/// A change that may still be undone, of the bitmaps of a node.
+#[derive(Debug)]
+pub(super) struct Unsettled(Option<Arc<Node>>);
+
+impl Unsettled {
+    pub(super) fn new(node: &Arc<Node>) -> Self {
+        node.named_bitmaps.begun.fetch_add(1, SeqCst);
+        node.named_bitmaps.unsettled.fetch_add(1, SeqCst);
+        Self(Some(Arc::clone(node)))
+    }
+
+    pub(super) fn of(bitmap: &NamedBitmap) -> Self {
+        bitmap.node().map_or(Self(None), |node| Self::new(&node))
+    }
+}
+
+impl Drop for Unsettled {
+    fn drop(&mut self) {
+        if let Some(node) = &self.0 {
+            node.named_bitmaps.unsettled.fetch_sub(1, SeqCst);
+        }
+    }
 }
 
 impl Node {
     /// Makes a bitmap. What is written from now on is recorded in it, if it is enabled.
     ///
     /// Fails if the name is bad or taken, if the granularity is no power of two of at
-    /// least 512, if it is to be kept, or for lack of memory.
+    /// least 512, if it is to be kept and cannot be, or for lack of memory.
     pub fn add_bitmap(
         self: &Arc<Self>,
         new: &NewBitmap<'_>,
     ) -> Result<Arc<NamedBitmap>, NamedBitmapError> {
+        let granularity = self.check_new_bitmap(new)?;
+        if new.persistent && !self.keeps_bitmaps() {
+            return Err(NamedBitmapError::NotKept(self.name().to_owned()));
+        }
+        let bitmap = NamedBitmap::new(self, new, granularity)?;
+        lock(&self.named_bitmaps.all).push(Arc::clone(&bitmap));
+        bitmap.attach(&bitmap.lock());
+        Ok(bitmap)
+    }
+
+    /// The granularity that it would have. Fails as [`add_bitmap`](Self::add_bitmap) does,
+    /// but does not look whether it can be kept.
+    pub(crate) fn check_new_bitmap(&self, new: &NewBitmap<'_>) -> Result<u64, NamedBitmapError> {
         if new.name.is_empty() {
             return Err(NamedBitmapError::EmptyName);
         }
@@ -34,7 +89,7 @@ impl Node {
         if !granularity.is_power_of_two() || granularity < DirtyBitmap::MIN_GRANULARITY {
             return Err(BitmapError::Granularity(granularity).into());
         }
-        if new.persistent {
+        if new.persistent && self.driver().bitmap_layer().is_none() {
             return Err(NamedBitmapError::NotKept(self.name().to_owned()));
         }
         if self.named_bitmap(new.name).is_some() {
@@ -43,10 +98,80 @@ impl Node {
         if new.name.len() > MAX_NAME {
             return Err(NamedBitmapError::NameTooLong(new.name.to_owned()));
         }
-        let bitmap = NamedBitmap::new(self, new, granularity)?;
+        if new.persistent {
+            let kept = self.named_bitmaps().into_iter();
+            let kept: Vec<_> = kept.filter(|bitmap| bitmap.is_persistent()).collect();
+            let memory = |granularity: u64| self.size().div_ceil(granularity) / 8;
+            let all = kept
+                .iter()
+                .map(|bitmap| memory(bitmap.granularity()))
+                .fold(memory(granularity), u64::saturating_add);
+            if kept.len() >= MAX_BITMAPS || all > MAX_BITS {
+                return Err(NamedBitmapError::TooMany(self.name().to_owned()));
+            }
+        }
+        Ok(granularity)
+    }
+
+    /// Adds one that was loaded; without bits it is inconsistent. Not if there is one of that
+    /// name.
+    pub(super) fn add_loaded(
+        self: &Arc<Self>,
+        name: &str,
+        granularity: u64,
+        enabled: bool,
+        bits: Option<&Arc<DirtyBitmap>>,
+    ) {
+        let new = NewBitmap {
+            name,
+            granularity: None,
+            persistent: true,
+            enabled,
+        };
+        let (bits, inconsistent) = match bits {
+            Some(bits) => (Arc::clone(bits), false),
+            None => match DirtyBitmap::new(0, granularity)
+                .or_else(|_| DirtyBitmap::new(0, DirtyBitmap::MIN_GRANULARITY))
+            {
+                Ok(bits) => (Arc::new(bits), true),
+                // One without chunks takes no memory to speak of.
+                Err(_) => return,
+            },
+        };
+        if self.named_bitmap(name).is_some() {
+            return;
+        }
+        let bitmap = Arc::new(NamedBitmap::with_bits(self, &new, bits, inconsistent));
         lock(&self.named_bitmaps.all).push(Arc::clone(&bitmap));
         bitmap.attach(&bitmap.lock());
-        Ok(bitmap)
+    }
+
+    /// Forgets the persistent bitmaps; those that are in use are inconsistent instead.
+    pub(super) fn drop_loaded(&self) {
+        let all = self.named_bitmaps();
+        for bitmap in all.iter().filter(|bitmap| bitmap.is_persistent()) {
+            match bitmap.is_busy() {
+                true => bitmap.spoil(),
+                false => bitmap.leave_node(),
+            }
+        }
+    }
+
+    /// What is to be kept at this moment; `None` while a change may still be undone.
+    pub(crate) fn kept_bitmaps(&self) -> Option<Vec<BitmapState>> {
+        let list = &self.named_bitmaps;
+        let begun = list.begun.load(SeqCst);
+        if list.unsettled.load(SeqCst) != 0 {
+            return None;
+        }
+        let all = self.named_bitmaps();
+        let kept = all.iter().filter(|bitmap| bitmap.is_persistent());
+        let states: Vec<_> = kept.map(|bitmap| bitmap.kept_state()).collect();
+        // Of different sizes while they are being resized, one after the other.
+        let mut sizes = states.iter().filter(|state| !state.inconsistent);
+        let size = sizes.next().map(|state| state.bits.size());
+        let same = sizes.all(|state| Some(state.bits.size()) == size);
+        (same && list.begun.load(SeqCst) == begun).then_some(states)
     }
 
     /// The bitmap of that name.

@@ -2,8 +2,8 @@
 //! since then. Their states, who may use them when, and changes that can be undone.
 //!
 //! The bits themselves are [`DirtyBitmap`]'s business, and recording them is the
-//! node's. Keeping bitmaps over restarts does not live here, nor what backups make of
-//! them.
+//! node's. Keeping bitmaps over restarts is that of `kept`. What backups make of them does
+//! not live here.
 //!
 //! # Life of a bitmap
 //!
@@ -23,6 +23,7 @@
 mod change;
 mod error;
 mod frozen;
+pub(crate) mod kept;
 mod list;
 #[cfg(all(test, not(shuttle)))]
 mod tests;
@@ -33,9 +34,12 @@ use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
 use crate::node::Node;
 use crate::sync::{Mutex, MutexGuard, lock};
 
+use self::kept::BitmapState;
+
 pub use change::BitmapChange;
 pub use error::NamedBitmapError;
 pub use frozen::{BitmapHold, FrozenBitmap};
+pub use kept::KeptError;
 pub(crate) use list::NamedBitmaps;
 
 /// Longest name in bytes.
@@ -49,7 +53,8 @@ pub struct NewBitmap<'a> {
     /// Chunk size in bytes: a power of two, at least 512. `None`: as large as the
     /// node's clusters, at least 4 KiB; 64 KiB without clusters.
     pub granularity: Option<u32>,
-    /// Whether it is to be kept when the node is closed. Nothing can keep one so far.
+    /// Whether it is to be kept when the node is closed, and after a crash: what
+    /// [`Graph::prepare_bitmap`](crate::Graph::prepare_bitmap) has made possible.
     pub persistent: bool,
     /// Whether it records from the beginning.
     pub enabled: bool,
@@ -61,6 +66,7 @@ pub struct NamedBitmap {
     name: String,
     /// The node that has it. Once that has gone nothing is recorded any more.
     node: Weak<Node>,
+    persistent: bool,
     /// A leaf lock.
     state: Mutex<State>,
 }
@@ -106,17 +112,27 @@ impl NamedBitmap {
         new: &NewBitmap<'_>,
         granularity: u64,
     ) -> Result<Arc<Self>, NamedBitmapError> {
-        let this = Self {
+        let bits = Arc::new(DirtyBitmap::new(node.size(), granularity)?);
+        Ok(Arc::new(Self::with_bits(node, new, bits, false)))
+    }
+
+    fn with_bits(
+        node: &Arc<Node>,
+        new: &NewBitmap<'_>,
+        bits: Arc<DirtyBitmap>,
+        inconsistent: bool,
+    ) -> Self {
+        Self {
             name: new.name.to_owned(),
             node: Arc::downgrade(node),
+            persistent: new.persistent,
             state: Mutex::new(State {
-                bits: Arc::new(DirtyBitmap::new(node.size(), granularity)?),
+                bits,
                 enabled: new.enabled,
-                inconsistent: false,
+                inconsistent,
                 usage: Usage::Free,
             }),
-        };
-        Ok(Arc::new(this))
+        }
     }
 
     /// Its name.
@@ -155,6 +171,46 @@ impl NamedBitmap {
         self.lock().inconsistent
     }
 
+    /// Whether it is kept when the node is closed, and after a crash.
+    pub fn is_persistent(&self) -> bool {
+        self.persistent
+    }
+
+    /// Whether it is one that is kept, and cannot be changed because its node is read-only.
+    pub fn is_read_only(&self) -> bool {
+        self.persistent && self.node().is_some_and(|node| node.read_only())
+    }
+
+    /// What is to be kept of it.
+    fn kept_state(&self) -> BitmapState {
+        let state = self.lock();
+        let successor = match &state.usage {
+            Usage::Frozen { successor } => Some(Arc::clone(successor)),
+            Usage::Free | Usage::Held => None,
+        };
+        BitmapState {
+            name: self.name.clone(),
+            enabled: state.enabled,
+            inconsistent: state.inconsistent,
+            bits: Arc::clone(&state.bits),
+            successor,
+        }
+    }
+
+    /// It is not kept any more, if it was to be: inconsistent from now on.
+    fn spoil(&self) {
+        if !self.persistent {
+            return;
+        }
+        let mut state = self.lock();
+        let recorder = state.recorder().cloned();
+        state.inconsistent = true;
+        drop(state);
+        if let Some(bits) = recorder {
+            self.detach(&bits);
+        }
+    }
+
     /// The successor's bits, while it has one.
     pub(crate) fn successor(&self) -> Option<Arc<DirtyBitmap>> {
         match &self.lock().usage {
@@ -171,6 +227,22 @@ impl NamedBitmap {
     /// Fails if it is busy or inconsistent: for whoever would use what it says.
     pub fn check_usable(&self) -> Result<(), NamedBitmapError> {
         self.check(&self.lock(), false)
+    }
+
+    /// Fails if its bits cannot be changed: as [`check_usable`](Self::check_usable), and if
+    /// it is read-only.
+    fn check_changeable(&self) -> Result<(), NamedBitmapError> {
+        let state = self.lock();
+        self.check(&state, true)?;
+        self.check_read_only()?;
+        self.check(&state, false)
+    }
+
+    fn check_read_only(&self) -> Result<(), NamedBitmapError> {
+        match self.is_read_only() {
+            true => Err(NamedBitmapError::ReadOnly(self.name.clone())),
+            false => Ok(()),
+        }
     }
 
     /// Whether `bits`, which were its own when they were last looked at, must stay
@@ -210,6 +282,9 @@ impl NamedBitmap {
     /// inconsistent from now on: it would miss writes.
     fn fit(&self, size: u64) {
         let mut state = self.lock();
+        if state.inconsistent {
+            return;
+        }
         let fitted = fitted(&state.bits, size).and_then(|bits| match &state.usage {
             Usage::Frozen { successor } => Ok((bits, fitted(successor, size)?)),
             _ => Ok((bits, None)),

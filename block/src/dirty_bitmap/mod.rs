@@ -176,6 +176,32 @@ impl DirtyBitmap {
         self.levels[0].iter().map(|word| word.load(SeqCst))
     }
 
+    /// Adds the words from `first` on to what is in `into`; past the end there is nothing.
+    pub(crate) fn add_words_to(&self, first: usize, into: &mut [u64]) {
+        let words = self.levels[0].iter().skip(first);
+        for (into, word) in into.iter_mut().zip(words) {
+            *into |= word.load(SeqCst);
+        }
+    }
+
+    /// Marks what is set in `words`, the first of which is word `first`. What is past
+    /// the end is ignored.
+    pub(crate) fn set_words(&self, first: usize, words: &[u64]) {
+        for (index, bits) in (first..).zip(words) {
+            let start = (index as u64).saturating_mul(WORD);
+            let mut bits = *bits;
+            while bits != 0 && start < self.chunks {
+                let from = u64::from(bits.trailing_zeros());
+                let run = u64::from((!(bits >> from)).trailing_zeros());
+                self.set_chunks(
+                    (start + from).min(self.chunks),
+                    (start + from + run).min(self.chunks),
+                );
+                bits &= u64::MAX.checked_shl((from + run) as u32).unwrap_or(0);
+            }
+        }
+    }
+
     /// Clears every chunk that lies *wholly* in `len` bytes at `offset` (the last
     /// one of the disk ends where the disk does), and gives the number of bytes
     /// that were dirty.

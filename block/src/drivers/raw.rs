@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::bitmaps::kept::ImageFile;
 use crate::buffer::IoVec;
 use crate::debug_event::DebugEvent;
 use crate::driver::{
@@ -120,6 +121,20 @@ impl RawDriver {
 impl BlockDriver for RawDriver {
     fn name(&self) -> &'static str {
         "raw"
+    }
+
+    fn image_file(&self) -> Option<ImageFile> {
+        self.file.node().driver().image_file()
+    }
+
+    fn bitmap_layer(&self) -> Option<String> {
+        Some(match self.window() {
+            Window {
+                offset: 0,
+                size: None,
+            } => "raw".to_owned(),
+            Window { offset, size } => format!("raw from {offset} of {size:?}"),
+        })
     }
 
     fn size(&self) -> u64 {
@@ -319,6 +334,7 @@ mod tests {
             filename: image.path().to_owned(),
             locking: None,
             host_device: false,
+            bitmap_file: None,
         };
         let driver = file::open("f", &options, OpenFlags::default()).unwrap();
         let node = Node::new("f", Box::new(driver), NodeOptions::default());

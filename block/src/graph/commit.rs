@@ -139,6 +139,10 @@ impl Removed {
             for entry in &nodes {
                 entry.node.driver().close();
             }
+            // When none of them writes any more.
+            for entry in &nodes {
+                entry.node.close_bitmaps();
+            }
             drop(nodes);
             drop(under_way);
             // Nobody may be waiting.

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::bitmaps::NamedBitmapError;
+use crate::bitmaps::{KeptError, NamedBitmapError};
 use crate::drivers::{OpenError, ReopenError};
 use crate::error::IoError;
 use crate::permissions::{Perm, PermissionError};
@@ -255,6 +255,9 @@ pub enum GraphError {
     /// A bitmap cannot be resized with its node.
     #[error(transparent)]
     Bitmap(#[from] NamedBitmapError),
+    /// Persistent bitmaps cannot be kept, or had from their file.
+    #[error(transparent)]
+    Kept(#[from] KeptError),
     /// The storage cannot be resized, or not to that size.
     #[error(transparent)]
     Io(#[from] IoError),

@@ -72,6 +72,8 @@ pub struct BitmapInfo {
     pub busy: bool,
     /// Whether writes may be missing in it.
     pub inconsistent: bool,
+    /// Whether it is kept when the node is closed, and after a crash.
+    pub persistent: bool,
     /// Chunk size in bytes.
     pub granularity: u64,
     /// Dirty bytes, whole chunks.
@@ -149,6 +151,7 @@ fn bitmaps(node: &Arc<Node>) -> Vec<BitmapInfo> {
         recording,
         busy: false,
         inconsistent: false,
+        persistent: false,
         granularity: bits.granularity(),
         count: bits.count_bytes(),
     };
@@ -170,6 +173,7 @@ fn bitmaps(node: &Arc<Node>) -> Vec<BitmapInfo> {
             recording: bitmap.is_recording(),
             busy: bitmap.is_busy(),
             inconsistent: bitmap.is_inconsistent(),
+            persistent: bitmap.is_persistent(),
             granularity: bits.granularity(),
             count: bits.count_bytes(),
         }

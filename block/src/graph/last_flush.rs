@@ -78,7 +78,7 @@ impl Graph {
     /// Flushes all nodes that are written, so that the program may end: formats keep
     /// tables in memory. And waits for those that are being closed, which write theirs.
     /// One that hangs keeps no other from being flushed, no rate is limited, and a
-    /// server that is away is not waited for. Errors are logged. Cancel: some are flushed.
+    /// server that is away is not waited for. Then saves persistent bitmaps. Errors are logged. Cancel: some are flushed.
     pub async fn flush_all(&self) {
         let nodes: Vec<_> = {
             let topology = self.topology.borrow();
@@ -92,6 +92,8 @@ impl Graph {
             release_reserve(node).await;
         }
         drop(unlimited);
+        // After all that formats write to their files.
+        join_all(nodes.iter().map(|node| node.save_bitmaps())).await;
     }
 
     /// Writes out what nodes have in memory that are not in `after`, the graph that is

@@ -6,6 +6,7 @@
 //! - `open`: `blockdev-add` and `blockdev-del`;
 //! - `reopen`: `blockdev-reopen`;
 //! - `resize`: `block_resize`;
+//! - `bitmaps`: bitmaps that are kept;
 //! - `drain`: drained sections;
 //! - `last_flush`: what has to be written before nodes go;
 //! - `handle`: how other threads get here.
@@ -30,6 +31,7 @@ use crate::node::{Node, NodeOptions};
 use crate::permissions::{Perm, Permissions};
 use crate::throttle::{ThrottleGroup, ThrottleGroups};
 
+mod bitmaps;
 mod change;
 mod commit;
 mod drain;
@@ -46,6 +48,7 @@ mod resize;
 mod tests;
 mod topology;
 
+pub use bitmaps::CopiedBitmaps;
 pub use drain::Drained;
 pub use error::{BusyBackend, GraphError};
 pub use handle::GraphHandle;

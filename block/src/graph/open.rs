@@ -265,6 +265,7 @@ impl<'a> Opening<'a> {
                 given: Some(Arc::new(given)),
                 ..NodeEntry::new(Arc::clone(&node), owner, opened.children)
             });
+            node.load_bitmaps().await?;
             Ok(node)
         })
     }

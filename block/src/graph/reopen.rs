@@ -15,6 +15,7 @@ use crate::drivers::ReopenError;
 use crate::node::{Child, Node, NodeOptions};
 use crate::options::{BlockdevOptions, BlockdevRef, ChildChoice, DriverOptions};
 use crate::permissions::{Perm, Permissions};
+use crate::runtime;
 
 impl Graph {
     /// Gives each named node the options of its entry: all of them, or none of any.
@@ -47,6 +48,15 @@ impl Graph {
         let mut outcomes = Vec::new();
         for wanted in &queue.entries {
             outcomes.push(prepared.prepare(self, wanted, &plan).await?);
+        }
+
+        // Nobody writes them yet. What is found is theirs whether they are reopened or not.
+        let mut kept = Kept::default();
+        for (wanted, outcome) in queue.entries.iter().zip(&outcomes) {
+            if wanted.node.read_only() && !outcome.read_only {
+                kept.0.push(Arc::clone(&wanted.node));
+                wanted.node.reload_bitmaps().await?;
+            }
         }
 
         // So that little is left to be flushed while requests are held.
@@ -87,6 +97,12 @@ impl Graph {
         let backing = backing_changes(&self.topology.borrow(), &topology, &queue.entries);
         let removed = self.commit_reopened(topology, &prepared.0)?;
         prepared.0.clear();
+        kept.0 = queue
+            .entries
+            .iter()
+            .map(|wanted| Arc::clone(&wanted.node))
+            .collect();
+        kept.0.retain(|node| node.read_only());
         for (node, child) in backing {
             node.driver().set_backing(child);
         }
@@ -96,6 +112,8 @@ impl Graph {
         drop(plan);
         drop(queue);
         drop(sections);
+        // Those that are not written any more give up their bitmaps' files.
+        drop(kept);
         removed.closed().await;
         Ok(())
     }
@@ -424,6 +442,19 @@ fn backing_changes(
             }
         })
         .collect()
+}
+
+/// Nodes that are not to keep bitmaps: because they are read-only, still or again. Dropping it
+/// has their files closed.
+#[derive(Default)]
+struct Kept(Vec<Arc<Node>>);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        for node in self.0.drain(..).filter(|node| node.keeps_bitmaps()) {
+            runtime::unblock_detached(move || node.close_bitmaps());
+        }
+    }
 }
 
 /// Nodes whose drivers have something prepared. Dropping it takes that back.

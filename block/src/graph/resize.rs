@@ -54,9 +54,19 @@ impl Graph {
         for bitmap in self.bitmaps_above(node) {
             bitmap.check_resize(size)?;
         }
+        let keepers = self.keepers_above(node);
+        for keeper in &keepers {
+            keeper.note_resize(true).await?;
+        }
         let resized = node.resize(size).await;
         // A size that was changed in spite of an error is told, too.
         self.tell_resized(node);
+        for keeper in &keepers {
+            // Else any size is taken for the disk's after a crash: nothing is lost.
+            if let Err(error) = keeper.note_resize(false).await {
+                tracing::error!(node = keeper.name(), %error, "bitmaps were resized in memory only");
+            }
+        }
         drop(drained);
         resized.map_err(|error| resize_error(node, error))
     }

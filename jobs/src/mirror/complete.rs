@@ -44,6 +44,10 @@ pub(super) async fn prepare(driver: &MirrorDriver, graph: &Rc<Graph>) -> Result<
         None => drain_and_copy(driver, places, graph).await?,
     };
     adopt_read_only(places, graph).await;
+    // Persistent bitmaps go on on the target.
+    let bitmaps = graph
+        .copy_kept_bitmaps(places.lowest(), &places.target)
+        .await;
     // From a cancel on, writes of the guest are not recorded: the target may be old.
     // Nothing is awaited between this look and the replacement.
     if driver.is_cancelled() {
@@ -53,6 +57,9 @@ pub(super) async fn prepare(driver: &MirrorDriver, graph: &Rc<Graph>) -> Result<
     // All requests are held, so nothing is left to mirror.
     driver.state().set_engaged(false);
     let replaced = replace(places, graph, &held.drained);
+    if replaced.is_ok() {
+        bitmaps.commit();
+    }
     driver.keep_section(held);
     replaced.map_err(|reason| {
         JobFailure::new(

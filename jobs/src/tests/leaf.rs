@@ -187,6 +187,7 @@ fn no_io_can_begin_under_the_job_mutex() {
                 filename: file.path().to_owned(),
                 locking: None,
                 host_device: false,
+                bitmap_file: None,
             }))
         };
         let node = stage.graph.blockdev_add(options).await.unwrap();

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwap;
 
 use super::{FileDriver, OpenFlags, open};
+use crate::bitmaps::kept::ImageFile;
 use crate::buffer::IoVec;
 use crate::driver::{
     BlockDriver, BoxFuture, Extent, FileRange, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
@@ -54,6 +55,9 @@ impl FileNode {
         if new.locking != self.options.locking && new.locking.is_none() {
             return Err(ReopenError::CannotReset("locking"));
         }
+        if new.bitmap_file != self.options.bitmap_file && new.bitmap_file.is_none() {
+            return Err(ReopenError::CannotReset("bitmap-file"));
+        }
         let changed = if new.host_device != self.options.host_device {
             "driver"
         } else if new.filename.as_os_str() != self.options.filename.as_os_str() {
@@ -61,6 +65,8 @@ impl FileNode {
             "filename"
         } else if new.locking != self.options.locking {
             "locking"
+        } else if new.bitmap_file != self.options.bitmap_file {
+            "bitmap-file"
         } else {
             return Ok(());
         };
@@ -129,6 +135,18 @@ impl BlockDriver for FileNode {
 
     fn filename(&self) -> String {
         self.current.load().filename()
+    }
+
+    fn image_file(&self) -> Option<ImageFile> {
+        Some(ImageFile {
+            file: Arc::clone(&self.current.load().file),
+            path: self.options.filename.clone(),
+            bitmap_file: self.options.bitmap_file.clone(),
+        })
+    }
+
+    fn bitmap_layer(&self) -> Option<String> {
+        Some("file".to_owned())
     }
 
     fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {

@@ -37,6 +37,7 @@ pub(crate) fn open_scratch(node: &str, directory: &Path, size: u64) -> Result<Fi
         // Nobody else can open it.
         locking: Some(false),
         host_device: false,
+        bitmap_file: None,
     };
     let flags = OpenFlags {
         cache: CacheOptions {

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use futures_util::FutureExt;
 
 use super::{Qcow2Driver, backing_of, file_permissions};
+use crate::bitmaps::kept::ImageFile;
 use crate::buffer::IoVec;
 use crate::driver::{
     BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, Limits, Reopen, Reopened, WriteFlags,
@@ -20,6 +21,14 @@ use crate::runtime::EventLoop;
 impl BlockDriver for Qcow2Driver {
     fn name(&self) -> &'static str {
         "qcow2"
+    }
+
+    fn image_file(&self) -> Option<ImageFile> {
+        self.file.node().driver().image_file()
+    }
+
+    fn bitmap_layer(&self) -> Option<String> {
+        Some("qcow2".to_owned())
     }
 
     /// A part of a sector at the end cannot be reached, as in QEMU.

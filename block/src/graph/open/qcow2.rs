@@ -129,6 +129,7 @@ impl Opening<'_> {
             filename: path.clone(),
             locking: None,
             host_device: false,
+            bitmap_file: None,
         }));
         let is_qcow2 = match format {
             Some("qcow2") => true,

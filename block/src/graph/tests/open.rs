@@ -21,6 +21,7 @@ fn file(path: PathBuf) -> DriverOptions {
         filename: path,
         locking: None,
         host_device: false,
+        bitmap_file: None,
     })
 }
 

@@ -43,6 +43,7 @@ fn file(path: &Path) -> DriverOptions {
         filename: path.to_owned(),
         locking: None,
         host_device: false,
+        bitmap_file: None,
     })
 }
 

@@ -148,6 +148,7 @@ fn a_file_grows_with_zeroes_and_shrinks() {
             filename: path.clone(),
             locking: None,
             host_device: false,
+            bitmap_file: None,
         }));
         let raw = |size| window(BlockdevRef::Inline(Box::new(file.clone())), 1024, size);
         let node = graph.blockdev_add(raw(None)).await.unwrap();

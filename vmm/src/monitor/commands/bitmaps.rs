@@ -1,12 +1,13 @@
 //! `block-dirty-bitmap-*`: as commands, and as actions of a transaction.
 //!
-//! A command makes its change and lets it last. A transaction reads all of its
+//! A command makes its change and lets it last; it is answered when that is durable, if the
+//! bitmap is persistent. A transaction reads all of its
 //! actions first, then makes the changes, and undoes them if a later action fails.
 
 use std::rc::Rc;
 use std::sync::Arc;
 
-use block::{BitmapChange, Graph, NamedBitmap, NamedBitmapError, NewBitmap, Node};
+use block::{BitmapChange, Graph, GraphError, NamedBitmap, NamedBitmapError, NewBitmap, Node};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
@@ -139,28 +140,65 @@ impl BitmapAction {
         graph.find(node).ok()
     }
 
-    /// Makes the change. Nothing is awaited.
-    ///
-    /// Errors: in QEMU's words. Nothing has been changed.
-    pub(super) fn apply(&self, graph: &Graph) -> Result<BitmapChange, QmpError> {
-        let change = match self {
+    /// What it adds, and to which node.
+    fn added(&self) -> Option<(&str, NewBitmap<'_>)> {
+        match self {
             Self::Add {
                 node,
                 name,
                 granularity,
                 persistent,
                 disabled,
-            } => {
-                if name.is_empty() {
-                    return Err(NamedBitmapError::EmptyName.into());
-                }
-                let new = NewBitmap {
+            } => Some((
+                node,
+                NewBitmap {
                     name,
                     granularity: *granularity,
                     persistent: *persistent,
                     enabled: !disabled,
+                },
+            )),
+            _ => None,
+        }
+    }
+
+    /// Makes sure that a persistent bitmap can be kept which this adds. What else is wrong
+    /// with it is left to [`apply`](Self::apply). Gives the node, in which something may
+    /// have been made that [`Graph::store_bitmaps`] takes back if the bitmap is not added.
+    ///
+    /// Cancel: as [`Graph::prepare_bitmap`].
+    pub(super) async fn prepare(&self, graph: &Graph) -> Result<Option<Arc<Node>>, QmpError> {
+        let Some((node, new)) = self.added().filter(|(_, new)| new.persistent) else {
+            return Ok(None);
+        };
+        let Ok(node) = graph.find(node) else {
+            return Ok(None);
+        };
+        match graph.prepare_bitmap(&node, &new).await {
+            Ok(()) => Ok(Some(node)),
+            Err(GraphError::Bitmap(_)) => Ok(None),
+            Err(error) => {
+                // As if nothing had been tried.
+                let _ = graph.store_bitmaps(&[node]).await;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Makes the change. Nothing is awaited.
+    ///
+    /// Errors: in QEMU's words. Nothing has been changed.
+    pub(super) fn apply(&self, graph: &Graph) -> Result<BitmapChange, QmpError> {
+        let change = match self {
+            Self::Add { node, name, .. } => {
+                if name.is_empty() {
+                    return Err(NamedBitmapError::EmptyName.into());
+                }
+                let node = graph.find(node)?;
+                let Some((_, new)) = self.added() else {
+                    return Err(NamedBitmapError::EmptyName.into());
                 };
-                BitmapChange::add(&graph.find(node)?, &new)?
+                BitmapChange::add(&node, &new)?
             }
             Self::Clear(place) => BitmapChange::clear(&place.find(graph)?)?,
             Self::Disable(place) => BitmapChange::disable(&place.find(graph)?)?,
@@ -174,34 +212,69 @@ impl BitmapAction {
         Ok(change)
     }
 
-    fn run(&self, monitor: &Monitor) -> Outcome {
-        self.apply(&monitor.graph)?.commit();
+    /// Makes the change, durably where the bitmap is persistent.
+    ///
+    /// Cancel: it is made or not.
+    async fn run(&self, monitor: &Monitor) -> Outcome {
+        let graph = &monitor.graph;
+        // What is made for the first persistent bitmap of a node is made once.
+        let alone = match self.added() {
+            Some((_, new)) if new.persistent => Some(monitor.graph_commands.lock().await),
+            _ => None,
+        };
+        let prepared = self.prepare(graph).await?;
+        let change = match self.apply(graph) {
+            Ok(change) => change,
+            Err(error) => {
+                let nodes: Vec<_> = prepared.into_iter().collect();
+                graph.store_bitmaps(&nodes).await?;
+                return Err(error);
+            }
+        };
+        let bitmap = Arc::clone(change.bitmap());
+        change.commit();
+        let nodes: Vec<_> = kept_by(&bitmap).into_iter().collect();
+        if let Err(error) = graph.store_bitmaps(&nodes).await {
+            if prepared.is_some()
+                && let Ok(change) = BitmapChange::remove(&bitmap)
+            {
+                change.commit();
+                let _ = graph.store_bitmaps(&nodes).await;
+            }
+            return Err(error.into());
+        }
+        drop(alone);
         done()
     }
 }
 
+/// The node that keeps the bitmap, if it is persistent.
+pub(super) fn kept_by(bitmap: &NamedBitmap) -> Option<Arc<Node>> {
+    bitmap.node().filter(|_| bitmap.is_persistent())
+}
+
 pub(super) async fn block_dirty_bitmap_add(monitor: Rc<Monitor>, args: Args) -> Outcome {
-    BitmapAction::add(args)?.run(&monitor)
+    BitmapAction::add(args)?.run(&monitor).await
 }
 
 pub(super) async fn block_dirty_bitmap_clear(monitor: Rc<Monitor>, args: Args) -> Outcome {
-    BitmapAction::clear(args)?.run(&monitor)
+    BitmapAction::clear(args)?.run(&monitor).await
 }
 
 pub(super) async fn block_dirty_bitmap_disable(monitor: Rc<Monitor>, args: Args) -> Outcome {
-    BitmapAction::disable(args)?.run(&monitor)
+    BitmapAction::disable(args)?.run(&monitor).await
 }
 
 pub(super) async fn block_dirty_bitmap_enable(monitor: Rc<Monitor>, args: Args) -> Outcome {
-    BitmapAction::enable(args)?.run(&monitor)
+    BitmapAction::enable(args)?.run(&monitor).await
 }
 
 pub(super) async fn block_dirty_bitmap_merge(monitor: Rc<Monitor>, args: Args) -> Outcome {
-    BitmapAction::merge(args)?.run(&monitor)
+    BitmapAction::merge(args)?.run(&monitor).await
 }
 
 pub(super) async fn block_dirty_bitmap_remove(monitor: Rc<Monitor>, args: Args) -> Outcome {
-    BitmapAction::remove(args)?.run(&monitor)
+    BitmapAction::remove(args)?.run(&monitor).await
 }
 
 /// A digest of the bits, to compare bitmaps by.

@@ -175,7 +175,7 @@ async fn block_device_info(monitor: &Monitor, node: &NodeInfo, flat: bool) -> Va
             let mut shown = json!({
                 "recording": bitmap.recording,
                 "busy": bitmap.busy,
-                "persistent": false,
+                "persistent": bitmap.persistent,
                 "granularity": bitmap.granularity,
                 "count": bitmap.count,
             });

@@ -16,7 +16,7 @@ use jobs::TxnKey;
 use jobs::backup::PreparedBackup;
 
 use super::backup::{BackupArgs, ReadyBackup};
-use super::bitmaps::BitmapAction;
+use super::bitmaps::{BitmapAction, kept_by};
 use super::{Outcome, done};
 use crate::monitor::Monitor;
 use crate::monitor::args::Args;
@@ -124,7 +124,30 @@ pub(super) async fn transaction(monitor: Rc<Monitor>, mut args: Args) -> Outcome
     }
     args.finish()?;
 
-    let ready = find(&monitor, actions).await;
+    let (ready, prepared) = find(&monitor, actions).await;
+    let outcome = carry_out_alone(&monitor, ready, mode).await;
+    // Without bitmaps, what was made for them goes again.
+    let mut nodes = prepared;
+    if let Ok(kept) = &outcome {
+        nodes.extend(kept.iter().cloned());
+    }
+    nodes.sort_by_key(|node| node.id());
+    nodes.dedup_by_key(|node| node.id());
+    let stored = monitor.graph.store_bitmaps(&nodes).await;
+    outcome?;
+    stored?;
+    done()
+}
+
+/// Carries the actions out while no other command changes the graph. Gives the nodes whose
+/// persistent bitmaps have changed, which is not durable yet.
+///
+/// Cancel: nothing has happened.
+async fn carry_out_alone(
+    monitor: &Monitor,
+    ready: Vec<Ready>,
+    mode: Option<CompletionMode>,
+) -> Result<Vec<Arc<Node>>, QmpError> {
     // Nodes stay what they are until it has ended.
     let _alone = monitor.graph_commands.lock().await;
     let held = drain(&monitor.graph, &ready).await?;
@@ -132,20 +155,24 @@ pub(super) async fn transaction(monitor: Rc<Monitor>, mut args: Args) -> Outcome
         Some(CompletionMode::Grouped) => Some(monitor.jobs().lock().new_txn()),
         _ => None,
     };
-    let applied = carry_out(&monitor, ready, txn, &held);
+    let applied = carry_out(monitor, ready, txn, &held);
     if let Some(txn) = txn {
         monitor.jobs().lock().close_txn(txn);
     }
+    let mut kept = Vec::new();
     for action in applied? {
         match action {
-            Applied::Bitmap(change) => change.commit(),
+            Applied::Bitmap(change) => {
+                kept.extend(kept_by(change.bitmap()));
+                change.commit();
+            }
             Applied::Backup(backup, _) => {
                 backup.start();
             }
         }
     }
     drop(held);
-    done()
+    Ok(kept)
 }
 
 fn read_action(mut args: Args) -> Result<Action, QmpError> {
@@ -158,15 +185,25 @@ fn read_action(mut args: Args) -> Result<Action, QmpError> {
 /// Finds what backups need, up to the first action that is sure to fail: what comes
 /// after that has no turn, and no target is made for it.
 ///
+/// Also gives the nodes in which bitmaps are to be kept: `store_bitmaps` says in the end
+/// whether there are any.
+///
 /// Cancel: what was opened is closed.
-async fn find(monitor: &Monitor, actions: Vec<Action>) -> Vec<Ready> {
+async fn find(monitor: &Monitor, actions: Vec<Action>) -> (Vec<Ready>, Vec<Arc<Node>>) {
     let mut ready = Vec::with_capacity(actions.len());
+    let mut prepared = Vec::new();
     for action in actions {
         let next = match action {
             Action::Abort => {
                 Ready::Never(QmpError::generic("Transaction aborted using Abort action"))
             }
-            Action::Bitmap(action) => Ready::Bitmap(action),
+            Action::Bitmap(action) => match action.prepare(&monitor.graph).await {
+                Ok(node) => {
+                    prepared.extend(node);
+                    Ready::Bitmap(action)
+                }
+                Err(error) => Ready::Never(error),
+            },
             Action::Backup(args) => match args.find(monitor).await {
                 Ok(backup) => Ready::Backup(Box::new(backup)),
                 Err(error) => Ready::Never(error),
@@ -178,7 +215,7 @@ async fn find(monitor: &Monitor, actions: Vec<Action>) -> Vec<Ready> {
             break;
         }
     }
-    ready
+    (ready, prepared)
 }
 
 /// Holds requests back to all nodes that the actions are about, all at the same time.

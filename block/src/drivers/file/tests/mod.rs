@@ -36,6 +36,7 @@ fn file_options(path: &Path) -> FileOptions {
         filename: path.to_owned(),
         locking: None,
         host_device: false,
+        bitmap_file: None,
     }
 }
 

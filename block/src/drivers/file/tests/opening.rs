@@ -51,6 +51,7 @@ fn what_is_no_image_is_refused_by_its_kind() {
         "node",
         &FileOptions {
             host_device: true,
+            bitmap_file: None,
             ..file_options(&image_in(dir.path(), 512).into_temp_path().keep().unwrap())
         },
         OpenFlags::default(),

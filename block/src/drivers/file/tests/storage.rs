@@ -278,6 +278,7 @@ fn requests_on_a_block_device_of_4096_byte_sectors() {
     for direct in [false, true] {
         let options = FileOptions {
             host_device: true,
+            bitmap_file: None,
             ..file_options(&device.path)
         };
         let driver = open("node", &options, flags(direct)).unwrap();

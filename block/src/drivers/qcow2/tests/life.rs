@@ -188,6 +188,7 @@ fn a_file_that_grows_while_it_is_reopened_is_no_obstacle() {
                     filename: image.path().to_owned(),
                     locking: None,
                     host_device: false,
+                    bitmap_file: None,
                 },
             ))))
         };

@@ -60,6 +60,8 @@ fn file_or_device(
     args.optional_i64("aio-max-batch")?;
     args.optional_bool("drop-cache")?;
     args.optional_bool("x-check-cache-dropped")?;
+    // Ours: QEMU keeps bitmaps in qcow2 images only.
+    let bitmap_file = args.optional_str("bitmap-file")?;
     if aio == Some(Aio::Native) && !common.direct {
         args.refuse(QmpError::generic(
             "aio=native was specified, but it requires cache.direct=on, which was not specified.",
@@ -80,6 +82,9 @@ fn file_or_device(
         filename: PathBuf::from(filename),
         locking,
         host_device,
+        bitmap_file: bitmap_file
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from),
     }))
 }
 

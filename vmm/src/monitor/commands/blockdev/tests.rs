@@ -127,6 +127,7 @@ fn json_and_key_value_say_the_same() {
             filename: PathBuf::from("a,b"),
             locking: Some(false),
             host_device: false,
+            bitmap_file: None,
         }))
     };
     let raw = DriverOptions::Raw(RawOptions {

@@ -1,0 +1,208 @@
+//! Side-car files on a real file system, and hostile ones.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+
+use super::super::BLOCK;
+use super::super::format::{Hot, Use};
+use super::super::image::{Access, ImageFile, SideCar};
+use super::super::intent::Intent;
+use super::super::store::{BitmapState, Changed, Disk, LoadError, Store};
+use super::{Random, Recorder};
+use crate::dirty_bitmap::DirtyBitmap;
+
+const SIZE: u64 = 64 << 20;
+
+fn disk() -> Disk {
+    Disk {
+        identity: "image".to_owned(),
+        layer: "raw".to_owned(),
+        size: SIZE,
+        resizing: false,
+        usage: Use::Open,
+    }
+}
+
+fn state(name: &str, granularity: u64, dirty: &[u64]) -> BitmapState {
+    let bits = DirtyBitmap::new(SIZE, granularity).unwrap();
+    for offset in dirty {
+        bits.set(*offset, 512);
+    }
+    BitmapState {
+        name: name.to_owned(),
+        enabled: true,
+        inconsistent: false,
+        bits: Arc::new(bits),
+        successor: None,
+    }
+}
+
+#[test]
+fn bits_and_names_come_back_from_a_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.bitmaps");
+    let side_car = SideCar::create(&path).unwrap();
+    let mut store = Store::create(side_car, &disk()).unwrap();
+    store.storage.put_in_place(&path).unwrap();
+    let bitmaps = [
+        (state("coarse", 65536, &[0, SIZE - 512]), Changed::All),
+        (state("fine", 512, &[5 << 20, 48 << 20]), Changed::All),
+        (state("clean", 4096, &[]), Changed::All),
+    ];
+    store.commit(&disk(), &bitmaps).unwrap();
+    // Nobody else gets it meanwhile.
+    let error = SideCar::open(&path, Access::Read).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+    drop(store);
+    let side_car = SideCar::open(&path, Access::Read).unwrap().unwrap();
+    let mut store = Store::open(side_car).unwrap();
+    let loaded = store.load().unwrap();
+    assert_eq!(loaded.len(), 3);
+    for (loaded, (saved, _)) in loaded.iter().zip(&bitmaps) {
+        assert_eq!(loaded.name, saved.name);
+        let bits = loaded.bits.as_ref().unwrap();
+        assert!(bits.words().eq(saved.bits.words()));
+        assert_eq!(bits.count_bytes(), saved.bits.count_bytes());
+    }
+}
+
+#[test]
+fn a_second_name_or_a_link_leads_to_no_other_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("disk");
+    std::fs::write(&image, [0; 512]).unwrap();
+    let link = directory.path().join("link");
+    std::os::unix::fs::symlink(&image, &link).unwrap();
+    let file = |path: &std::path::PathBuf| ImageFile {
+        file: Arc::new(File::open(path).unwrap()),
+        path: path.clone(),
+        bitmap_file: None,
+    };
+    assert_eq!(
+        file(&image).side_car().unwrap(),
+        file(&link).side_car().unwrap()
+    );
+    // A copy is another image.
+    let copy = directory.path().join("copy");
+    std::fs::copy(&image, &copy).unwrap();
+    let identity = |path| file(path).watch().unwrap().identity;
+    assert_eq!(identity(&image), identity(&link));
+    assert_ne!(identity(&image), identity(&copy));
+    // A link in the place of the side-car file is not followed.
+    let trap = directory.path().join("trap");
+    std::os::unix::fs::symlink(&image, &trap).unwrap();
+    SideCar::open(&trap, Access::Write).unwrap_err();
+}
+
+#[test]
+fn no_file_content_hurts() {
+    let storage = Recorder::default();
+    let mut store = Store::create(storage.clone(), &disk()).unwrap();
+    let bitmaps = [
+        (state("coarse", 65536, &[0, SIZE - 512]), Changed::All),
+        (state("fine", 512, &[5 << 20, 48 << 20]), Changed::All),
+    ];
+    store.commit(&disk(), &bitmaps).unwrap();
+    store.write_hot(20, &[6], true).unwrap();
+    let mut random = Random::new(1);
+    let len = 40;
+    for _ in 0..3000 {
+        let copy = storage
+            .after_power_cut(storage.log_len(), &mut random)
+            .unwrap();
+        for _ in 0..=random.below(3) {
+            let block = random.below(len) as u32;
+            let mut bytes = [0; BLOCK];
+            super::Storage::read(&copy, block, &mut bytes).unwrap();
+            for _ in 0..=random.below(8) {
+                // The fields are at the beginning.
+                let most = if random.one_in(2) { 96 } else { BLOCK as u64 };
+                let at = random.below(most) as usize;
+                bytes[at] = random.below(256) as u8;
+            }
+            super::Storage::write(&copy, block, &bytes).unwrap();
+        }
+        match Store::open(copy) {
+            Ok(mut store) => {
+                for loaded in store.load().unwrap() {
+                    // Whatever was damaged counts as dirty.
+                    let saved = bitmaps.iter().find(|(saved, _)| saved.name == loaded.name);
+                    if let (Some(bits), Some((saved, _))) = (loaded.bits, saved) {
+                        let mut pairs = bits.words().zip(saved.bits.words());
+                        assert!(pairs.all(|(found, saved)| found & saved == saved));
+                    }
+                }
+                if let Some(hot) = store.load_hot().unwrap() {
+                    let ranges = hot.ranges(SIZE);
+                    assert!(hot == Hot::All || ranges.contains(&((1 << 20)..(2 << 20))));
+                }
+            }
+            Err(LoadError::Format(_)) => {}
+            Err(LoadError::Read(error)) => panic!("{error}"),
+        }
+    }
+}
+
+#[test]
+fn sizes_in_a_file_ask_for_no_memory() {
+    for size in [u64::MAX, 1 << 62, 1 << 43] {
+        let storage = Recorder::default();
+        let huge = Disk { size, ..disk() };
+        let mut store = Store::create(storage.clone(), &huge).unwrap();
+        let names: Vec<_> = (0..200).map(|i| i.to_string()).collect();
+        let bitmaps: Vec<_> = names
+            .iter()
+            .map(|name| (state(name, 512, &[]), Changed::All))
+            .collect();
+        store.commit(&huge, &bitmaps).unwrap();
+        let mut store = Store::open(storage).unwrap();
+        // Each would need 2 GiB or more.
+        let loaded = store.load().unwrap();
+        let bits = loaded.iter().filter_map(|bitmap| bitmap.bits.as_ref());
+        assert_eq!(bits.count(), 0);
+    }
+}
+
+#[test]
+fn what_is_left_of_an_unfinished_file_is_no_side_car_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.bitmaps");
+    let file = File::create(&path).unwrap();
+    file.write_all_at(&[0; 5 * BLOCK], 0).unwrap();
+    let side_car = SideCar::open(&path, Access::Read).unwrap().unwrap();
+    let error = Store::open(side_car).unwrap_err();
+    assert!(matches!(error, LoadError::Format(_)), "{error}");
+}
+
+#[test]
+fn regions_cover_a_disk_of_any_size() {
+    for size in [
+        1,
+        512,
+        1 << 20,
+        1 << 30,
+        1 << 41,
+        u64::MAX / 2,
+        u64::MAX - 4096,
+    ] {
+        let intent = Intent::new(size);
+        let last = intent.try_enter(size - 1, 1);
+        // It is not armed.
+        assert!(last.is_ok());
+        drop(last);
+        intent.arm();
+        let cold = intent.try_enter(0, size).unwrap_err();
+        let mut end = 0;
+        for region in cold {
+            let range = intent.range(region, size);
+            assert_eq!(range.start, end);
+            end = range.end;
+        }
+        assert_eq!(end, size);
+        // As large as it may become.
+        let beyond = intent.try_enter(u64::MAX - 1, 1).unwrap_err();
+        let range = intent.range(beyond[0], u64::MAX);
+        assert!(range.contains(&(u64::MAX - 2)));
+    }
+}

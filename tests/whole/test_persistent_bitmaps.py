@@ -1,0 +1,336 @@
+"""Persistent bitmaps: restarts, kills at any moment, other people's hands on the files.
+
+`PERSISTENT_BITMAP_KILLS` says how often the daemon is killed under its writers.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+
+from support.nbd import WRITE, Raw, tool, wait_until
+from support.program import QmpError
+
+MIB = 1 << 20
+SIZE = 64 * MIB
+GRAIN = 65536
+KILLS = int(os.environ.get("PERSISTENT_BITMAP_KILLS", "12"))
+
+
+class Disk:
+    """A raw image with a bitmap file, in daemons that come and go."""
+
+    def __init__(self, program, name="disk"):
+        self.program, self.folder = program, program.folder
+        self.image = self.folder / f"{name}.img"
+        self.file = self.folder / f"{name}.img.bitmaps"
+        with open(self.image, "wb") as image:
+            image.truncate(SIZE)
+        self.options = {"driver": "raw", "node-name": name, "file": {
+            "driver": "file", "filename": str(self.image), "bitmap-file": str(self.file)}}
+        self.name = name
+
+    def start(self, export=True, **options):
+        self.process, self.qmp = self.program.storage_daemon()
+        self.add(**options)
+        if export:
+            self.path = self.folder / "nbd.sock"
+            self.path.unlink(missing_ok=True)
+            self.qmp.execute("nbd-server-start",
+                             addr={"type": "unix", "data": {"path": str(self.path)}})
+            self.qmp.execute("block-export-add", type="nbd", id="e", node_name=self.name, name="e",
+                             writable=True)
+
+    def add(self, **options):
+        options = {**self.options, **options}
+        self.qmp.execute("blockdev-add", **{k.replace("-", "_"): v for k, v in options.items()})
+
+    def kill(self):
+        self.process.popen.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def quit(self):
+        self.qmp.execute("quit")
+        self.process.wait()
+
+    def bitmap(self, verb, name, **options):
+        self.qmp.execute(f"block-dirty-bitmap-{verb}", node=self.name, name=name, **options)
+
+    def bitmaps(self, node=None):
+        nodes = self.qmp.execute("query-named-block-nodes")
+        shown = next(row for row in nodes if row["node-name"] == (node or self.name))
+        return {row["name"]: row for row in shown.get("dirty-bitmaps", []) if "name" in row}
+
+    def write(self, grain, count=1):
+        client = Raw(self.path, "e")
+        client.send(WRITE, grain * GRAIN, count * GRAIN, os.urandom(count * GRAIN))
+        error, _ = client.simple_reply()
+        assert error == 0
+
+    def dirty(self, name):
+        """The numbers of the dirty granules, asked for by NBD."""
+        self.qmp.execute("block-export-add", type="nbd", id="look", node_name=self.name,
+                         name="look", bitmaps=[name])
+        uri = f"nbd+unix:///look?socket={self.path}"
+        extents = json.loads(tool("nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{name}", uri))
+        self.qmp.execute("block-export-del", id="look", mode="hard")
+        self.qmp.event("BLOCK_EXPORT_DELETED", id="look")
+        return {grain for row in extents if row["type"] == 1
+                for grain in range(row["offset"] // GRAIN,
+                                   -(-(row["offset"] + row["length"]) // GRAIN))}
+
+
+def test_bits_come_back_after_an_orderly_end_and_the_file_goes_with_the_last_bitmap(program):
+    disk = Disk(program)
+    disk.start()
+    disk.bitmap("add", "keep", persistent=True)
+    disk.bitmap("add", "off", persistent=True, disabled=True, granularity=4096)
+    disk.bitmap("add", "gone")
+    disk.write(7, 2)
+    disk.quit()
+    disk.start()
+    found = disk.bitmaps()
+    assert set(found) == {"keep", "off"}
+    assert found["keep"]["count"] == 2 * GRAIN and found["keep"]["recording"]
+    assert found["off"]["count"] == 0 and not found["off"]["recording"]
+    assert found["off"]["granularity"] == 4096 and found["off"]["persistent"]
+    disk.bitmap("clear", "keep")
+    disk.bitmap("enable", "off")
+    disk.write(9)
+    disk.quit()
+    disk.start()
+    assert disk.bitmaps()["keep"]["count"] == GRAIN
+    assert disk.bitmaps()["off"]["count"] == GRAIN
+    disk.bitmap("remove", "keep")
+    disk.bitmap("remove", "off")
+    assert not disk.file.exists()
+    disk.write(1)
+
+
+def test_a_kill_leaves_bitmaps_with_what_was_written(program):
+    disk = Disk(program)
+    disk.start()
+    disk.bitmap("add", "b", persistent=True)
+    disk.write(3)
+    disk.kill()
+    disk.start()
+    found = disk.bitmaps()["b"]
+    assert "inconsistent" not in found and found["recording"]
+    # The whole region.
+    assert found["count"] == MIB
+    disk.bitmap("clear", "b")
+    disk.kill()
+    disk.start()
+    assert disk.bitmaps()["b"]["count"] == 0
+
+
+@pytest.mark.parametrize("change", ["touch", "write", "copy", "grow"])
+def test_what_others_did_to_the_image_makes_bitmaps_inconsistent(program, change):
+    disk = Disk(program)
+    disk.start()
+    disk.bitmap("add", "b", persistent=True)
+    disk.write(3)
+    disk.quit()
+    if change == "touch":
+        os.utime(disk.image)
+    elif change == "write":
+        with open(disk.image, "r+b") as image:
+            image.write(b"x")
+    elif change == "copy":
+        shutil.copy2(disk.image, disk.folder / "copy")
+        os.rename(disk.folder / "copy", disk.image)
+    else:
+        os.truncate(disk.image, 2 * SIZE)
+    disk.start()
+    found = disk.bitmaps()["b"]
+    assert found["inconsistent"] and not found["recording"]
+    assert "are inconsistent" in disk.process.errors()
+    with pytest.raises(QmpError, match="inconsistent"):
+        disk.bitmap("clear", "b")
+    disk.write(5)
+    disk.quit()
+    disk.start()
+    assert disk.bitmaps()["b"]["inconsistent"]
+    disk.bitmap("remove", "b")
+    disk.bitmap("add", "b", persistent=True)
+    assert "inconsistent" not in disk.bitmaps()["b"]
+
+
+def test_a_read_only_node_shows_its_bitmaps_and_a_reopen_lets_them_record(program):
+    disk = Disk(program)
+    disk.start()
+    disk.bitmap("add", "b", persistent=True)
+    disk.write(3)
+    disk.kill()
+    content = disk.file.read_bytes()
+    disk.start(export=False, **{"read-only": True})
+    assert disk.bitmaps()["b"]["count"] == MIB
+    for verb in ("clear", "remove"):
+        with pytest.raises(QmpError, match="readonly"):
+            disk.bitmap(verb, "b")
+    assert disk.file.read_bytes() == content
+    disk.qmp.execute("blockdev-reopen", options=[{**disk.options, "read-only": False}])
+    disk.bitmap("clear", "b")
+    disk.qmp.execute("blockdev-reopen", options=[{**disk.options, "read-only": True}])
+    disk.kill()
+    disk.start()
+    assert disk.bitmaps()["b"]["count"] == 0
+
+
+def test_an_image_whose_bitmap_file_is_in_use_is_not_opened_for_writing(program):
+    disk = Disk(program)
+    disk.start(export=False)
+    disk.bitmap("add", "b", persistent=True)
+    first = disk.process, disk.qmp
+    with pytest.raises(QmpError, match="is in use by another process"):
+        disk.start(export=False)
+    first[1].execute("quit")
+    first[0].wait()
+    disk.add()
+    assert "b" in disk.bitmaps()
+
+
+def test_without_a_place_or_after_an_abort_nothing_is_made(program):
+    disk = Disk(program)
+    place = disk.options["file"].pop("bitmap-file")
+    disk.start(export=False)
+    with pytest.raises(QmpError, match="Can't store persistent bitmaps to disk: Operation not supported"):
+        disk.bitmap("add", "b", persistent=True)
+    disk.qmp.execute("blockdev-del", node_name="disk")
+    disk.options["file"]["bitmap-file"] = place
+    disk.add()
+    data = {"node": "disk", "name": "b", "persistent": True}
+    with pytest.raises(QmpError, match="Abort action"):
+        disk.qmp.execute("transaction", actions=[
+            {"type": "block-dirty-bitmap-add", "data": data}, {"type": "abort", "data": {}}])
+    with pytest.raises(QmpError, match="power of 2"):
+        disk.bitmap("add", "b", persistent=True, granularity=700)
+    assert not disk.file.exists() and disk.bitmaps() == {}
+    disk.options["file"]["bitmap-file"] = "/nonexistent/b"
+    disk.qmp.execute("blockdev-del", node_name="disk")
+    disk.add()
+    with pytest.raises(QmpError, match="Could not open bitmap file '/nonexistent/b': No such file"):
+        disk.bitmap("add", "b", persistent=True)
+
+
+def test_bitmaps_go_on_with_a_mirror_and_stay_with_the_old_image(program):
+    disk = Disk(program)
+    disk.start()
+    target = disk.folder / "target.img"
+    target.write_bytes(b"")
+    os.truncate(target, SIZE)
+    new = {"driver": "raw", "node-name": "new", "file": {
+        "driver": "file", "filename": str(target), "bitmap-file": f"{target}.bitmaps"}}
+    disk.qmp.execute("blockdev-add", **{k.replace("-", "_"): v for k, v in new.items()})
+    disk.bitmap("add", "b", persistent=True)
+    disk.bitmap("add", "plain")
+    disk.write(3)
+    disk.qmp.execute("blockdev-mirror", device="disk", target="new", sync="full", job_id="m")
+    disk.qmp.event("BLOCK_JOB_READY")
+    disk.write(20)
+    disk.qmp.execute("block-job-complete", device="m")
+    disk.qmp.event("BLOCK_JOB_COMPLETED")
+    wait_until("the job has gone", lambda: not disk.qmp.execute("query-jobs"))
+    disk.write(40)
+    assert disk.bitmaps("new")["b"]["count"] == 3 * GRAIN
+    assert disk.bitmaps("disk")["b"]["count"] == 2 * GRAIN
+    assert set(disk.bitmaps("new")) == {"b"}
+    disk.kill()
+    disk.start(export=False)
+    disk.qmp.execute("blockdev-add", **{k.replace("-", "_"): v for k, v in new.items()})
+    # Regions of a MiB, in the second image also that of the last write.
+    assert disk.bitmaps("disk")["b"]["count"] >= 2 * GRAIN
+    assert disk.bitmaps("new")["b"]["count"] >= 3 * GRAIN
+    assert "inconsistent" not in disk.bitmaps("new")["b"]
+
+
+class Killed(threading.Thread):
+    """Writes until the daemon is gone; knows which granules may have been written."""
+
+    def __init__(self, disk, seed):
+        super().__init__(daemon=True)
+        self.client = Raw(disk.path, "e")
+        self.random = random.Random(seed)
+        self.acknowledged = 0
+
+    def run(self):
+        try:
+            while True:
+                offset = self.random.randrange(SIZE // 512) * 512
+                self.client.send(WRITE, offset, 512, self.random.randbytes(512))
+                error, _ = self.client.simple_reply()
+                if error == 0:
+                    self.acknowledged += 1
+        except (OSError, EOFError):
+            pass
+
+
+def granules(path):
+    with open(path, "rb") as image:
+        return [image.read(GRAIN) for _ in range(SIZE // GRAIN)]
+
+
+def resize(disk, size):
+    try:
+        disk.qmp.execute("block_resize", node_name="disk", size=size)
+    except QmpError as error:
+        # A writer's request did not end in time.
+        assert "drain" in str(error) or "in flight" in str(error), error
+
+
+def test_kills_at_any_moment_lose_no_write(program):
+    """What differs from the image as it was when the bitmap was cleared is dirty."""
+    disk = Disk(program)
+    disk.start()
+    disk.bitmap("add", "b", persistent=True)
+    chosen = random.Random(1)
+    base = granules(disk.image)
+    acknowledged = inconsistent = 0
+    for kill in range(KILLS):
+        writers = [Killed(disk, kill * 10 + number) for number in range(3)]
+        for writer in writers:
+            writer.start()
+        killer = threading.Timer(chosen.uniform(0.05, 0.6), disk.kill)
+        killer.start()
+        try:
+            while True:
+                time.sleep(chosen.uniform(0, 0.1))
+                act = chosen.choice(["add", "remove", "merge", "clear", "toggle", "resize", "none"])
+                names = [name for name in disk.bitmaps() if name != "b"]
+                if act == "add" and len(names) < 4:
+                    disk.bitmap("add", f"x{chosen.random()}", persistent=True,
+                                granularity=chosen.choice([512, 4096, GRAIN]))
+                elif act == "remove" and names:
+                    disk.bitmap("remove", chosen.choice(names))
+                elif act == "merge" and names:
+                    disk.qmp.execute("block-dirty-bitmap-merge", node="disk",
+                                     target=chosen.choice(names), bitmaps=["b"])
+                elif act == "clear" and names:
+                    disk.bitmap("clear", chosen.choice(names))
+                elif act == "toggle" and names:
+                    disk.bitmap(chosen.choice(["enable", "disable"]), chosen.choice(names))
+                elif act == "resize":
+                    resize(disk, SIZE + chosen.randrange(2) * MIB)
+        except (OSError, EOFError):
+            pass
+        killer.join()
+        for writer in writers:
+            writer.join()
+            acknowledged += writer.acknowledged
+        disk.start()
+        found = disk.bitmaps()
+        inconsistent += sum("inconsistent" in row for row in found.values())
+        now = granules(disk.image)
+        differ = {index for index, (a, b) in enumerate(zip(base, now)) if a != b}
+        dirty = disk.dirty("b")
+        assert differ <= dirty, (kill, sorted(differ - dirty))
+        if chosen.random() < 0.4:
+            # Nobody writes: the image is what the cleared bitmap knows.
+            disk.bitmap("clear", "b")
+            base = now
+    assert acknowledged > 20 * KILLS
+    assert inconsistent == 0
