@@ -368,4 +368,33 @@ impl JobNotifier {
     pub fn charge(&self, bytes: u64) {
         self.slot.charged.fetch_add(bytes, Ordering::SeqCst);
     }
+
+    /// For what the job itself keeps, directly or through nodes.
+    pub(crate) fn downgrade(&self) -> WeakJobNotifier {
+        WeakJobNotifier {
+            slot: Arc::downgrade(&self.slot),
+        }
+    }
+}
+
+/// A [`JobNotifier`] that keeps no job: a notifier keeps the driver, so a driver that
+/// keeps one, in a node say, would keep itself and every node that it uses.
+pub(crate) struct WeakJobNotifier {
+    slot: Weak<Slot>,
+}
+
+impl WeakJobNotifier {
+    /// As [`JobNotifier::notify`], if the job is still there.
+    pub(crate) fn notify(&self) {
+        if let Some(slot) = self.slot.upgrade() {
+            JobNotifier::new(slot).notify();
+        }
+    }
+
+    /// As [`JobNotifier::charge`], if the job is still there.
+    pub(crate) fn charge(&self, bytes: u64) {
+        if let Some(slot) = self.slot.upgrade() {
+            JobNotifier::new(slot).charge(bytes);
+        }
+    }
 }

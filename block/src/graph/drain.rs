@@ -151,10 +151,6 @@ impl Section {
         lock(&self.members).backends.clone()
     }
 
-    fn has_ended(&self) -> bool {
-        lock(&self.members).ended
-    }
-
     fn end(&self) {
         let (backends, nodes) = {
             let mut members = lock(&self.members);
@@ -287,7 +283,7 @@ impl Graph {
             section: Arc::clone(&section),
             waited: Duration::ZERO,
         };
-        self.sections.borrow_mut().push(Arc::clone(&section));
+        self.sections.borrow_mut().push(Arc::downgrade(&section));
         self.inherit_sections();
 
         let deadline = section.began + timeout;
@@ -327,10 +323,10 @@ impl Graph {
     pub(super) fn inherit_sections(&self) {
         let sections = {
             let mut sections = self.sections.borrow_mut();
-            sections.retain(|section| !section.has_ended());
+            sections.retain(|section| section.strong_count() > 0);
             sections.clone()
         };
-        for section in sections {
+        for section in sections.iter().filter_map(Weak::upgrade) {
             let (backends, nodes) = {
                 let topology = self.topology.borrow();
                 let backends = match &section.node {

@@ -18,7 +18,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
@@ -72,7 +72,7 @@ pub struct Graph {
     reserved: RefCell<HashSet<String>>,
     next_auto_name: Cell<u64>,
     /// Drained sections that may be active.
-    sections: RefCell<Vec<Arc<Section>>>,
+    sections: RefCell<Vec<Weak<Section>>>,
     drain_timeout: Cell<Duration>,
     handle: RefCell<Option<GraphHandle>>,
     throttle_groups: ThrottleGroups,

@@ -11,8 +11,9 @@ use block::{
     GraphError, NamedBitmap, Node, Perm, Permissions, Snapshot, SnapshotAccount, SnapshotObserver,
 };
 
+use crate::context::WeakJobNotifier;
 use crate::copying::FilterHold;
-use crate::{JobDriver, JobKey, JobNotifier, JobSpec, Jobs, Progress};
+use crate::{JobDriver, JobKey, JobSpec, Jobs, Progress};
 
 use super::account::{Account, Wanted};
 use super::driver::{BackupDriver, KIND, Places, Settings};
@@ -376,6 +377,7 @@ pub fn prepare_backup(
     if let (Ok(progress), Ok(notifier)) = (progress, notifier) {
         progress.set_remaining(account.pending_bytes());
         // Guests' requests copy from the first instant, whenever the body begins.
+        let notifier = notifier.downgrade();
         let observer: Arc<dyn SnapshotObserver> = match account {
             Account::Shared(_) => Arc::new(Observer { progress, notifier }),
             Account::Fleecing(_) => Arc::new(BreakObserver {
@@ -452,7 +454,8 @@ impl BackendUser for TargetUser {
 /// Tells the job what guests' requests have copied.
 struct Observer {
     progress: Arc<Progress>,
-    notifier: JobNotifier,
+    /// The driver keeps the snapshot, which keeps this.
+    notifier: WeakJobNotifier,
 }
 
 impl SnapshotObserver for Observer {
@@ -471,7 +474,7 @@ impl SnapshotObserver for Observer {
 struct BreakObserver {
     /// Weakly, since the snapshot has this.
     snapshot: Weak<Snapshot>,
-    notifier: JobNotifier,
+    notifier: WeakJobNotifier,
 }
 
 impl SnapshotObserver for BreakObserver {

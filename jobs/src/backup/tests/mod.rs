@@ -45,6 +45,8 @@ struct Rig {
     events: Rc<RefCell<Vec<JobEvent>>>,
     /// What the source held when the rig was made.
     instant: Vec<u8>,
+    /// What [`Rig::node_users`] said when the rig was made.
+    node_users_before: [usize; 2],
 }
 
 fn with_rig<F, Fut>(test: F)
@@ -63,6 +65,18 @@ where
         }
         let left = rig.jobs.cancel_all(LIMIT).await;
         assert!(left.is_empty(), "jobs are left: {left:?}");
+        // Nodes that a test added itself use them as well.
+        let let_go = || rig.graph.nodes().len() != 2 || rig.node_users() == rig.node_users_before;
+        let let_go = std::pin::pin!(rig.until(let_go));
+        let limit = std::pin::pin!(runtime::sleep(LIMIT));
+        match futures_util::future::select(let_go, limit).await {
+            futures_util::future::Either::Left(_) => {}
+            futures_util::future::Either::Right(_) => panic!(
+                "nodes have {:?} users, before {:?}",
+                rig.node_users(),
+                rig.node_users_before
+            ),
+        }
     });
 }
 
@@ -97,9 +111,11 @@ impl Rig {
             .add_node(Some("dst"), target.driver(), options)
             .expect("target");
         let disk = graph.attach("disk0", &node, device(), None);
+        drop(node);
         let guest = (0..4).map(|n| Iothread::spawn(&format!("guest{n}")).expect("iothread"));
-        Self {
+        let mut rig = Self {
             instant: source.snapshot(),
+            node_users_before: [0; 2],
             jobs,
             source,
             target,
@@ -107,7 +123,14 @@ impl Rig {
             guest: guest.collect(),
             events,
             graph,
-        }
+        };
+        rig.node_users_before = rig.node_users();
+        rig
+    }
+
+    /// How many references there are to each of the two nodes.
+    fn node_users(&self) -> [usize; 2] {
+        ["src", "dst"].map(|name| Arc::strong_count(&self.node(name)))
     }
 
     fn node(&self, name: &str) -> Arc<Node> {
