@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 use futures_util::future::{Either, select};
 
 mod copy;
+#[cfg(all(test, shuttle))]
+mod shuttle_tests;
 mod snapshot;
 #[cfg(all(test, not(shuttle)))]
 mod tests;
@@ -197,7 +199,7 @@ impl CopyBeforeWriteDriver {
             Either::Right((why, secured)) => {
                 // What is under way ends some time; the target is in use until then.
                 given_up.set(true);
-                runtime::spawn_local(secured).detach();
+                leave(secured);
                 match why {
                     Either::Left(_) => Err(snapshot.error(op, range, libc::ETIMEDOUT)),
                     Either::Right(_) => Ok(()),
@@ -221,6 +223,18 @@ impl CopyBeforeWriteDriver {
         let refused = || self.file.node().error(op, offset, len, libc::EINVAL);
         Ok(offset..end.ok_or_else(refused)?)
     }
+}
+
+/// Lets a copy go on that nobody waits for.
+#[cfg(not(shuttle))]
+fn leave(copy: impl Future<Output = Result<(), IoError>> + 'static) {
+    runtime::spawn_local(copy).detach();
+}
+
+/// The model has no loops.
+#[cfg(shuttle)]
+fn leave(copy: impl Future<Output = Result<(), IoError>> + 'static) {
+    drop(shuttle::future::spawn_local(copy));
 }
 
 impl Snapshot {
