@@ -250,14 +250,13 @@ pub const QEMU_ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
 pub const QEMU_DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 /// In the status of a dirty bitmap's context: the range is dirty.
 pub const DIRTY: u32 = 1 << 0;
-/// What the names of QEMU's dirty bitmap contexts begin with.
-pub const QEMU_DIRTY_BITMAP_PREFIX: &str = "qemu:dirty-bitmap:";
 
 /// What the specification calls an error, from Linux's number of it. What it has
-/// no number for is `EINVAL` there. § "Error values".
+/// no number for is `EINVAL` there, as is `EACCES`, which a snapshot gives. § "Error
+/// values".
 pub fn errno_to_wire(errno: i32) -> u32 {
     match errno {
-        libc::EPERM | libc::EROFS | libc::EACCES => 1,
+        libc::EPERM | libc::EROFS => 1,
         libc::EIO => 5,
         libc::ENOMEM => 12,
         libc::ENOSPC | libc::EFBIG | libc::EDQUOT => 28,

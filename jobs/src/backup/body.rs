@@ -334,10 +334,15 @@ impl<'a> Body<'a> {
     }
 
     /// Size of a request under this window: several fit in it, so that the guest never
-    /// waits for a long one.
+    /// waits for a long one. A disk that is no larger than one request may be is copied in
+    /// one go, as with QEMU: then bitmaps and progress are the same after a failure, too.
     fn request_size(&self, window: u64) -> u64 {
         let most = MAX_REQUEST.min(self.driver.settings().max_chunk);
         let cluster = self.account.cluster();
+        let window = match self.snapshot.size() <= MAX_REQUEST {
+            true => u64::MAX,
+            false => window,
+        };
         (window / 4).clamp(MIN_REQUEST.min(most), most).max(cluster) / cluster * cluster
     }
 

@@ -204,6 +204,15 @@ impl BackupSpec {
         Ok(())
     }
 
+    /// Whether `max-chunk` has room for a cluster (as users know it).
+    pub(super) fn check_chunk(&self, cluster: u64) -> Result<(), BackupError> {
+        let max_chunk = self.perf.max_chunk;
+        if max_chunk > 0 && u64::try_from(max_chunk).is_ok_and(|chunk| chunk < cluster) {
+            return Err(BackupError::ChunkBelowCluster { max_chunk, cluster });
+        }
+        Ok(())
+    }
+
     /// Bytes per cluster: of the account, and as users know it.
     ///
     /// A full copy looks the same whatever its clusters are, if the target has none, and a
@@ -220,10 +229,6 @@ impl BackupSpec {
             });
         }
         let cluster = cluster_of(&self.target, least);
-        let max_chunk = self.perf.max_chunk;
-        if max_chunk > 0 && u64::try_from(max_chunk).is_ok_and(|chunk| chunk < cluster) {
-            return Err(BackupError::ChunkBelowCluster { max_chunk, cluster });
-        }
         let no_clusters = self.target.limits().cluster_size.is_none();
         let unseen = self.scratch.is_some()
             || self.sync == BackupSync::Full

@@ -26,10 +26,10 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// faster.
 const MAX_WORKERS: usize = 64;
 
-/// The job's hold on the source: nobody may change its size.
+/// The job's hold on the source. It is the filter that lets nobody change its size.
 const READ_SOURCE: Permissions = Permissions {
     need: Perm::CONSISTENT_READ,
-    share: Perm::ALL.without(Perm::RESIZE),
+    share: Perm::ALL,
 };
 /// The job's hold on the target. Others may write what it shows of lower layers: the
 /// source may be one of them.
@@ -314,6 +314,8 @@ pub fn prepare_backup(
     let user: Arc<dyn BackendUser> = user;
     let may_write = graph.attach("", &spec.target, WRITE_TARGET, Some(user));
     graph.detach(&may_write.map_err(BackupError::Filter)?);
+    // As late as with QEMU, for which the filter decides on the clusters.
+    spec.check_chunk(plan.shown_cluster)?;
     let only_top = spec.sync == BackupSync::Top && spec.source.backing().is_some();
     if only_top {
         snapshot.only_allocated();

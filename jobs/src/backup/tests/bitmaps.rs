@@ -81,7 +81,7 @@ fn result(sync: BackupSync, mode: BitmapMode, fails: bool) -> BTreeSet<u64> {
             rig.write(cluster * CLUSTER, 512, 7).await;
         }
         if fails {
-            let failing = 2 * CLUSTER..2 * CLUSTER + 512;
+            let failing = 2 * CLUSTER..3 * CLUSTER;
             rig.target
                 .fail(Match::op(IoOp::Write).range(failing), libc::EIO);
         }
