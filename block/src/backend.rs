@@ -23,14 +23,20 @@ pub(crate) fn next_number() -> u64 {
 }
 
 /// How an attachment counts among the parents of a node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AttachmentKind {
     /// A device, an export or the target of a job: a user of the data.
     Root,
     /// A job's hold on a node that it copies from or puts a filter on.
     Job,
-    /// That of a node which is being opened, and will have it as a child in this role.
-    Opening(ChildRole),
+    /// What a node uses as a child in this role without an edge: that node is being
+    /// opened, or is a job's filter, for which the job's requests go there.
+    Child {
+        /// Name of the node that uses it.
+        parent: Arc<str>,
+        /// As what.
+        role: ChildRole,
+    },
 }
 
 /// Hooks of whoever owns a [`Backend`], called around drained sections.
@@ -175,15 +181,16 @@ impl Backend {
     }
 
     /// How it counts among the parents of a node.
-    pub fn kind(&self) -> AttachmentKind {
-        self.kind
+    pub fn kind(&self) -> &AttachmentKind {
+        &self.kind
     }
 
     /// Who this is, for people: as QEMU says it in its permission errors.
     pub fn describe(&self) -> String {
-        match (self.kind, &self.user) {
+        match (&self.kind, &self.user) {
             _ if !self.name.is_empty() => format!("block device '{}'", self.name),
-            (AttachmentKind::Job | AttachmentKind::Opening(_), Some(user)) => user.describe(),
+            (AttachmentKind::Child { parent, .. }, _) => format!("node '{parent}'"),
+            (AttachmentKind::Job, Some(user)) => user.describe(),
             _ => "an unnamed block device".to_owned(),
         }
     }

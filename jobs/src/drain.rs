@@ -28,7 +28,7 @@ impl DrainUser {
         }
     }
 
-    /// The same for a node that others may use beside the job.
+    /// The same for a node that others may use beside the job, as far as permissions go.
     pub(crate) fn beside_others(self) -> Self {
         Self {
             blocker: None,
@@ -58,7 +58,7 @@ impl BackendUser for DrainUser {
     }
 
     fn kind(&self) -> AttachmentKind {
-        self.kind
+        self.kind.clone()
     }
 
     fn blocker(&self) -> Option<String> {

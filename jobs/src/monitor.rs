@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use block::runtime::IothreadHandle;
-use block::{AttachmentKind, BackendUser, GraphHandle};
+use block::{AttachmentKind, BackendUser, ChildRole, GraphHandle, Node};
 
 use crate::context::JobNotifier;
 use crate::drain::DrainUser;
@@ -139,14 +139,16 @@ impl Jobs {
         self.lock().locked.core.history.list()
     }
 
-    /// As [`Jobs::backend_user`], of a node that others may use beside the job, as far as
-    /// permissions go.
-    pub(crate) fn backend_user_beside_others(
+    /// As [`Jobs::backend_user`], for what the job's `filter` uses as a child in `role`: to
+    /// the graph it is the filter that does.
+    pub(crate) fn backend_user_of_filter(
         &self,
         key: JobKey,
-        kind: AttachmentKind,
-    ) -> Arc<dyn BackendUser> {
-        Arc::new(DrainUser::new(self.clone(), key, kind).beside_others())
+        filter: &Node,
+        role: ChildRole,
+    ) -> DrainUser {
+        let parent = filter.name().into();
+        DrainUser::new(self.clone(), key, AttachmentKind::Child { parent, role })
     }
 
     /// What `query-jobs` and `query-block-jobs` show, newest job first, as with

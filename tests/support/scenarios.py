@@ -15,7 +15,6 @@ WAITING = {
     "backup-compress": "compressed clusters in qcow2",
     "bitmap-persistent": "bitmaps that are kept in the qcow2 image itself",
     "protocol-quit": "bitmaps that are kept in the qcow2 image itself",
-    "mirror-same-node": "the text in which a backup's target is refused names the job, not its filter",
     "mirror-drive-mirror": "creating qcow2 images",
 }
 

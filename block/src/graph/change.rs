@@ -103,7 +103,7 @@ impl Graph {
         let seen = topology
             .backends_reaching(old.id())
             .iter()
-            .any(|b| b.kind() != AttachmentKind::Job && !except.iter().any(|e| e.id() == b.id()));
+            .any(|b| *b.kind() != AttachmentKind::Job && !except.iter().any(|e| e.id() == b.id()));
         if seen && old.size() != new.size() {
             return Err(GraphError::SizeMismatch {
                 old: old.name().to_owned(),

@@ -269,6 +269,9 @@ impl Graph {
             let backend = &entry.backend;
             let (kind, name, role) = match (backend.kind(), backend.user()) {
                 (AttachmentKind::Job, Some(user)) => ("block-job", user.describe(), "main node"),
+                (AttachmentKind::Child { parent, role }, _) => {
+                    ("block-driver", parent.to_string(), role.as_str())
+                }
                 _ => ("block-backend", backend.name().to_owned(), "root"),
             };
             let parent = dump.number(Vertex::Backend(backend.id()));

@@ -253,7 +253,7 @@ impl Graph {
             let target = Arc::clone(&entry.target);
             let gained = permissions.need.without(before.need);
             let filter = above_inserted_filters(&topology, &target);
-            if backend.kind() == AttachmentKind::Root
+            if *backend.kind() == AttachmentKind::Root
                 && gained.contains(Perm::WRITE)
                 && filter.id() != target.id()
             {
@@ -275,17 +275,50 @@ impl Graph {
         Ok(())
     }
 
-    /// Fails if someone attached to the node says that it must be left alone.
+    /// Fails if someone attached to the node says that it must be left alone, or if it is
+    /// the backing image of another. The newest of them is named.
     pub fn check_not_blocked(&self, node: &Arc<Node>) -> Result<(), GraphError> {
-        for backend in self.backends_at(node) {
-            if let Some(reason) = backend.user().and_then(|user| user.blocker()) {
-                return Err(GraphError::Blocked {
-                    node: node.name().to_owned(),
-                    reason,
-                });
-            }
+        let above = {
+            let topology = self.topology.borrow();
+            let edges = topology.parents_of(node.id());
+            let backing = edges.filter(|(_, edge)| edge.child.role() == ChildRole::Backing);
+            let newest = backing.max_by_key(|(_, edge)| edge.child.number());
+            newest.map(|(parent, edge)| (edge.child.number(), Arc::clone(&parent.node)))
+        };
+        let job = self.blocker(node);
+        let reason = match (job, above) {
+            (Some((job, reason)), Some((above, _))) if job > above => reason,
+            (_, Some((_, above))) => format!("node is used as backing hd of '{}'", above.name()),
+            (Some((_, reason)), None) => reason,
+            (None, None) => return Ok(()),
+        };
+        Err(GraphError::Blocked {
+            node: node.name().to_owned(),
+            reason,
+        })
+    }
+
+    /// As [`check_not_blocked`](Self::check_not_blocked), for what may be done with the
+    /// backing image of another node: it is backed up, or a backup or commit writes it, as
+    /// far as rights allow.
+    pub fn check_no_job(&self, node: &Arc<Node>) -> Result<(), GraphError> {
+        match self.blocker(node) {
+            Some((_, reason)) => Err(GraphError::Blocked {
+                node: node.name().to_owned(),
+                reason,
+            }),
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    /// The newest attachment that says that the node must be left alone, and why.
+    fn blocker(&self, node: &Arc<Node>) -> Option<(u64, String)> {
+        let newest_first = self.backends_at(node).into_iter().rev();
+        let mut blockers = newest_first.filter_map(|backend| {
+            let reason = backend.user()?.blocker()?;
+            Some((backend.id(), reason))
+        });
+        blockers.next()
     }
 
     /// Fails if other nodes stand on the node, or a job holds it (also as a
@@ -298,7 +331,7 @@ impl Graph {
             .next()
             .is_some();
         let job = self.backends_at(node).iter().any(|backend| {
-            backend.kind() == AttachmentKind::Job
+            *backend.kind() == AttachmentKind::Job
                 || backend.user().is_some_and(|user| user.blocker().is_some())
         });
         if has_parents || job {

@@ -147,7 +147,7 @@ impl Graph {
         let node = Arc::clone(&entry.node);
         let root = topology
             .backends_of(node.id())
-            .any(|entry| entry.backend.kind() == AttachmentKind::Root);
+            .any(|entry| *entry.backend.kind() == AttachmentKind::Root);
         if root {
             return Err(GraphError::NodeInUse(name.to_owned()));
         }

@@ -364,7 +364,7 @@ impl Topology {
             role: match entry.backend.kind() {
                 AttachmentKind::Root => "root",
                 AttachmentKind::Job => "main node",
-                AttachmentKind::Opening(role) => role.as_str(),
+                AttachmentKind::Child { role, .. } => role.as_str(),
             },
             permissions: entry.permissions,
         });

@@ -7,8 +7,9 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use block::{
-    AttachmentKind, Backend, BackendUser, CopyBeforeWriteDriver, Drained, FrozenBitmap, Graph,
-    GraphError, NamedBitmap, Node, Perm, Permissions, Snapshot, SnapshotAccount, SnapshotObserver,
+    AttachmentKind, Backend, BackendUser, ChildRole, CopyBeforeWriteDriver, Drained, FrozenBitmap,
+    Graph, GraphError, NamedBitmap, Node, Perm, Permissions, Snapshot, SnapshotAccount,
+    SnapshotObserver,
 };
 
 use crate::context::WeakJobNotifier;
@@ -164,8 +165,8 @@ fn check(graph: &Graph, spec: &BackupSpec) -> Result<Plan, BackupError> {
         return Err(BackupError::Compression(device.unwrap_or_default()));
     }
     spec.check_scratch()?;
-    graph.check_not_blocked(&spec.source)?;
-    graph.check_not_blocked(&spec.target)?;
+    graph.check_no_job(&spec.source)?;
+    graph.check_no_job(&spec.target)?;
     spec.check_perf()?;
     if spec.source.size() != spec.target.size() {
         return Err(BackupError::Sizes);
@@ -310,8 +311,10 @@ pub fn prepare_backup(
         return Err(GraphError::NotFilter(filter.name().to_owned()).into());
     };
     // Before there is a job: clients would see it come and go.
-    let user = Arc::new(TargetUser(spec.job_id.clone()));
-    let user: Arc<dyn BackendUser> = user;
+    let user: Arc<dyn BackendUser> = Arc::new(TargetUser {
+        filter: filter.name().into(),
+        job_id: spec.job_id.clone(),
+    });
     let may_write = graph.attach("", &spec.target, WRITE_TARGET, Some(user));
     graph.detach(&may_write.map_err(BackupError::Filter)?);
     // As late as with QEMU, for which the filter decides on the clusters.
@@ -345,10 +348,11 @@ pub fn prepare_backup(
         Ok::<_, GraphError>(backend)
     };
     // The filter stands for the job there.
-    let as_source = jobs.backend_user_beside_others(key, AttachmentKind::Job);
+    let as_source = jobs.backend_user_of_filter(key, &filter, ChildRole::File);
+    let as_source = Arc::new(as_source.beside_others());
     let source_backend = attach(&spec.source, READ_SOURCE, as_source)?;
-    let as_target = jobs.backend_user(key, AttachmentKind::Job);
-    let target_backend = attach(&spec.target, WRITE_TARGET, as_target)?;
+    let as_target = jobs.backend_user_of_filter(key, &filter, ChildRole::Target);
+    let target_backend = attach(&spec.target, WRITE_TARGET, Arc::new(as_target))?;
     let hold = Arc::new(FilterHold {
         job_id: spec.job_id.clone(),
         job_type: KIND.name,
@@ -440,16 +444,22 @@ fn settings(spec: &BackupSpec, plan: &Plan, only_top: bool) -> Settings {
     }
 }
 
-/// Stands for a job that is to be, while it is seen whether the target can be written.
-struct TargetUser(String);
+/// The filter, while it is seen whether the target can be written.
+struct TargetUser {
+    filter: Arc<str>,
+    job_id: String,
+}
 
 impl BackendUser for TargetUser {
     fn kind(&self) -> AttachmentKind {
-        AttachmentKind::Job
+        AttachmentKind::Child {
+            parent: Arc::clone(&self.filter),
+            role: ChildRole::Target,
+        }
     }
 
     fn describe(&self) -> String {
-        format!("{} job '{}'", KIND.name, self.0)
+        format!("{} job '{}'", KIND.name, self.job_id)
     }
 }
 

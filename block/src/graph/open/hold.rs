@@ -21,7 +21,10 @@ struct Opener {
 
 impl BackendUser for Opener {
     fn kind(&self) -> AttachmentKind {
-        AttachmentKind::Opening(self.role)
+        AttachmentKind::Child {
+            parent: Arc::from(self.parent.as_str()),
+            role: self.role,
+        }
     }
 
     fn describe(&self) -> String {

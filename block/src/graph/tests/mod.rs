@@ -224,7 +224,7 @@ impl BackendUser for User {
         self.holds
     }
     fn kind(&self) -> AttachmentKind {
-        self.kind
+        self.kind.clone()
     }
     fn blocker(&self) -> Option<String> {
         self.blocker.map(str::to_owned)

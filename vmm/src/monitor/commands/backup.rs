@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use super::blockdev::drivers::{ON_CBW_ERROR, cbw_policy};
 use super::mirror::target::{self, Mode, Target, Wanted};
-use super::mirror::{MODES, ON_ERROR, device_on, root_node};
+use super::mirror::{MODES, ON_ERROR, device_on};
 use super::{Outcome, bounded, done};
 use crate::monitor::Monitor;
 use crate::monitor::args::Args;
@@ -152,8 +152,8 @@ impl BackupArgs {
                 format,
                 mode,
             } => {
-                let source = root_node(graph, &self.device)?;
-                graph.check_not_blocked(&source)?;
+                let source = graph.find(&self.device)?;
+                graph.check_no_job(&source)?;
                 let wanted = Wanted {
                     target: target.clone(),
                     format: format.clone(),
@@ -172,7 +172,7 @@ impl BackupArgs {
                     target::open(graph, &source, wanted).await?
                 };
                 // The device may stand on another node by now.
-                let source = root_node(graph, &self.device)?;
+                let source = graph.find(&self.device)?;
                 (source, opened.node(), Some(opened))
             }
         };

@@ -177,7 +177,7 @@ pub(super) async fn drive_mirror(monitor: Rc<Monitor>, mut args: Args) -> Outcom
     start(&monitor, tuning.apply(spec)).await
 }
 
-pub(super) fn root_node(graph: &Graph, device: &str) -> Result<std::sync::Arc<Node>, QmpError> {
+fn root_node(graph: &Graph, device: &str) -> Result<std::sync::Arc<Node>, QmpError> {
     let source = graph.find(device)?;
     graph.check_root_node(&source)?;
     Ok(source)
