@@ -89,9 +89,11 @@ pub struct FileDriver {
     in_memory: bool,
     host_device: bool,
     read_only: bool,
-    /// Bytes; where the file ended when it was opened or resized. Written by a
-    /// resize, of which there is one at a time.
+    /// Bytes; where the file ended when it was opened or resized. Written by the resize
+    /// that holds `resizing`.
     size: Arc<AtomicU64>,
+    /// One resize at a time, whoever waits for it. (A range that all share.)
+    resizing: RangeLock,
     direct: Option<DirectAlignment>,
     no_flush: bool,
     /// Blocks being written, if blocks are larger than a sector.
@@ -207,6 +209,7 @@ impl FileDriver {
             host_device: options.host_device,
             read_only: opened.read_only,
             size: Arc::new(AtomicU64::new(opened.size)),
+            resizing: RangeLock::new(),
             direct: opened.direct,
             no_flush: flags.cache.no_flush,
             writing: Arc::new(RangeLock::new()),

@@ -100,6 +100,7 @@ impl FileDriver {
         }
         Ok(Self {
             size: Arc::clone(&self.size),
+            resizing: self.resizing.clone(),
             writing: Arc::clone(&self.writing),
             flushes: Arc::clone(&self.flushes),
             ..opened
@@ -117,6 +118,16 @@ fn identity(file: &File) -> io::Result<(u64, u64, u64)> {
 fn close(file: Option<Arc<FileDriver>>) {
     if let Some(file) = file {
         runtime::unblock_detached(move || drop(file));
+    }
+}
+
+impl Drop for FileNode {
+    /// Whoever held the node last may be a loop.
+    fn drop(&mut self) {
+        if runtime::current().is_some() {
+            close(Some(self.current.load_full()));
+            close(self.next().take());
+        }
     }
 }
 

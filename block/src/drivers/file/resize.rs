@@ -13,7 +13,7 @@ impl FileDriver {
     /// may have changed since it was opened: what it has is used, if it is not
     /// smaller.
     ///
-    /// Cancel: it is done all the same.
+    /// Cancel: it is done all the same, or not at all; the next resize waits for that.
     pub(super) async fn set_size(&self, size: u64) -> io::Result<()> {
         let nodes_size = size
             .checked_next_multiple_of(u64::from(SECTOR))
@@ -22,9 +22,11 @@ impl FileDriver {
             // Writing the last block would make the file longer.
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
+        let guard = self.resizing.lock(0..1).await;
         let (file, kind) = (Arc::clone(&self.file), self.kind);
         let known = Arc::clone(&self.size);
         let resized = runtime::unblock(move || {
+            let _guard = guard;
             let now = match kind {
                 Kind::Regular => {
                     file.set_len(size)?;
