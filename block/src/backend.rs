@@ -15,13 +15,6 @@ use crate::node::Node;
 use crate::permissions::{Perm, Permissions};
 use crate::sync::ArcSwap;
 
-/// A number for a user of a node (a backend, or the edge of a node above): those that
-/// came later have higher ones.
-pub(crate) fn next_number() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(1);
-    NEXT.fetch_add(1, Ordering::Relaxed)
-}
-
 /// How an attachment counts among the parents of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AttachmentKind {
@@ -109,8 +102,9 @@ impl Backend {
         permissions: Permissions,
         user: Option<Arc<dyn BackendUser>>,
     ) -> Arc<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
         let backend = Self {
-            id: next_number(),
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
             name: name.to_owned(),
             gate: Gate::new(user.as_ref().is_none_or(|u| u.holds_requests())),
             root: ArcSwap::new(node),
@@ -129,8 +123,7 @@ impl Backend {
         &self.name
     }
 
-    /// A number that no other backend of this process has, and none before it had a
-    /// higher one.
+    /// A number that no other backend of this process has.
     pub fn id(&self) -> u64 {
         self.id
     }

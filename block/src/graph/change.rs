@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use super::topology::{ChildEntry, NodeEntry, Owner};
+use super::topology::{ChildEntry, NodeEntry, Owner, next_number};
 use super::{Drained, Graph, GraphError, above_inserted_filters};
 use crate::backend::{AttachmentKind, Backend};
 use crate::driver::{BlockDriver, ChildRole};
 use crate::node::{Child, Node, NodeOptions};
 use crate::options::{DetectZeroes, DiscardMode};
-use crate::permissions::{Perm, Permissions};
+use crate::permissions::Perm;
 
 impl Graph {
     /// Puts a filter between `below` and all that stands on it, except the
@@ -18,8 +18,8 @@ impl Graph {
     /// [`remove_filter`](Self::remove_filter). `None` makes up a name.
     ///
     /// Fails, without any change, if the name is bad or taken, if permissions
-    /// conflict in the new graph, or if `drained` does not hold all who reach
-    /// `below`.
+    /// conflict in the new graph, if a link to `below` is frozen, or if `drained`
+    /// does not hold all who reach `below`.
     pub fn insert_filter(
         &self,
         name: Option<&str>,
@@ -32,7 +32,7 @@ impl Graph {
         self.check_in_graph(below)?;
         self.check_drained(below, drained)?;
         let edge = Child::new(ChildRole::File, Arc::clone(below));
-        let recorded = edge.share();
+        let recorded = ChildEntry::new(&edge);
         let filter = Node::new(
             name.as_str(),
             make(edge),
@@ -45,15 +45,12 @@ impl Graph {
             },
         );
         let mut topology = self.topology.borrow().clone();
+        topology.check_insertion(below)?;
         topology.move_parents(below, &filter, except, filter.id());
         topology.nodes.push(NodeEntry::new(
             Arc::clone(&filter),
             Owner::Inserter,
-            vec![ChildEntry {
-                child: Arc::new(recorded),
-                target: Arc::clone(below),
-                permissions: Permissions::IDLE,
-            }],
+            vec![recorded],
         ));
         let _removed = self.commit(topology)?;
         Ok(filter)
@@ -144,6 +141,7 @@ impl Graph {
             });
         };
         let from = std::mem::replace(&mut entry.target, Arc::clone(&to));
+        entry.number = next_number();
         if !drained.covers(self.id, backend) {
             return Err(GraphError::NotDrained {
                 node: from.name().to_owned(),

@@ -31,6 +31,7 @@ impl Graph {
     ) -> Result<Removed, GraphError> {
         let old = self.topology.borrow().clone();
         let removed = new.remove_orphans();
+        old.check_frozen(&new)?;
         for node in reopened {
             node.driver().reopen_begin();
         }

@@ -164,6 +164,34 @@ pub enum GraphError {
         /// Node that would be above.
         parent: String,
     },
+    /// A reopen would change what a node relies on that is to stay.
+    #[error("Cannot change frozen '{role}' link from '{parent}' to '{child}'")]
+    FrozenLink {
+        /// As what the child is used.
+        role: &'static str,
+        /// Name of the node above.
+        parent: String,
+        /// Name of the node below.
+        child: String,
+    },
+    /// A filter cannot be put in where a node relies on what is below.
+    #[error("Cannot change '{role}' link to '{child}'")]
+    FrozenAbove {
+        /// As what the child is used.
+        role: &'static str,
+        /// Name of the node that the filter would be above.
+        child: String,
+    },
+    /// A new node relies on a link that another relies on already.
+    #[error("Cannot change '{role}' link from '{parent}' to '{child}'")]
+    FrozenTwice {
+        /// As what the child is used.
+        role: &'static str,
+        /// Name of the node above.
+        parent: String,
+        /// Name of the node below.
+        child: String,
+    },
     /// More nodes on one another than requests can pass.
     #[error(
         "Node '{0}' would be under more than {max} others; merge some of the images above it",
@@ -234,6 +262,13 @@ pub enum GraphError {
         /// For whom.
         busy: Vec<BusyBackend>,
     },
+    /// What was written could not be made durable in time, while requests were held; they
+    /// go on.
+    #[error(
+        "Flushing took more than {} s while requests were held. Check the storage, then try again",
+        .0.as_secs()
+    )]
+    FlushTimeout(Duration),
     /// A size past what any node can have.
     #[error("offset({0}) exceeds maximum(9223372035781033984)")]
     TooLarge(u64),

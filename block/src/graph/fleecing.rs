@@ -56,11 +56,7 @@ impl Graph {
     ) -> Result<Arc<Backend>, GraphError> {
         let name = self.reserve_node_name(None)?;
         let edge = Child::new(ChildRole::File, Arc::clone(filter));
-        let entry = ChildEntry {
-            child: Arc::new(edge.share()),
-            target: Arc::clone(filter),
-            permissions: Permissions::IDLE,
-        };
+        let entry = ChildEntry::new(&edge);
         let options = NodeOptions {
             // To free what has been read.
             discard: DiscardMode::Unmap,
@@ -80,13 +76,9 @@ impl Graph {
     ) -> Result<Arc<Backend>, GraphError> {
         let backend = Backend::new("", Arc::clone(&node), permissions, Some(user));
         let mut topology = self.topology.borrow().clone();
-        let entry = NodeEntry::new(Arc::clone(&node), Owner::Parent, children);
+        let entry = NodeEntry::new(node, Owner::Parent, children);
         topology.nodes.push(entry);
-        topology.backends.push(BackendEntry {
-            backend: Arc::clone(&backend),
-            target: node,
-            permissions,
-        });
+        topology.backends.push(BackendEntry::new(&backend));
         let _removed = self.commit(topology)?;
         Ok(backend)
     }

@@ -5,6 +5,7 @@
 //! - `change`: insert a filter, replace a node, remove a filter;
 //! - `open`: `blockdev-add` and `blockdev-del`;
 //! - `reopen`: `blockdev-reopen`;
+//! - `frozen`: links that must stay;
 //! - `resize`: `block_resize`;
 //! - `bitmaps`: bitmaps that are kept;
 //! - `drain`: drained sections;
@@ -37,6 +38,7 @@ mod commit;
 mod drain;
 mod error;
 mod fleecing;
+mod frozen;
 mod handle;
 mod info;
 mod last_flush;
@@ -162,9 +164,9 @@ impl Graph {
     /// empty for others. If the node is in a drained section, the backend begins
     /// drained.
     ///
-    /// Who needs to write a node under a job's filter is attached above the filter,
-    /// unless it is a [job](AttachmentKind::Job), because the job would not see its
-    /// writes below: [`Backend::root`] tells.
+    /// A [`Root`](AttachmentKind::Root) that needs to write a node under a job's filter is
+    /// attached above the filter, because the job would not see its writes below:
+    /// [`Backend::root`] tells.
     ///
     /// Fails, without any change, if the name is bad or taken, if other users of
     /// a node on the way down do not go with it, or if an image lock is refused.
@@ -178,7 +180,7 @@ impl Graph {
         self.check_device_name(name)?;
         let mut topology = self.topology.borrow().clone();
         let kind = user.as_ref().map_or(AttachmentKind::Root, |u| u.kind());
-        let target = if kind != AttachmentKind::Job && permissions.need.contains(Perm::WRITE) {
+        let target = if kind == AttachmentKind::Root && permissions.need.contains(Perm::WRITE) {
             above_inserted_filters(&topology, node)
         } else {
             Arc::clone(node)
@@ -196,12 +198,8 @@ impl Graph {
                 "a writable user is attached above the job's filter"
             );
         }
-        let backend = Backend::new(name, Arc::clone(&target), permissions, user);
-        topology.backends.push(BackendEntry {
-            backend: Arc::clone(&backend),
-            target,
-            permissions,
-        });
+        let backend = Backend::new(name, target, permissions, user);
+        topology.backends.push(BackendEntry::new(&backend));
         let _removed = self.commit(topology)?;
         Ok(backend)
     }
@@ -282,8 +280,8 @@ impl Graph {
             let topology = self.topology.borrow();
             let edges = topology.parents_of(node.id());
             let backing = edges.filter(|(_, edge)| edge.child.role() == ChildRole::Backing);
-            let newest = backing.max_by_key(|(_, edge)| edge.child.number());
-            newest.map(|(parent, edge)| (edge.child.number(), Arc::clone(&parent.node)))
+            let newest = backing.max_by_key(|(_, edge)| edge.number);
+            newest.map(|(parent, edge)| (edge.number, Arc::clone(&parent.node)))
         };
         let job = self.blocker(node);
         let reason = match (job, above) {
@@ -313,12 +311,18 @@ impl Graph {
 
     /// The newest attachment that says that the node must be left alone, and why.
     fn blocker(&self, node: &Arc<Node>) -> Option<(u64, String)> {
-        let newest_first = self.backends_at(node).into_iter().rev();
-        let mut blockers = newest_first.filter_map(|backend| {
+        let attached: Vec<_> = {
+            let topology = self.topology.borrow();
+            let entries = topology.backends_of(node.id());
+            entries
+                .map(|entry| (entry.number, Arc::clone(&entry.backend)))
+                .collect()
+        };
+        let blockers = attached.into_iter().filter_map(|(number, backend)| {
             let reason = backend.user()?.blocker()?;
-            Some((backend.id(), reason))
+            Some((number, reason))
         });
-        blockers.next()
+        blockers.max()
     }
 
     /// Fails if other nodes stand on the node, or a job holds it (also as a

@@ -80,6 +80,7 @@ impl Graph {
             nodes: Vec::new(),
             names: Vec::new(),
             named: Vec::new(),
+            said: Vec::new(),
             depth: 0,
             holds: Holds::new(self),
         };
@@ -94,13 +95,11 @@ impl Graph {
                     topology
                         .backends
                         .retain(|entry| !opening.holds.contain(entry.backend.id()));
-                    topology.nodes.extend(opening.nodes.iter().cloned());
-                    let entries = backend.iter().map(|backend| BackendEntry {
-                        backend: Arc::clone(backend),
-                        target: Arc::clone(&node),
-                        permissions: Permissions::IDLE,
-                    });
-                    topology.backends.extend(entries);
+                    topology.nodes.extend(opening.in_order());
+                    topology.check_freezable(&self.topology.borrow())?;
+                    topology
+                        .backends
+                        .extend(backend.iter().map(BackendEntry::new));
                     self.commit(topology)
                 }) {
                     Ok(removed) => {
@@ -173,6 +172,8 @@ struct Opening<'a> {
     /// Files that are being opened because the header of an image names them,
     /// symbolic links resolved.
     named: Vec<PathBuf>,
+    /// What was said of children given by name, by the number of the edge.
+    said: Vec<(u64, Arc<Node>)>,
     /// Nodes whose children are being opened, each above the next.
     depth: usize,
     holds: Holds<'a>,
@@ -199,14 +200,18 @@ impl<'a> Opening<'a> {
                 if own.contains(&edge.target.id()) {
                     continue;
                 }
-                if topology.node(edge.target.id()).is_none() {
+                let said = self.said.iter().find(|(number, _)| *number == edge.number);
+                let said = said.map_or(&edge.target, |(_, node)| node);
+                if topology.node(said.id()).is_none() {
                     return Err(GraphError::NotFound {
                         device: String::new(),
-                        node: edge.target.name().to_owned(),
+                        node: said.name().to_owned(),
                     });
                 }
                 if !entry.node.read_only() && edge.child.role() != ChildRole::Backing {
-                    edge.target = above_inserted_filters(&topology, &edge.target);
+                    edge.target = above_inserted_filters(&topology, said);
+                } else if topology.node(edge.target.id()).is_none() {
+                    edge.target = Arc::clone(said);
                 }
             }
         }
@@ -228,28 +233,23 @@ impl<'a> Opening<'a> {
         'a: 'b,
     {
         Box::pin(async move {
-            let name = self.graph.reserve_node_name(options.node_name.as_deref())?;
-            let node_name = name.as_str().to_owned();
-            self.names.push(name);
-            let common = options.node_options();
-            check_detect_zeroes(common)?;
             let first_child = self.nodes.len();
             if self.depth >= MAX_DEPTH {
-                return Err(GraphError::TooDeep(node_name));
+                return Err(GraphError::TooDeep(self.name(&options)?));
             }
             self.depth += 1;
-            let opened = self.open_driver(&node_name, &options).await;
+            let opened = self.open_driver(&options).await;
             self.depth -= 1;
             let opened = opened?;
             if opened.driver.size() > MAX_SIZE {
                 return Err(OpenError::TooLarge.into());
             }
             let node = Node::new(
-                &node_name,
+                &opened.name,
                 opened.driver,
                 NodeOptions {
                     read_only: opened.read_only,
-                    ..common
+                    ..options.node_options()
                 },
             );
             for edge in &opened.children {
@@ -263,6 +263,7 @@ impl<'a> Opening<'a> {
             }
             self.nodes.push(NodeEntry {
                 given: Some(Arc::new(given)),
+                frozen_to: opened.frozen_to,
                 ..NodeEntry::new(Arc::clone(&node), owner, opened.children)
             });
             node.load_bitmaps().await?;
@@ -270,82 +271,93 @@ impl<'a> Opening<'a> {
         })
     }
 
-    async fn open_driver(
-        &mut self,
-        node: &str,
-        options: &BlockdevOptions,
-    ) -> Result<Opened, GraphError> {
+    /// Reserves the name of a node: the order in which that is done is that of the nodes.
+    fn name(&mut self, options: &BlockdevOptions) -> Result<String, GraphError> {
+        check_detect_zeroes(options.node_options())?;
+        let reserved = self.graph.reserve_node_name(options.node_name.as_deref())?;
+        let name = reserved.as_str().to_owned();
+        self.names.push(reserved);
+        Ok(name)
+    }
+
+    /// The nodes, in the order of their names.
+    fn in_order(&self) -> Vec<NodeEntry> {
+        let mut nodes = self.nodes.clone();
+        let place = |entry: &NodeEntry| {
+            let mut names = self.names.iter();
+            names.position(|name| name.as_str() == entry.node.name())
+        };
+        nodes.sort_by_cached_key(place);
+        nodes
+    }
+
+    /// As with QEMU, a format or filter has its name after its `file`, and before its
+    /// other children.
+    async fn open_driver(&mut self, options: &BlockdevOptions) -> Result<Opened, GraphError> {
         let NodeOptions {
             read_only, cache, ..
         } = options.node_options();
         match &options.driver {
             DriverOptions::File(file_options) => {
+                let name = self.name(options)?;
                 let flags = OpenFlags {
                     read_only,
                     auto_read_only: options.auto_read_only.unwrap_or(false),
                     cache,
                 };
-                let (node, file_options) = (node.to_owned(), file_options.clone());
+                let (node, file_options) = (name.clone(), file_options.clone());
                 let driver: Result<_, OpenError> = unblock(move || {
                     let file = file::open(&node, &file_options, flags)?;
                     Ok((file.read_only(), FileNode::new(file, file_options)))
                 })
                 .await;
                 let (read_only, driver) = driver?;
-                Ok(Opened {
-                    read_only,
-                    driver: Box::new(driver),
-                    children: Vec::new(),
-                })
+                Ok(Opened::new(name, read_only, Box::new(driver), Vec::new()))
             }
             DriverOptions::Raw(raw) => {
                 let (file, entry) = self.child(ChildRole::File, &raw.file, options).await?;
-                Ok(Opened {
-                    driver: Box::new(RawDriver::new(node, raw, file)?),
-                    read_only,
-                    children: vec![entry],
-                })
+                let name = self.name(options)?;
+                let driver = Box::new(RawDriver::new(&name, raw, file)?);
+                Ok(Opened::new(name, read_only, driver, vec![entry]))
             }
-            DriverOptions::Qcow2(image) => self.open_qcow2(node, image, options).await,
+            DriverOptions::Qcow2(image) => self.open_qcow2(image, options).await,
             DriverOptions::Nbd(nbd) => {
+                let name = self.name(options)?;
                 let driver = NbdDriver::open(
-                    node,
+                    &name,
                     nbd,
                     read_only,
                     options.auto_read_only.unwrap_or(false),
                 )
                 .await?;
-                Ok(Opened {
-                    read_only: driver.read_only(),
-                    driver: Box::new(driver),
-                    children: Vec::new(),
-                })
+                let read_only = driver.read_only();
+                Ok(Opened::new(name, read_only, Box::new(driver), Vec::new()))
             }
             DriverOptions::Blkdebug(debug) => {
+                let name = self.name(options)?;
                 let (image, entry) = self.child(ChildRole::Image, &debug.image, options).await?;
                 let driver = BlkdebugDriver::open(debug, image)
                     .await
                     .map_err(OpenError::from)?;
-                Ok(Opened {
-                    driver: Box::new(driver),
-                    read_only,
-                    children: vec![entry],
-                })
+                let children = vec![entry];
+                Ok(Opened::new(name, read_only, Box::new(driver), children))
             }
             DriverOptions::CopyOnRead(copy) => {
                 let (file, entry) = self.child(ChildRole::File, &copy.file, options).await?;
+                let name = self.name(options)?;
                 let bottom = match &copy.bottom {
                     Some(name) => Some(self.bottom(&file.node(), name)?),
                     None => None,
                 };
+                let driver = Box::new(CopyOnReadDriver::new(file, bottom.as_ref()));
                 Ok(Opened {
-                    driver: Box::new(CopyOnReadDriver::new(file, bottom.as_ref())),
-                    read_only,
-                    children: vec![entry],
+                    frozen_to: bottom.map(|node| node.id()),
+                    ..Opened::new(name, read_only, driver, vec![entry])
                 })
             }
             DriverOptions::CopyBeforeWrite(copy) => {
                 let (file, file_entry) = self.child(ChildRole::File, &copy.file, options).await?;
+                let name = self.name(options)?;
                 let (target, target_entry) =
                     self.child(ChildRole::Target, &copy.target, options).await?;
                 let part = match &copy.bitmap {
@@ -360,44 +372,35 @@ impl<'a> Opening<'a> {
                 };
                 let driver = CopyBeforeWriteDriver::new(file, target, copy.policy, part.as_deref())
                     .map_err(OpenError::from)?;
-                Ok(Opened {
-                    driver: Box::new(driver),
-                    read_only,
-                    children: vec![file_entry, target_entry],
-                })
+                let children = vec![file_entry, target_entry];
+                Ok(Opened::new(name, read_only, Box::new(driver), children))
             }
             DriverOptions::SnapshotAccess(access) => {
                 let (file, entry) = self.child(ChildRole::File, &access.file, options).await?;
-                Ok(Opened {
-                    driver: Box::new(SnapshotAccessDriver::new(file)),
-                    read_only,
-                    children: vec![entry],
-                })
+                let name = self.name(options)?;
+                let driver = Box::new(SnapshotAccessDriver::new(file));
+                Ok(Opened::new(name, read_only, driver, vec![entry]))
             }
             DriverOptions::Throttle(throttle) => {
                 let (file, entry) = self.child(ChildRole::File, &throttle.file, options).await?;
+                let name = self.name(options)?;
                 let group = self.graph.throttle_group(&throttle.group)?;
-                Ok(Opened {
-                    driver: Box::new(ThrottleDriver::new(group, file)),
-                    read_only,
-                    children: vec![entry],
-                })
+                let driver = Box::new(ThrottleDriver::new(group, file));
+                Ok(Opened::new(name, read_only, driver, vec![entry]))
+            }
+            DriverOptions::NullCo(null) => {
+                let name = self.name(options)?;
+                let driver = Box::new(NullDriver::new(*null));
+                Ok(Opened::new(name, read_only, driver, Vec::new()))
             }
             DriverOptions::Preallocate(preallocate) => {
                 let (file, entry) = self
                     .child(ChildRole::File, &preallocate.file, options)
                     .await?;
-                Ok(Opened {
-                    driver: Box::new(PreallocateDriver::new(preallocate, file)?),
-                    read_only,
-                    children: vec![entry],
-                })
+                let name = self.name(options)?;
+                let driver = Box::new(PreallocateDriver::new(preallocate, file)?);
+                Ok(Opened::new(name, read_only, driver, vec![entry]))
             }
-            DriverOptions::NullCo(null) => Ok(Opened {
-                driver: Box::new(NullDriver::new(*null)),
-                read_only,
-                children: Vec::new(),
-            }),
         }
     }
 
@@ -427,36 +430,53 @@ impl<'a> Opening<'a> {
         child: &BlockdevRef,
         parent: &BlockdevOptions,
     ) -> Result<(Child, ChildEntry), GraphError> {
-        let node = match child {
+        let (node, said) = match child {
             BlockdevRef::Name(name) => {
                 let node = self.graph.find(name)?;
                 if parent.read_only == Some(true) || role == ChildRole::Backing {
-                    node
+                    (Arc::clone(&node), Some(node))
                 } else {
-                    above_inserted_filters(&self.graph.topology.borrow(), &node)
+                    let topology = self.graph.topology.borrow();
+                    (above_inserted_filters(&topology, &node), Some(node))
                 }
             }
             BlockdevRef::Inline(options) => {
                 let given = BlockdevOptions::clone(options);
-                self.open(inherit(role, options, parent), given, Owner::Parent)
-                    .await?
+                let options = inherit(role, options, parent);
+                (self.open(options, given, Owner::Parent).await?, None)
             }
         };
         let child = Child::new(role, node);
-        let recorded = child.share();
-        let entry = ChildEntry {
-            target: recorded.node(),
-            child: Arc::new(recorded),
-            permissions: Permissions::IDLE,
-        };
+        let entry = ChildEntry::new(&child);
+        self.said.extend(said.map(|node| (entry.number, node)));
         Ok((child, entry))
     }
 }
 
 struct Opened {
-    driver: Box<dyn BlockDriver>,
+    name: String,
     read_only: bool,
+    driver: Box<dyn BlockDriver>,
     children: Vec<ChildEntry>,
+    /// See [`NodeEntry::frozen_to`].
+    frozen_to: Option<u64>,
+}
+
+impl Opened {
+    fn new(
+        name: String,
+        read_only: bool,
+        driver: Box<dyn BlockDriver>,
+        children: Vec<ChildEntry>,
+    ) -> Self {
+        Self {
+            name,
+            read_only,
+            driver,
+            children,
+            frozen_to: None,
+        }
+    }
 }
 
 /// Refuses to unmap zeroes that were written as data where discards do nothing.
@@ -515,6 +535,7 @@ mod tests {
                 nodes: Vec::new(),
                 names: Vec::new(),
                 named: Vec::new(),
+                said: Vec::new(),
                 depth: 0,
                 holds: Holds::new(&graph),
             };
@@ -529,8 +550,12 @@ mod tests {
             opening.look_again().unwrap();
             assert_eq!(opening.nodes[0].children[0].target.id(), filter.id());
             graph.remove_filter(&filter, &drained).unwrap();
+            opening.look_again().unwrap();
+            assert_eq!(opening.nodes[0].children[0].target.id(), node.id());
+            graph.blockdev_del("a").await.unwrap();
             let error = opening.look_again().unwrap_err();
-            assert!(matches!(error, GraphError::NotFound { .. }), "{error}");
+            let text = "Cannot find device='' nor node-name='a'";
+            assert_eq!(error.to_string(), text);
             opening.closed().await;
         });
     }

@@ -3,19 +3,24 @@
 //! Everything is prepared first, while requests go on; then, in drained sections of
 //! all nodes concerned, it takes effect as one change of the graph, or nothing does.
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
-use futures_util::future::try_join_all;
+use futures_util::future::{Either, select, try_join_all};
 
 use super::open::{check_detect_zeroes, inherit};
-use super::topology::{ChildEntry, NodeEntry, Owner, Topology};
+use super::topology::{ChildEntry, NodeEntry, Owner, Topology, next_number};
 use super::{Graph, GraphError, above_inserted_filters};
 use crate::driver::{ChildRole, Reopen, Reopened};
 use crate::drivers::ReopenError;
 use crate::node::{Child, Node, NodeOptions};
 use crate::options::{BlockdevOptions, BlockdevRef, ChildChoice, DriverOptions};
-use crate::permissions::{Perm, Permissions};
+use crate::permissions::Perm;
 use crate::runtime;
+
+/// Longest that requests are held for a flush.
+const HELD_FLUSH: Duration = Duration::from_secs(5);
 
 impl Graph {
     /// Gives each named node the options of its entry: all of them, or none of any.
@@ -44,6 +49,7 @@ impl Graph {
         }
         // For early errors, and to see the children.
         let plan = queue.plan(&self.topology.borrow())?;
+        self.topology.borrow().check_frozen(&plan)?;
         let mut prepared = Prepared::default();
         let mut outcomes = Vec::new();
         for wanted in &queue.entries {
@@ -63,7 +69,7 @@ impl Graph {
         queue.flush().await?;
         let drains = queue.entries.iter();
         let sections = try_join_all(drains.map(|wanted| self.drain(&wanted.node, &[]))).await?;
-        queue.flush().await?;
+        queue.flush_held().await?;
         let reopened = queue.entries.iter().map(|wanted| Arc::clone(&wanted.node));
         let below = self.topology.borrow().all_below(reopened.collect());
         for node in below {
@@ -246,6 +252,16 @@ impl Queue {
         Ok(())
     }
 
+    /// As [`flush`](Self::flush), with requests held: what is left takes long only if the
+    /// storage does not answer.
+    async fn flush_held(&self) -> Result<(), GraphError> {
+        let (flush, late) = (pin!(self.flush()), pin!(runtime::sleep(HELD_FLUSH)));
+        match select(flush, late).await {
+            Either::Left((flushed, _)) => flushed,
+            Either::Right(_) => Err(GraphError::FlushTimeout(HELD_FLUSH)),
+        }
+    }
+
     /// `current` with the new options and children. Rights are not worked out yet.
     fn plan(&self, current: &Topology) -> Result<Topology, GraphError> {
         let mut topology = current.clone();
@@ -401,13 +417,14 @@ impl Wanted {
             .iter_mut()
             .find(|edge| edge.child.role() == role);
         match edge {
-            Some(edge) => edge.target = child,
+            Some(edge) if edge.target.id() == child.id() => {}
+            Some(edge) => {
+                edge.target = child;
+                edge.number = next_number();
+            }
             None if role == ChildRole::Backing && self.node.driver().has_layers() => {
-                entry.children.push(ChildEntry {
-                    child: Arc::new(Child::new(role, Arc::clone(&child))),
-                    target: child,
-                    permissions: Permissions::IDLE,
-                });
+                let edge = Child::new(role, child);
+                entry.children.push(ChildEntry::new(&edge));
             }
             None => {
                 return Err(ReopenError::CannotChange(role.as_str().to_owned()).into());

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::GraphError;
 use crate::backend::{AttachmentKind, Backend};
@@ -42,6 +43,8 @@ pub(super) struct NodeEntry {
     pub(super) given: Option<Arc<BlockdevOptions>>,
     /// Id of the node it was opened with, as a child given inline.
     pub(super) opened_with: Option<u64>,
+    /// Id of the layer down to which what shows through must stay as it is.
+    pub(super) frozen_to: Option<u64>,
 }
 
 impl NodeEntry {
@@ -54,8 +57,16 @@ impl NodeEntry {
             permissions: Permissions::IDLE,
             given: None,
             opened_with: None,
+            frozen_to: None,
         }
     }
+}
+
+/// A number for who comes to use a node (a backend, or the edge of a node above), higher
+/// than those of all who came before.
+pub(super) fn next_number() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 #[derive(Clone)]
@@ -65,6 +76,20 @@ pub(super) struct ChildEntry {
     /// The node below.
     pub(super) target: Arc<Node>,
     pub(super) permissions: Permissions,
+    /// See [`next_number`]: since it goes to this node.
+    pub(super) number: u64,
+}
+
+impl ChildEntry {
+    /// The record of a driver's edge.
+    pub(super) fn new(edge: &Child) -> Self {
+        Self {
+            child: Arc::new(edge.share()),
+            target: edge.node(),
+            permissions: Permissions::IDLE,
+            number: next_number(),
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -72,6 +97,19 @@ pub(super) struct BackendEntry {
     pub(super) backend: Arc<Backend>,
     pub(super) target: Arc<Node>,
     pub(super) permissions: Permissions,
+    /// See [`next_number`]: since it is attached to this node.
+    pub(super) number: u64,
+}
+
+impl BackendEntry {
+    pub(super) fn new(backend: &Arc<Backend>) -> Self {
+        Self {
+            backend: Arc::clone(backend),
+            target: backend.root(),
+            permissions: backend.permissions(),
+            number: next_number(),
+        }
+    }
 }
 
 /// All nodes and backends, in the order in which they came.
@@ -213,21 +251,27 @@ impl Topology {
         except: &[&Arc<Backend>],
         except_node: u64,
     ) {
-        for entry in &mut self.backends {
-            let excepted = except.iter().any(|b| b.id() == entry.backend.id());
-            if entry.target.id() == old.id() && !excepted {
-                entry.target = Arc::clone(new);
-            }
-        }
-        for parent in &mut self.nodes {
-            if parent.node.id() == except_node {
-                continue;
-            }
-            for edge in &mut parent.children {
-                if edge.target.id() == old.id() {
-                    edge.target = Arc::clone(new);
-                }
-            }
+        let excepted = |backend: &Backend| except.iter().any(|b| b.id() == backend.id());
+        let backends = self
+            .backends
+            .iter_mut()
+            .filter(|entry| !excepted(&entry.backend))
+            .map(|entry| (&mut entry.target, &mut entry.number));
+        let edges = self
+            .nodes
+            .iter_mut()
+            .filter(|parent| parent.node.id() != except_node)
+            .flat_map(|parent| &mut parent.children)
+            .map(|edge| (&mut edge.target, &mut edge.number));
+        let mut moved: Vec<_> = backends
+            .chain(edges)
+            .filter(|(target, _)| target.id() == old.id())
+            .collect();
+        // The newest goes first, as with QEMU.
+        moved.sort_by_key(|(_, number)| std::cmp::Reverse(**number));
+        for (target, number) in moved {
+            *target = Arc::clone(new);
+            *number = next_number();
         }
     }
 
@@ -353,13 +397,13 @@ impl Topology {
     /// All edges to a node, in the order in which they came.
     fn parent_edges(&self, node: &Arc<Node>) -> Vec<Parent> {
         let nodes = self.parents_of(node.id()).map(|(parent, edge)| Parent {
-            number: edge.child.number(),
+            number: edge.number,
             describe: format!("node '{}'", parent.node.name()),
             role: edge.child.role().as_str(),
             permissions: edge.permissions,
         });
         let backends = self.backends_of(node.id()).map(|entry| Parent {
-            number: entry.backend.id(),
+            number: entry.number,
             describe: entry.backend.describe(),
             role: match entry.backend.kind() {
                 AttachmentKind::Root => "root",

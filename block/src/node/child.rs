@@ -5,7 +5,6 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::Node;
-use crate::backend::next_number;
 use crate::driver::ChildRole;
 
 /// An edge from a node down to the node it stands on.
@@ -19,8 +18,6 @@ pub struct Child {
 
 #[derive(Debug)]
 struct Edge {
-    /// See [`next_number`].
-    number: u64,
     role: ChildRole,
     /// The node below. Written on main, in a drained section.
     node: ArcSwap<Node>,
@@ -30,7 +27,6 @@ impl Child {
     pub(crate) fn new(role: ChildRole, node: Arc<Node>) -> Self {
         Self {
             edge: Arc::new(Edge {
-                number: next_number(),
                 role,
                 node: ArcSwap::new(node),
             }),
@@ -45,11 +41,6 @@ impl Child {
     /// The part that it plays.
     pub fn role(&self) -> ChildRole {
         self.edge.role
-    }
-
-    /// Higher than those of all edges and backends that came before.
-    pub(crate) fn number(&self) -> u64 {
-        self.edge.number
     }
 
     /// The same edge, for the graph's records.

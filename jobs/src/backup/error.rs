@@ -80,9 +80,12 @@ pub enum BackupError {
     /// What was copied is freed in the scratch file, not on the source.
     #[error("Fleecing does not go with 'discard-source'")]
     FleecingDiscard,
-    /// The filter could not be put in above the source, or may not write the target.
+    /// The filter may not be there, or may not write the target.
     #[error("Could not create node: {0}")]
     Filter(GraphError),
+    /// The filter cannot be put in above the source.
+    #[error("Could not replace node: {0}")]
+    Replace(GraphError),
     /// The bitmaps of the snapshot would be too large.
     #[error("Cannot keep account of what is copied: {0}")]
     Account(#[from] BitmapError),

@@ -297,7 +297,10 @@ pub fn prepare_backup(
                 Box::new(filter)
             },
         )
-        .map_err(BackupError::Filter)?;
+        .map_err(|error| match error {
+            GraphError::FrozenAbove { .. } => BackupError::Replace(error),
+            error => BackupError::Filter(error),
+        })?;
     let mut undo = Undo {
         graph,
         jobs,

@@ -19,17 +19,17 @@ use crate::runtime::unblock;
 impl Opening<'_> {
     pub(super) async fn open_qcow2(
         &mut self,
-        node: &str,
         image: &Qcow2Options,
         options: &BlockdevOptions,
     ) -> Result<Opened, GraphError> {
         let (file, entry) = self.child(ChildRole::File, &image.file, options).await?;
+        let name = self.name(options)?;
         let mut children = vec![entry];
         let below = file.node();
         let may_fall_back = options.auto_read_only.unwrap_or(false);
         let read_only = options.read_only.unwrap_or(false) || (may_fall_back && below.read_only());
         let rights = qcow2::file_permissions(read_only, Permissions::IDLE);
-        self.hold(node, ChildRole::File, &below, rights)?;
+        self.hold(&name, ChildRole::File, &below, rights)?;
         let header = qcow2::read_header(&below, read_only).await?;
         header.check_options(image)?;
 
@@ -69,12 +69,8 @@ impl Opening<'_> {
             data_file,
             backing,
         };
-        let driver = Qcow2Driver::open(node, &header, edges, read_only, pass_discard).await?;
-        Ok(Opened {
-            driver: Box::new(driver),
-            read_only,
-            children,
-        })
+        let driver = Qcow2Driver::open(&name, &header, edges, read_only, pass_discard).await?;
+        Ok(Opened::new(name, read_only, Box::new(driver), children))
     }
 
     async fn open_backing(

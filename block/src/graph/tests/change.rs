@@ -402,3 +402,28 @@ fn a_moved_device_stays_above_the_filters_of_jobs() {
         assert_eq!(storage.peek(0, 512), [7; 512]);
     });
 }
+
+#[test]
+fn a_jobs_filter_can_be_written_once_the_node_below_can() {
+    on_main(|graph| async move {
+        let (_storage, node) = disk(&graph, "a");
+        let set = |read_only| {
+            let mut topology = graph.topology.borrow().clone();
+            let entry = topology.node_mut(node.id()).unwrap();
+            entry.options.read_only = read_only;
+            drop(graph.commit(topology).unwrap());
+        };
+        set(true);
+        let drained = graph.drain_all().await.unwrap();
+        let filter = graph.insert_filter(Some("f"), &node, &[], &drained, PassThrough::boxed);
+        filter.unwrap();
+        drop(drained);
+        assert!(graph.attach("vda", &node, writer(), None).is_err());
+        set(false);
+        write(&attach(&graph, "vda", &node), 0, 1).await.unwrap();
+        // Not under a writer.
+        let mut topology = graph.topology.borrow().clone();
+        topology.node_mut(node.id()).unwrap().options.read_only = true;
+        assert!(graph.commit(topology).is_err());
+    });
+}

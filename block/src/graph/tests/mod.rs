@@ -17,6 +17,7 @@ use crate::permissions::{Perm, PermissionError, Permissions};
 use crate::runtime::{EventLoop, spawn_local};
 use crate::test_storage::{HoldAt, Match, TestStorage};
 
+mod backing;
 mod change;
 mod drain;
 mod node_io;
