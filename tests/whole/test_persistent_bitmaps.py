@@ -38,12 +38,15 @@ class Disk:
         self.process, self.qmp = self.program.storage_daemon()
         self.add(**options)
         if export:
-            self.path = self.folder / "nbd.sock"
-            self.path.unlink(missing_ok=True)
-            self.qmp.execute("nbd-server-start",
-                             addr={"type": "unix", "data": {"path": str(self.path)}})
-            self.qmp.execute("block-export-add", type="nbd", id="e", node_name=self.name, name="e",
-                             writable=True)
+            self.export()
+
+    def export(self):
+        self.path = self.folder / "nbd.sock"
+        self.path.unlink(missing_ok=True)
+        self.qmp.execute("nbd-server-start",
+                         addr={"type": "unix", "data": {"path": str(self.path)}})
+        self.qmp.execute("block-export-add", type="nbd", id="e", node_name=self.name, name="e",
+                         writable=True)
 
     def add(self, **options):
         options = {**self.options, **options}
@@ -74,7 +77,7 @@ class Disk:
     def dirty(self, name):
         """The numbers of the dirty granules, asked for by NBD."""
         self.qmp.execute("block-export-add", type="nbd", id="look", node_name=self.name,
-                         name="look", bitmaps=[name])
+                         name="look", writable=True, bitmaps=[name])
         uri = f"nbd+unix:///look?socket={self.path}"
         extents = json.loads(tool("nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{name}", uri))
         self.qmp.execute("block-export-del", id="look", mode="hard")
@@ -274,63 +277,110 @@ def granules(path):
         return [image.read(GRAIN) for _ in range(SIZE // GRAIN)]
 
 
-def resize(disk, size):
+def resize_until_killed(disk, chosen):
+    killer = threading.Timer(chosen.uniform(0.02, 0.3), disk.kill)
+    killer.start()
     try:
-        disk.qmp.execute("block_resize", node_name="disk", size=size)
-    except QmpError as error:
-        # A writer's request did not end in time.
-        assert "drain" in str(error) or "in flight" in str(error), error
+        while True:
+            disk.qmp.execute("block_resize", node_name="disk",
+                             size=SIZE + chosen.randrange(2) * MIB)
+    except (OSError, EOFError):
+        pass
+    killer.join()
+
+
+def change(disk, chosen):
+    """Does something to bitmaps, or to the disk."""
+    act = chosen.choice(["add", "remove", "merge", "clear", "toggle", "none"])
+    names = [name for name in disk.bitmaps() if name != "b"]
+    if act == "add" and len(names) < 4:
+        disk.bitmap("add", f"x{chosen.random()}", persistent=True,
+                    granularity=chosen.choice([512, 4096, GRAIN]))
+    elif act == "remove" and names:
+        disk.bitmap("remove", chosen.choice(names))
+    elif act == "merge" and names:
+        disk.qmp.execute("block-dirty-bitmap-merge", node="disk", target=chosen.choice(names),
+                         bitmaps=["b"])
+    elif act == "clear" and names:
+        disk.bitmap("clear", chosen.choice(names))
+    elif act == "toggle" and names:
+        disk.bitmap(chosen.choice(["enable", "disable"]), chosen.choice(names))
+
+
+class Backup:
+    """Keeps a copy of the disk up to date by incremental backups of what is dirty."""
+
+    def __init__(self, disk):
+        self.disk, self.number = disk, 0
+        self.target = disk.folder / "backup.img"
+
+    def run(self, base):
+        """Makes `base` what the disk is at some moment of this call."""
+        self.number += 1
+        self.target.write_bytes(b"".join(base))
+        qmp, job = self.disk.qmp, f"backup{self.number}"
+        qmp.execute("blockdev-add", driver="raw", node_name=job,
+                    file={"driver": "file", "filename": str(self.target)})
+        qmp.execute("blockdev-backup", job_id=job, device="disk", target=job,
+                    sync="incremental", bitmap="b")
+        ended = qmp.event("BLOCK_JOB_COMPLETED", device=job)["data"]
+        assert "error" not in ended, ended
+        qmp.execute("blockdev-del", node_name=job)
+
+
+def differing(one, other):
+    return {index for index, (a, b) in enumerate(zip(one, other)) if a != b}
 
 
 def test_kills_at_any_moment_lose_no_write(program):
-    """What differs from the image as it was when the bitmap was cleared is dirty."""
+    """What differs from the last backup of the disk is dirty, whenever it was killed: writing,
+    changing bitmaps, resizing, or at the end of a backup."""
     disk = Disk(program)
     disk.start()
     disk.bitmap("add", "b", persistent=True)
     chosen = random.Random(1)
     base = granules(disk.image)
-    acknowledged = inconsistent = 0
+    backup = Backup(disk)
+    acknowledged = inconsistent = backups = 0
     for kill in range(KILLS):
         writers = [Killed(disk, kill * 10 + number) for number in range(3)]
         for writer in writers:
             writer.start()
-        killer = threading.Timer(chosen.uniform(0.05, 0.6), disk.kill)
+        killer = threading.Timer(chosen.choice([0.3, 3]) * chosen.random(), disk.kill)
         killer.start()
+        maybe = None
         try:
             while True:
                 time.sleep(chosen.uniform(0, 0.1))
-                act = chosen.choice(["add", "remove", "merge", "clear", "toggle", "resize", "none"])
-                names = [name for name in disk.bitmaps() if name != "b"]
-                if act == "add" and len(names) < 4:
-                    disk.bitmap("add", f"x{chosen.random()}", persistent=True,
-                                granularity=chosen.choice([512, 4096, GRAIN]))
-                elif act == "remove" and names:
-                    disk.bitmap("remove", chosen.choice(names))
-                elif act == "merge" and names:
-                    disk.qmp.execute("block-dirty-bitmap-merge", node="disk",
-                                     target=chosen.choice(names), bitmaps=["b"])
-                elif act == "clear" and names:
-                    disk.bitmap("clear", chosen.choice(names))
-                elif act == "toggle" and names:
-                    disk.bitmap(chosen.choice(["enable", "disable"]), chosen.choice(names))
-                elif act == "resize":
-                    resize(disk, SIZE + chosen.randrange(2) * MIB)
+                if chosen.random() < 0.3:
+                    backup.target.write_bytes(b"")
+                    maybe = backup
+                    backup.run(base)
+                    base, maybe = granules(backup.target), None
+                    backups += 1
+                else:
+                    change(disk, chosen)
         except (OSError, EOFError):
             pass
         killer.join()
         for writer in writers:
             writer.join()
             acknowledged += writer.acknowledged
-        disk.start()
-        found = disk.bitmaps()
-        inconsistent += sum("inconsistent" in row for row in found.values())
+        disk.start(export=False)
+        if chosen.random() < 0.3:
+            resize_until_killed(disk, chosen)
+            disk.start(export=False)
+            disk.qmp.execute("block_resize", node_name="disk", size=SIZE)
+        disk.export()
+        inconsistent += sum("inconsistent" in row for row in disk.bitmaps().values())
         now = granules(disk.image)
-        differ = {index for index, (a, b) in enumerate(zip(base, now)) if a != b}
         dirty = disk.dirty("b")
-        assert differ <= dirty, (kill, sorted(differ - dirty))
-        if chosen.random() < 0.4:
-            # Nobody writes: the image is what the cleared bitmap knows.
-            disk.bitmap("clear", "b")
-            base = now
+        missed = differing(base, now) - dirty
+        if missed and maybe:
+            # It had ended well, and nobody had been told yet.
+            base = granules(backup.target)
+            missed = differing(base, now) - dirty
+        assert not missed, (kill, sorted(missed))
     assert acknowledged > 20 * KILLS
     assert inconsistent == 0
+    print(f"{KILLS} kills, {acknowledged} writes, {backups} backups")

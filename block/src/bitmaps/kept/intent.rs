@@ -84,7 +84,8 @@ pub(crate) struct Intent {
     shards: [Shard; SHARDS],
     /// A leaf lock.
     asked: Mutex<Asked>,
-    /// Rounds of the keeper in which it could not make regions hot.
+    /// Rounds of the keeper in which it made regions hot, and in which it could not.
+    served: AtomicU64,
     refused: AtomicU64,
     /// There is no keeper.
     deserted: AtomicBool,
@@ -148,6 +149,7 @@ impl Intent {
             epoch: AtomicUsize::new(0),
             shards: Default::default(),
             asked: Mutex::default(),
+            served: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             deserted: AtomicBool::new(true),
             waiters: Waiters::default(),
@@ -162,7 +164,7 @@ impl Intent {
     /// hot. Cancel: nothing is counted; regions may become hot.
     pub(crate) async fn enter(&self, offset: u64, len: u64) -> Result<Writing<'_>, Refused> {
         loop {
-            let refused = self.refused.load(SeqCst);
+            let (served, refused) = (self.served.load(SeqCst), self.refused.load(SeqCst));
             match self.try_enter(offset, len) {
                 Ok(writing) => return Ok(writing),
                 Err(cold) => self.ask(&cold),
@@ -171,8 +173,11 @@ impl Intent {
                 if !self.any_cold(offset, len) || !self.armed.load(SeqCst) {
                     return Some(Ok(()));
                 }
-                let nobody = self.deserted.load(SeqCst) || self.refused.load(SeqCst) != refused;
-                nobody.then_some(Err(Refused))
+                if self.deserted.load(SeqCst) || self.refused.load(SeqCst) != refused {
+                    return Some(Err(Refused));
+                }
+                // It may have been hot, and be cold again: then it is asked for once more.
+                (self.served.load(SeqCst) != served).then_some(Ok(()))
             };
             self.waiters.until(answered).await?;
         }
@@ -292,6 +297,7 @@ impl Intent {
                 state.store(HOT, SeqCst);
             }
         }
+        self.served.fetch_add(1, SeqCst);
         self.waiters.wake();
     }
 
