@@ -194,6 +194,9 @@ impl<'a> Body<'a> {
             self.adapt();
             if self.wants_section() {
                 self.quiesce().await;
+                if self.has_to_end() {
+                    continue;
+                }
                 // Flushed beside the guest first: the section's own flush is short.
                 let flushed = self.flush_beside_the_guest().await;
                 // What ended just now may have failed, or have paused the job; and the

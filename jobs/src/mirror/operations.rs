@@ -274,8 +274,9 @@ impl Body<'_> {
     /// end. What has not ended then is left to itself: to a task that keeps its buffers,
     /// its ranges and its places at the nodes, which stay the job's until it has ended.
     pub(super) async fn let_go(&mut self, has_failed: bool) {
-        // No guest has to wait for the target any more.
+        // No guest has to wait for the target any more, and nothing more is begun.
         self.state.set_engaged(false);
+        self.copier.stop();
         self.wait_until_quiet(PATIENCE).await;
         if has_failed && !self.is_quiet() {
             // A cancel has done this at once: what failed may yet be told by the others.
@@ -293,7 +294,6 @@ impl Body<'_> {
         let anew = Sweep::new(Rc::clone(&self.copier), Arc::clone(&self.state));
         let rest = std::mem::replace(&mut self.rest, anew);
         let step = self.left_step.take();
-        self.copier.stop();
         self.ctx.leave_behind(async move {
             let operations = async { while operations.next().await.is_some() {} };
             let step = async {
