@@ -109,6 +109,30 @@ fn odd_bounds_copy_all_the_same() {
 }
 
 #[test]
+fn max_workers_beyond_an_integers_range_are_refused_and_the_most_are_bounded() {
+    with_rig(|rig| async move {
+        for max_workers in [i64::MIN, -1, 0, 1 << 31, 1 << 32, i64::MAX] {
+            let mut spec = rig.spec();
+            spec.perf.max_workers = max_workers;
+            let refused = rig.try_start(spec).await.unwrap_err().to_string();
+            let range = "max-workers must be between 1 and 2147483647";
+            assert_eq!(refused, range, "{max_workers}");
+        }
+        rig.assert_no_traces();
+        let mut spec = rig.spec();
+        spec.perf.max_workers = i32::MAX.into();
+        spec.perf.max_chunk = CLUSTER as i64;
+        rig.target.hold(Match::op(IoOp::Write));
+        rig.start(spec).await;
+        rig.target.wait_held(1).await;
+        assert!(rig.target.held() <= 64);
+        rig.target.release_all();
+        assert_eq!(rig.end().await, None);
+        rig.assert_instant();
+    });
+}
+
+#[test]
 fn a_broken_snapshot_never_ends_in_success() {
     with_rig(|rig| async move {
         let mut spec = rig.spec();
