@@ -10,7 +10,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::stdio::complain;
-use crate::{demo, guest, job_client, run, storage_daemon};
+use crate::{demo, guest, job_client, restore, run, storage_daemon};
 
 /// Status of the process when it was told something that it cannot do.
 pub const EXIT_USAGE: u8 = 2;
@@ -48,6 +48,8 @@ enum Command {
     StorageDaemon(storage_daemon::StorageDaemonArgs),
     /// Start, watch and steer block jobs of a running diptych or QEMU
     Job(job_client::JobArgs),
+    /// Make an image of the backups that `diptych job backup` wrote
+    Restore(restore::RestoreArgs),
     /// Mirror the disk of a small guest while it writes, pivot, and prove that
     /// nothing was lost
     Demo(demo::DemoArgs),
@@ -70,6 +72,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Run(args) => run::main(*args),
         Command::StorageDaemon(args) => storage_daemon::main(args),
         Command::Job(args) => Ok(job_client::main(args)),
+        Command::Restore(args) => Ok(restore::main(&args)),
         Command::Demo(args) => demo::main(args),
         Command::Guest(args) => guest::main(args),
     }

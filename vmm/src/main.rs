@@ -6,6 +6,7 @@
 
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
+mod backup_set;
 mod cli;
 mod client;
 mod config;
@@ -17,6 +18,7 @@ mod inherited;
 mod job_client;
 mod machine;
 mod monitor;
+mod restore;
 mod run;
 mod serial_backend;
 mod signals;

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::status;
+use crate::backup_set::SetError;
 use crate::cli::EXIT_USAGE;
 use crate::client::ClientError;
 
@@ -49,6 +50,31 @@ pub enum JobError {
         /// Why.
         source: io::Error,
     },
+    /// A directory of backups cannot be used.
+    #[error(transparent)]
+    BackupSet(#[from] SetError),
+    /// What an incremental backup would stand on is not there.
+    #[error(
+        "There can be no incremental backup of disk '{disk}': {why}; take a full one (without \
+         --incremental)"
+    )]
+    BrokenChain {
+        /// The disk.
+        disk: String,
+        /// What is not there.
+        why: String,
+    },
+    /// A backup that its client has left goes on.
+    #[error(
+        "Node '{node}' of an earlier backup is still in use: wait for its job, or cancel it (diptych \
+         job list --qmp {address})"
+    )]
+    StillRunning {
+        /// The node.
+        node: String,
+        /// The server.
+        address: String,
+    },
     /// A signal came.
     #[error("Interrupted")]
     Interrupted {
@@ -87,11 +113,16 @@ impl JobError {
     pub fn status(&self) -> u8 {
         match self {
             Self::NoAddress | Self::Usage(_) => EXIT_USAGE,
+            // Everything was taken back.
+            Self::BackupSet(SetError::Interrupted) => status::CANCELLED,
             Self::Client(ClientError::Refused { .. })
             | Self::NoCommand(_)
             | Self::NoJob(_)
             | Self::NoSource(_)
             | Self::NoTarget(_)
+            | Self::BackupSet(_)
+            | Self::BrokenChain { .. }
+            | Self::StillRunning { .. }
             | Self::Create { .. }
             | Self::Signals(_) => status::FAILED,
             // What becomes of the job is not known here.

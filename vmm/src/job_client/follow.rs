@@ -112,7 +112,7 @@ impl Followed {
             ("paused" | "standby", Some(_)) => "stopped by an I/O error",
             ("paused" | "standby", None) => "paused",
             ("" | "created", _) => "starting",
-            ("running", _) if self.job.kind == "mirror" => "copying",
+            ("running", _) if matches!(self.job.kind.as_str(), "mirror" | "backup") => "copying",
             ("running", _) if self.job.kind == "compare" => "comparing",
             ("ready" | "waiting", _) if self.completing => "pivoting",
             (status, _) => status,
@@ -259,10 +259,15 @@ impl<'a> Follower<'a> {
     /// Errors: of the connection; [`JobError::Interrupted`]. It can be called
     /// again after the latter.
     pub fn run(&mut self, goal: Goal) -> Result<(), JobError> {
+        self.run_until(|jobs| jobs.iter().all(|job| job.has_reached(goal)))
+    }
+
+    /// As [`run`](Self::run), until `is_enough` says so of the jobs.
+    pub fn run_until(&mut self, is_enough: impl Fn(&[Followed]) -> bool) -> Result<(), JobError> {
         let mut next_look = Instant::now();
         loop {
             self.tell_ends()?;
-            if self.jobs.iter().all(|job| job.has_reached(goal)) {
+            if is_enough(&self.jobs) {
                 return Ok(());
             }
             let wait = next_look.saturating_duration_since(Instant::now());

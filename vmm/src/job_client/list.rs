@@ -42,7 +42,7 @@ fn row(job: &Job) -> [String; 7] {
 }
 
 /// Lines whose columns are as wide as their widest cell.
-fn table<const N: usize>(rows: &[[String; N]]) -> Vec<String> {
+pub fn table<const N: usize>(rows: &[[String; N]]) -> Vec<String> {
     let width = |column: usize| {
         rows.iter()
             .map(|row| row[column].chars().count())

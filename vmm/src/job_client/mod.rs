@@ -10,9 +10,11 @@
 //! - [`report`]: telling the user, as bars, lines or JSON
 //! - [`mirror`], [`target`], [`nbd_uri`]: starting a mirror, and its target's nodes
 //! - [`compare`]: comparing two nodes
+//! - [`backup`]: backups into a directory
 //! - [`verbs`], [`list`]: the other subcommands
 //! - [`interrupt`][]: Ctrl-C
 
+mod backup;
 mod compare;
 mod error;
 mod follow;
@@ -39,7 +41,10 @@ use error::JobError;
 use report::Report;
 use server::Server;
 
+pub(crate) use interrupt::Interrupts;
+pub(crate) use list::table;
 pub(crate) use nbd_uri::NbdUri;
+pub(crate) use report::with_causes;
 
 /// What the process ends with, but for 2 (usage) and 128+N (signal N).
 mod status {
@@ -112,6 +117,10 @@ enum JobCommand {
     /// and its snapshot, two images
     #[command(after_help = EXIT_STATUS)]
     Compare(compare::CompareArgs),
+    /// Back disks up into a directory, all at one instant: full, or what was written since
+    /// the last backup. `diptych restore` makes images of them
+    #[command(after_help = EXIT_STATUS)]
+    Backup(Box<backup::BackupArgs>),
     /// List the jobs
     List,
     /// Follow a job to its end, or all there are
@@ -166,6 +175,9 @@ fn run(args: JobArgs, report: &mut Report) -> Result<u8, JobError> {
     if let JobCommand::Mirror(mirror) = &args.command {
         mirror.check()?;
     }
+    if let JobCommand::Backup(backup) = &args.command {
+        backup.check()?;
+    }
     let patience = Duration::from_secs(args.timeout.into());
     let path = address.path().ok_or_else(|| {
         JobError::Usage("A client needs the path of a socket: --qmp unix:PATH".to_owned())
@@ -174,6 +186,7 @@ fn run(args: JobArgs, report: &mut Report) -> Result<u8, JobError> {
     match args.command {
         JobCommand::Mirror(args) => mirror::run(&args, &mut server, report),
         JobCommand::Compare(args) => compare::run(&args, &mut server, report),
+        JobCommand::Backup(args) => backup::run(&args, &mut server, report),
         JobCommand::List => list::run(&mut server, report),
         JobCommand::Watch(args) => verbs::watch(&args, &mut server, report),
         JobCommand::Pause(args) => verbs::pause(&args, &mut server, report),

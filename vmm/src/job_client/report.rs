@@ -185,8 +185,10 @@ impl Report {
         if let Some(error) = error {
             result["error"] = Value::from(error);
         }
-        if let Some(comparison) = job.raw.get("comparison") {
-            result["comparison"] = comparison.clone();
+        for name in ["comparison", "fleecing"] {
+            if let Some(found) = job.raw.get(name) {
+                result[name] = found.clone();
+            }
         }
         self.object(&json!({"result": result}))?;
         let id = clean(&job.id);
@@ -227,7 +229,7 @@ impl Report {
             // Only drawing can fail.
             let _ = all.clear();
         }
-        let text = one_line(error);
+        let text = with_causes(error);
         let outcome = match error.status() {
             super::status::FAILED => "failed",
             super::status::LOST => "lost",
@@ -248,9 +250,9 @@ pub fn failure(outcome: &str, error: &str) -> Value {
 }
 
 /// An error and its causes.
-fn one_line(error: &JobError) -> String {
+pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
+    let mut source = error.source();
     while let Some(cause) = source {
         text.push_str(": ");
         text.push_str(&cause.to_string());

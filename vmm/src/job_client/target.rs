@@ -182,14 +182,22 @@ pub fn add(
 /// Takes a node away that was added for a job, which may just be ending. A
 /// failure is told, not more: what was asked for is over.
 pub fn take_away(name: &str, server: &mut Server, report: &mut Report) -> Result<(), JobError> {
+    match delete(name, server) {
+        Err(error) if error.status() == super::status::FAILED => {
+            report.note(&format!("Node '{name}' could not be taken away: {error}"))
+        }
+        result => result,
+    }
+}
+
+/// Takes a node away that a job may be about to leave.
+pub fn delete(name: &str, server: &mut Server) -> Result<(), JobError> {
     let deadline = Instant::now() + RELEASE_TIME;
     loop {
         match server.run("blockdev-del", json!({"node-name": name})) {
             Ok(_) => return Ok(()),
             Err(error) if error.status() != super::status::FAILED => return Err(error),
-            Err(error) if Instant::now() >= deadline => {
-                return report.note(&format!("Node '{name}' could not be taken away: {error}"));
-            }
+            Err(error) if Instant::now() >= deadline => return Err(error),
             Err(_) => thread::sleep(Duration::from_millis(50)),
         }
     }

@@ -5,6 +5,7 @@
 //! its own on main and never blocks there.
 
 mod backup;
+mod bitmap_ranges;
 mod bitmaps;
 mod blockdev;
 mod compare;
@@ -114,6 +115,7 @@ static COMMANDS: &[Command] = commands! {
     "qom-list-types" => objects::qom_list_types,
     "qom-set" => objects::qom_set,
     "query-block" => query::query_block,
+    "query-block-dirty-bitmap-ranges" => bitmap_ranges::query_block_dirty_bitmap_ranges,
     "query-block-exports" => exports::query_block_exports,
     "query-block-jobs" => jobs::query_block_jobs,
     "query-commands" => control::query_commands,
