@@ -247,8 +247,12 @@ impl<'a> Body<'a> {
     /// Lets the controller look at the guest, if it is time to.
     fn adapt(&mut self) {
         let now = Instant::now();
-        if self.pace.is_due(now) {
-            self.pace.decide(self.snapshot.latency().take(), now);
+        if !self.pace.is_due(now) || self.pace.is_settling(!self.operations.is_empty(), now) {
+            return;
+        }
+        match self.snapshot.latency().take() {
+            None if self.snapshot.holds_guests() => self.pace.guest_waits(now),
+            felt => self.pace.decide(felt, now),
         }
     }
 

@@ -48,6 +48,8 @@ const READY_SLACK_NS: u64 = 10_000;
 const CALM_EVERY: Duration = Duration::from_secs(2);
 /// Intervals of a calm that are measured, after one in which what is in flight ends.
 const CALM_MEASURED: u32 = 2;
+/// How long a calm waits for what is in flight.
+const CALM_PATIENCE: Duration = Duration::from_millis(300);
 /// Requests per second weigh a quarter of what they were before.
 const RATE_WEIGHT: u64 = 4;
 /// Longest rest between two requests at the floor when the mirror is ready, which leaves
@@ -94,6 +96,8 @@ pub(crate) struct Pace {
     next_calm: Instant,
     last_decision: Instant,
     next_decision: Instant,
+    /// When the calm began that is, or was last.
+    calm_began: Instant,
 }
 
 impl Pace {
@@ -115,6 +119,7 @@ impl Pace {
             next_calm: now,
             last_decision: now,
             next_decision: now + INTERVAL,
+            calm_began: now,
         }
     }
 
@@ -141,6 +146,31 @@ impl Pace {
     /// Whether it is time for [`decide`](Self::decide).
     pub(crate) fn is_due(&self, now: Instant) -> bool {
         now >= self.next_decision
+    }
+
+    /// Whether a calm has to wait with its measuring, since what the copier has in
+    /// flight is not through yet (`busy`), which takes a slow target its time.
+    pub(crate) fn is_settling(&self, busy: bool, now: Instant) -> bool {
+        busy && self.calm == Some(Calm::Begins)
+            && now.saturating_duration_since(self.calm_began) < CALM_PATIENCE
+    }
+
+    /// Requests of the guest wait for copies, and none has ended since the last
+    /// decision: it is not idle, but cannot go on.
+    pub(crate) fn guest_waits(&mut self, now: Instant) {
+        self.last_decision = now;
+        self.next_decision = now + INTERVAL;
+        self.rate = self.rate.saturating_mul(RATE_WEIGHT - 1) / RATE_WEIGHT;
+        match self.calm {
+            Some(Calm::Begins) => {
+                self.calm = Some(Calm::Measures);
+                self.next_decision = now + INTERVAL * CALM_MEASURED;
+            }
+            // Nothing was to be learned from it.
+            Some(Calm::Measures) => self.calm = None,
+            None if self.hurries => {}
+            None => self.give_way(),
+        }
     }
 
     /// Adapts to what the guest felt since the last decision.
@@ -185,15 +215,11 @@ impl Pace {
         if now >= self.next_calm {
             self.next_calm = now + CALM_EVERY;
             self.calm = Some(Calm::Begins);
+            self.calm_began = now;
             return;
         }
         if !self.is_fine(felt.mean_ns) {
-            if self.window > self.floor {
-                self.window = (self.window / 2).max(self.floor);
-            } else {
-                let most = if self.ready { MAX_READY_REST } else { MIN_REST };
-                self.rest = (self.rest * 2).clamp(MIN_REST, most);
-            }
+            self.give_way();
         } else if !self.rest.is_zero() {
             let rest = match self.ready {
                 // There is time: it is felt out slowly.
@@ -207,6 +233,15 @@ impl Pace {
             };
         } else {
             self.grow();
+        }
+    }
+
+    fn give_way(&mut self) {
+        if self.window > self.floor {
+            self.window = (self.window / 2).max(self.floor);
+        } else {
+            let most = if self.ready { MAX_READY_REST } else { MIN_REST };
+            self.rest = (self.rest * 2).clamp(MIN_REST, most);
         }
     }
 
@@ -483,5 +518,36 @@ mod tests {
         run_starved(&mut pace, 60, |window| if window > 0 { 500 } else { 700 });
         assert_eq!(pace.window(), 256 * KIB);
         assert!(pace.rest() >= Duration::from_millis(2), "{:?}", pace.rest());
+    }
+
+    #[test]
+    fn a_guest_whose_requests_wait_is_not_idle() {
+        let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
+        run(&mut pace, 150, |_| Some(100_000));
+        assert_eq!(pace.window(), 16384 * KIB);
+        let mut now = pace.next_decision;
+        for _ in 0..20 {
+            pace.guest_waits(now);
+            now = pace.next_decision;
+        }
+        assert_eq!((pace.window(), pace.rest()), (256 * KIB, MIN_REST));
+    }
+
+    #[test]
+    fn a_calm_measures_when_what_was_in_flight_has_ended_or_takes_too_long() {
+        let begun = Instant::now();
+        let mut pace = Pace::new(256 * KIB, 16384 * KIB, begun);
+        assert!(!pace.is_settling(true, begun), "there is no calm yet");
+        run(&mut pace, 1, |_| Some(100_000));
+        let now = pace.next_decision;
+        assert!(pace.is_calm() && pace.is_settling(true, now));
+        assert!(!pace.is_settling(false, now));
+        assert!(!pace.is_settling(true, now + CALM_PATIENCE));
+        // A guest that cannot go on tells nothing, and ends the calm.
+        pace.guest_waits(now);
+        assert!(pace.is_calm() && !pace.is_settling(true, now));
+        pace.guest_waits(pace.next_decision);
+        assert!(!pace.is_calm());
+        assert_eq!(pace.baseline, None);
     }
 }

@@ -192,6 +192,11 @@ impl Snapshot {
         &self.latency
     }
 
+    /// Whether requests of the guest wait at this moment until something is copied.
+    pub fn holds_guests(&self) -> bool {
+        self.copies.load(SeqCst) > 0 || self.waiting.is_waited_for()
+    }
+
     /// How guests' requests had to wait until now.
     pub fn stalls(&self) -> Stalls {
         self.stalled.look()

@@ -74,6 +74,11 @@ impl Waiting {
         self.waiters.load(SeqCst)
     }
 
+    /// Whether anybody waits.
+    pub(super) fn is_waited_for(&self) -> bool {
+        self.waiters.load(SeqCst) > 0
+    }
+
     /// Wakes those who wait for some of `range`. What they wait for is there already.
     pub(super) fn changed(&self, range: &Range<u64>) {
         if self.waiters.load(SeqCst) == 0 {
