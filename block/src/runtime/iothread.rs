@@ -26,9 +26,11 @@ pub struct Iothread {
 /// that others want wholly, and all of one that nobody wants.
 const BACKGROUND: i32 = 5;
 
-/// Lets the calling thread stand back behind the others, for good.
+/// Lets the calling thread stand back behind the others, for good. Not further than that
+/// if it was started by one that does, and so does already.
 pub(crate) fn stand_back() {
-    if let Err(error) = rustix::process::nice(BACKGROUND) {
+    // Linux knows a priority for each thread; this sets that of the calling one.
+    if let Err(error) = rustix::process::setpriority_process(None, BACKGROUND) {
         tracing::debug!("Cannot lower a thread's priority: {error}");
     }
 }
