@@ -12,6 +12,7 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient
 from support import instant
 from support.guest import MIB, Guest, same
 from support.nbd import tool
+from support.program import QmpError
 
 pytestmark = pytest.mark.usefixtures("kvm")
 
@@ -286,7 +287,7 @@ def test_a_snapshot_is_the_source_of_an_incremental_backup(program):
 
 
 def test_a_filter_goes_in_and_out_in_one_order_only(program):
-    guest = Guest(program)
+    guest = Guest(program, size=SIZE)
     guest.wait_working()
 
     async def drive(backup):
@@ -341,7 +342,7 @@ def test_a_filter_goes_in_and_out_in_one_order_only(program):
 
 
 def test_a_disk_is_not_moved_away_from_a_job_that_watches_it(program):
-    guest = Guest(program)
+    guest = Guest(program, size=SIZE)
     guest.wait_working()
     guest.mirror(speed=4 * MIB)
     path = "/machine/peripheral/disk0"
@@ -353,7 +354,7 @@ def test_a_disk_is_not_moved_away_from_a_job_that_watches_it(program):
     guest.qmp.execute("qom-set", path=path, property="drive", value="disk0-raw")
     shown = guest.qmp.execute("qom-get", path=path, property="drive")
     assert shown not in ("disk0-raw", "spare")
-    with pytest.raises(Exception, match="block job"):
+    with pytest.raises(QmpError, match="block job"):
         guest.qmp.execute("qom-set", path=path, property="drive", value="spare")
     guest.qmp.execute("block-job-set-speed", device="mirror0", speed=0)
     guest.qmp.event("BLOCK_JOB_READY", device="mirror0")
@@ -361,6 +362,35 @@ def test_a_disk_is_not_moved_away_from_a_job_that_watches_it(program):
     guest.qmp.event("BLOCK_JOB_COMPLETED", device="mirror0")
     guest.qmp.status("mirror0", "null")
     assert guest.qmp.execute("qom-get", path=path, property="drive") == "target0"
+    guest.wait_writes()
+    guest.finish()
+
+
+def test_a_filter_does_not_come_out_from_under_a_job(program):
+    guest = Guest(program, size=SIZE, workload="depth=16 mix=w80,r20 adopt=on")
+    guest.wait_working()
+    path = "/machine/peripheral/disk0"
+    scratch = program.folder / "scratch"
+    with open(scratch, "wb") as file:
+        file.truncate(SIZE)
+    execute = guest.qmp.execute
+    execute("blockdev-add", driver="file", node_name="scratch", filename=str(scratch))
+    execute("blockdev-add", driver="copy-before-write", node_name="cbw", file="disk0-raw",
+            target="scratch")
+    execute("qom-set", path=path, property="drive", value="cbw")
+    guest.mirror(speed=4 * MIB)
+    with pytest.raises(QmpError, match="block job"):
+        execute("qom-set", path=path, property="drive", value="disk0-raw")
+    execute("qom-set", path=path, property="drive", value="cbw")
+    execute("stop")
+    execute("system_reset")
+    execute("cont")
+    execute("job-cancel", id="mirror0")
+    guest.qmp.event("BLOCK_JOB_CANCELLED", device="mirror0")
+    guest.qmp.status("mirror0", "null")
+    execute("qom-set", path=path, property="drive", value="disk0-raw")
+    execute("blockdev-del", node_name="cbw")
+    execute("blockdev-del", node_name="scratch")
     guest.wait_writes()
     guest.finish()
 

@@ -350,7 +350,8 @@ def test_backups_of_a_guest_with_four_queues_on_two_iothreads_show_one_instant_e
     guest.wait_working()
     guest.wait_writes(2 * size // instant.BLOCK)
     chance = random.Random(SEED)
-    delayed = [{"event": "none", "iotype": "write", "errno": 0, "sector": chance.randrange(size // SECTOR),
+    delayed = [{"event": "none", "iotype": "write", "errno": 0,
+                "sector": chance.randrange(size // SECTOR),
                 "delay-ns": chance.randrange(1, 50) * 10**6} for _ in range(40)]
     qmp = guest.qmp
     taken = []
