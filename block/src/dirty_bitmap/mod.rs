@@ -286,13 +286,16 @@ impl DirtyBitmap {
         Some(self.range_of(first..end))
     }
 
-    /// Start in bytes of the first clean chunk at or after `from`'s chunk.
-    pub fn next_clean(&self, from: u64) -> Option<u64> {
-        if from >= self.size {
+    /// Start in bytes of the first clean chunk of those that `range` (in bytes)
+    /// touches. Takes as long as the range is, whatever the size of the disk.
+    pub fn next_clean(&self, range: &Range<u64>) -> Option<u64> {
+        let first = range.start >> self.shift;
+        let limit = range.end.div_ceil(self.granularity()).min(self.chunks);
+        if first >= limit {
             return None;
         }
-        let chunk = self.find_clean(from >> self.shift, self.chunks);
-        (chunk < self.chunks).then_some(chunk << self.shift)
+        let chunk = self.find_clean(first, limit);
+        (chunk < limit).then_some(chunk << self.shift)
     }
 
     /// Chunks that lie wholly in a range of bytes.

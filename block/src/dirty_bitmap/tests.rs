@@ -72,8 +72,9 @@ impl Model {
         Some(self.range(first).start..self.range(end - 1).end)
     }
 
-    fn next_clean(&self, from: u64) -> Option<u64> {
-        (from / self.granularity..self.chunks())
+    fn next_clean(&self, range: &Range<u64>) -> Option<u64> {
+        let end = range.end.div_ceil(self.granularity).min(self.chunks());
+        (range.start / self.granularity..end)
             .find(|chunk| !self.dirty.contains(chunk))
             .map(|chunk| chunk * self.granularity)
     }
@@ -126,7 +127,14 @@ mod against_the_model {
         for from in from.iter().copied() {
             assert_eq!(bitmap.next_dirty(from), model.next_dirty(from), "{from}");
             if from < model.size {
-                assert_eq!(bitmap.next_clean(from), model.next_clean(from), "{from}");
+                for end in [from, from + 1, from + 1500, u64::MAX] {
+                    let range = from..end;
+                    assert_eq!(
+                        bitmap.next_clean(&range),
+                        model.next_clean(&range),
+                        "{range:?}"
+                    );
+                }
                 let dirty = model.dirty.contains(&(from / model.granularity));
                 assert_eq!(bitmap.is_dirty(from), dirty);
             }

@@ -224,10 +224,7 @@ impl Snapshot {
     /// The first run of clusters of `range` (whole clusters) that are not part of the
     /// snapshot any more.
     pub(super) fn first_taken_out(&self, range: &Range<u64>) -> Option<Range<u64>> {
-        let start = self.access.next_clean(range.start)?;
-        if start >= range.end {
-            return None;
-        }
+        let start = self.access.next_clean(range)?;
         let next = self.access.next_dirty_area(start, 1);
         let end = next.map_or(range.end, |area| area.start.min(range.end));
         Some(start..end)
@@ -445,7 +442,7 @@ impl Snapshot {
             return Err(libc::EACCES);
         }
         let end = |bitmap: &DirtyBitmap, set: bool| match set {
-            true => bitmap.next_clean(range.start),
+            true => bitmap.next_clean(&range),
             false => bitmap
                 .next_dirty_area(range.start, 1)
                 .map(|area| area.start),
