@@ -187,6 +187,29 @@ pub struct Reopened {
     pub size: Option<u64>,
 }
 
+/// What the header of an image says, for who asks for more than its content.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ImageDetails {
+    /// Version of the format, 2 or 3.
+    pub version: u32,
+    /// Bits of a reference count.
+    pub refcount_bits: u32,
+    /// Reference counts may be wrong after a crash, by choice. Version 3.
+    pub lazy_refcounts: bool,
+    /// It was found to be corrupt. Version 3.
+    pub corrupt: bool,
+    /// It was not closed by who wrote it last. Version 3.
+    pub dirty: bool,
+    /// Name of the file with the data.
+    pub data_file: Option<String>,
+    /// The data file is a raw image as well.
+    pub data_file_raw: bool,
+    /// Name of the backing file, as it is in the header.
+    pub backing_filename: Option<String>,
+    /// Format of the backing file.
+    pub backing_format: Option<String>,
+}
+
 /// A protocol, format or filter driver: the behaviour of one node.
 ///
 /// Threads: all I/O methods may be called on any iothread, by several at once.
@@ -340,6 +363,17 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// The node below whose snapshot this one shows, or which filters one that keeps it,
     /// if it is a `snapshot-access`.
     fn shown_snapshot(&self) -> Option<Arc<Node>> {
+        None
+    }
+
+    /// What the header of the image says, if the format has one.
+    fn image_details(&self) -> Option<ImageDetails> {
+        None
+    }
+
+    /// Granularity and dirty bytes of the bitmap in which a filter records what is
+    /// written to the node that it shows, if there is one that clients are to know of.
+    fn recorded(&self) -> Option<(u64, u64)> {
         None
     }
 

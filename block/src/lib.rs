@@ -49,8 +49,8 @@ pub use chain::ChainExtent;
 pub use debug_event::DebugEvent;
 pub use dirty_bitmap::{BitmapError, DirtyBitmap};
 pub use driver::{
-    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ExtentFlags, FileRange, Limits, Reopen,
-    Reopened, WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ExtentFlags, FileRange, ImageDetails,
+    Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
 };
 pub use drivers::copy_before_write::{
     CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Snapshot, SnapshotAccount,
@@ -71,8 +71,9 @@ pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
     BackingRef, BlkdebugOptions, BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions,
     ChildChoice, CopyBeforeWriteOptions, CopyOnReadOptions, DetectZeroes, DiscardMode,
-    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, PreallocateOptions,
-    Qcow2Options, RawOptions, SnapshotAccessOptions, SocketAddress, ThrottleOptions,
+    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, OptionValue,
+    PreallocateOptions, Qcow2Options, RawOptions, SnapshotAccessOptions, SocketAddress,
+    ThrottleOptions,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
 pub use range_lock::{LockRange, RangeGuard, RangeLock};

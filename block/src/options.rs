@@ -32,6 +32,20 @@ pub struct BlockdevOptions {
     pub detect_zeroes: DetectZeroes,
     /// The driver and its own options.
     pub driver: DriverOptions,
+    /// Options that make this node another one than others of its driver over the same
+    /// children, as far as they were said, by QMP's names: what it is called after.
+    pub said: Vec<(String, OptionValue)>,
+}
+
+/// An option as it was said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OptionValue {
+    /// A number.
+    Int(i64),
+    /// Yes or no.
+    Bool(bool),
+    /// A text or a word.
+    Text(String),
 }
 
 impl BlockdevOptions {
@@ -45,6 +59,7 @@ impl BlockdevOptions {
             discard: None,
             detect_zeroes: DetectZeroes::Off,
             driver,
+            said: Vec::new(),
         }
     }
 

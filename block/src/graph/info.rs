@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use super::Graph;
+use super::filename::Filenames;
 use super::topology::Topology;
 use crate::backend::AttachmentKind;
 use crate::dirty_bitmap::DirtyBitmap;
-use crate::driver::ChildRole;
+use crate::driver::{ChildRole, ImageDetails};
 use crate::node::Node;
 use crate::options::{CacheOptions, DetectZeroes, DiscardMode};
 use crate::permissions::Permissions;
@@ -41,6 +42,11 @@ pub struct NodeInfo {
     pub backing_filename: Option<String>,
     /// Whether the driver knows more of the image than its size (`dirty-flag`).
     pub has_details: bool,
+    /// What the image's header says, if it has one.
+    pub details: Option<ImageDetails>,
+    /// Where the backing file is that the header names (`full-backing-filename`), if
+    /// that can be told.
+    pub header_backing: Option<String>,
     /// Whether the node is a filter.
     pub is_filter: bool,
     /// Whether `blockdev-del` may remove it, were it unused.
@@ -145,7 +151,7 @@ impl GraphDump {
     }
 }
 
-fn bitmaps(node: &Arc<Node>) -> Vec<BitmapInfo> {
+fn bitmaps(topology: &Topology, node: &Arc<Node>) -> Vec<BitmapInfo> {
     let unnamed = |bits: &DirtyBitmap, recording| BitmapInfo {
         name: None,
         recording,
@@ -155,7 +161,22 @@ fn bitmaps(node: &Arc<Node>) -> Vec<BitmapInfo> {
         granularity: bits.granularity(),
         count: bits.count_bytes(),
     };
-    let mut all: Vec<BitmapInfo> = Vec::new();
+    // Clients look for what a job records at the node that it is about.
+    let filters = topology.nodes.iter().filter(|entry| {
+        let mut below = entry.children.iter();
+        below.any(|edge| edge.target.id() == node.id() && edge.child.role() != ChildRole::Target)
+    });
+    let recorded = filters.filter_map(|entry| entry.node.driver().recorded());
+    let recorded = recorded.map(|(granularity, count)| BitmapInfo {
+        name: None,
+        recording: true,
+        busy: false,
+        persistent: false,
+        inconsistent: false,
+        granularity,
+        count,
+    });
+    let mut all: Vec<BitmapInfo> = recorded.collect();
     all.extend(
         node.unnamed_bitmaps()
             .iter()
@@ -181,10 +202,30 @@ fn bitmaps(node: &Arc<Node>) -> Vec<BitmapInfo> {
     all
 }
 
+/// The place of a file that the header of the image `file` names; `None` if the image
+/// is no file. Names that are addresses stay as they are.
+pub(super) fn full_name(named: &str, file: &str) -> Option<String> {
+    let is_address = named
+        .split_once(':')
+        .is_some_and(|(scheme, _)| !scheme.is_empty() && !scheme.contains('/'));
+    if named.starts_with('/') || is_address {
+        return Some(named.to_owned());
+    }
+    if file.starts_with("json:") {
+        return None;
+    }
+    let directory = file.rfind('/').map_or("", |slash| &file[..=slash]);
+    Some(format!("{directory}{named}"))
+}
+
 /// Files and formats do, and what shows them does.
 fn has_details(topology: &Topology, node: &Arc<Node>) -> bool {
     match node.driver_name() {
         "file" | "host_device" | "qcow2" => true,
+        "snapshot-access" => false,
+        "blkdebug" => topology
+            .child(node.id(), ChildRole::Image)
+            .is_some_and(|below| has_details(topology, below)),
         _ => topology
             .child(node.id(), ChildRole::File)
             .is_some_and(|below| has_details(topology, below)),
@@ -211,10 +252,17 @@ impl Graph {
         let backing = topology.child(node.id(), ChildRole::Backing);
         let filtered = node.driver().filtered();
         let options = node.options();
+        let mut filenames = Filenames::new(&topology);
+        let details = node.driver().image_details();
+        let header_backing = details.as_ref().and_then(|details| {
+            let file = topology.child(node.id(), ChildRole::File)?;
+            let named = details.backing_filename.as_ref()?;
+            full_name(named, &filenames.shown(file.id()))
+        });
         Some(NodeInfo {
             name: node.name().to_owned(),
             driver: node.driver_name(),
-            filename: node.driver().filename(),
+            filename: filenames.shown(node.id()),
             read_only: node.read_only(),
             size: node.size(),
             cache: options.cache,
@@ -222,8 +270,10 @@ impl Graph {
             discard: options.discard,
             cluster_size: node.limits().cluster_size,
             write_threshold: node.write_threshold(),
-            backing_filename: backing.map(|node| node.driver().filename()),
+            backing_filename: backing.map(|node| filenames.shown(node.id())),
             has_details: has_details(&topology, node),
+            details,
+            header_backing,
             below: filtered.or_else(|| backing.map(Arc::clone)),
             is_filter: node.driver().is_filter(),
             monitor_owned: entry.owner == super::Owner::Monitor,
@@ -235,7 +285,7 @@ impl Graph {
                     node: edge.target.name().to_owned(),
                 })
                 .collect(),
-            bitmaps: bitmaps(node),
+            bitmaps: bitmaps(&topology, node),
         })
     }
 
@@ -253,6 +303,10 @@ impl Graph {
                     .map(|edge| Arc::clone(&edge.target))
                     .collect()
             };
+            if node.driver_name() == "blkdebug" {
+                // As in QEMU, where it stands for what it may not be.
+                return None;
+            }
             if children.is_empty() {
                 sum = sum.saturating_add(node.driver().allocated_size().await?);
             }

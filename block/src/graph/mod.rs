@@ -37,6 +37,7 @@ mod change;
 mod commit;
 mod drain;
 mod error;
+mod filename;
 mod fleecing;
 mod frozen;
 mod handle;

@@ -345,6 +345,11 @@ impl BlockDriver for MirrorTop {
         self.source.node().driver().filename()
     }
 
+    fn recorded(&self) -> Option<(u64, u64)> {
+        let dirty = &self.state.dirty;
+        Some((dirty.granularity(), dirty.count_bytes()))
+    }
+
     fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
             let started = Instant::now();

@@ -49,6 +49,7 @@ async fn set(stage: &Stage, spec: JobSpec, driver: &Arc<Scripted>) -> Set {
             cache: Default::default(),
             discard: Default::default(),
             detect_zeroes: Default::default(),
+            said: Vec::new(),
             driver: DriverOptions::Raw(RawOptions {
                 file: BlockdevRef::Name("lower".to_owned()),
                 offset: 0,

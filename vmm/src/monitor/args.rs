@@ -38,9 +38,16 @@ pub(crate) struct Args {
     prefix: String,
     members: Map<String, Value>,
     form: Form,
-    /// What is wrong with the values, told if nothing is wrong with their form; shared
-    /// with the objects inside.
-    refusal: Rc<RefCell<Option<QmpError>>>,
+    shared: Rc<RefCell<Shared>>,
+}
+
+/// What arguments and the objects inside them have in common.
+#[derive(Debug, Default)]
+struct Shared {
+    /// What is wrong with the values, told if nothing is wrong with their form.
+    refusal: Option<QmpError>,
+    /// The numbers, yes or nos and texts that were taken, by their paths.
+    said: Vec<(String, Value)>,
 }
 
 /// A member that may be a string or an object.
@@ -58,7 +65,7 @@ impl Args {
             prefix: String::new(),
             members,
             form: Form::Json,
-            refusal: Rc::default(),
+            shared: Rc::default(),
         }
     }
 
@@ -152,9 +159,30 @@ impl Args {
         self.note(name, Kind::Str);
         match self.members.remove(name) {
             None => Ok(None),
-            Some(Value::String(value)) => Ok(Some(value)),
+            Some(Value::String(value)) => {
+                self.say(name, value.as_str());
+                Ok(Some(value))
+            }
             Some(_) => Err(self.wrong_type(name, "string")),
         }
+    }
+
+    /// Remembers what was given.
+    fn say(&self, name: &str, value: impl Into<Value>) {
+        let said = (self.path(name), value.into());
+        self.shared.borrow_mut().said.push(said);
+    }
+
+    /// Numbers, yes or nos and texts that have been taken of this object and of those
+    /// inside, by their paths from here (`rules[0].event`), in the order in which they
+    /// were taken.
+    pub(crate) fn said(&self) -> Vec<(String, Value)> {
+        let shared = self.shared.borrow();
+        let mine = shared.said.iter().filter_map(|(path, value)| {
+            let path = path.strip_prefix(&self.prefix)?;
+            Some((path.to_owned(), value.clone()))
+        });
+        mine.collect()
     }
 
     /// A string.
@@ -166,16 +194,20 @@ impl Args {
     /// command line.
     pub(crate) fn optional_bool(&mut self, name: &str) -> Result<Option<bool>, QmpError> {
         self.note(name, Kind::Bool);
-        match (self.form, self.members.remove(name)) {
-            (_, None) => Ok(None),
-            (Form::Json, Some(Value::Bool(value))) => Ok(Some(value)),
+        let value = match (self.form, self.members.remove(name)) {
+            (_, None) => return Ok(None),
+            (Form::Json, Some(Value::Bool(value))) => Ok(value),
             (Form::KeyValue, Some(Value::String(text))) => match text.as_str() {
-                "on" | "yes" | "true" | "y" => Ok(Some(true)),
-                "off" | "no" | "false" | "n" => Ok(Some(false)),
+                "on" | "yes" | "true" | "y" => Ok(true),
+                "off" | "no" | "false" | "n" => Ok(false),
                 _ => Err(QmpError::expects(&self.path(name), "'on' or 'off'")),
             },
             _ => Err(self.wrong_type(name, "boolean")),
-        }
+        };
+        value.map(|value| {
+            self.say(name, value);
+            Some(value)
+        })
     }
 
     /// A signed integer, if given. On the command line with an optional
@@ -189,7 +221,10 @@ impl Args {
             _ => None,
         };
         match value {
-            Some(value) => Ok(Some(value)),
+            Some(value) => {
+                self.say(name, value);
+                Ok(Some(value))
+            }
             None => Err(self.wrong_type(name, "integer")),
         }
     }
@@ -221,7 +256,10 @@ impl Args {
             let number = value.as_u64().or(value.as_i64().map(i64::cast_unsigned));
             self.members.remove(name);
             return match number {
-                Some(number) => Ok(Some(number)),
+                Some(number) => {
+                    self.say(name, number.cast_signed());
+                    Ok(Some(number))
+                }
                 None => Err(QmpError::expects(&self.path(name), "uint64")),
             };
         }
@@ -441,7 +479,7 @@ impl Args {
             prefix: format!("{}{name}.", self.prefix),
             members,
             form: self.form,
-            refusal: Rc::clone(&self.refusal),
+            shared: Rc::clone(&self.shared),
         }
     }
 
@@ -449,7 +487,7 @@ impl Args {
     /// the arguments as a whole says so, unless there is an argument that nobody took.
     /// The first that is said counts.
     pub(crate) fn refuse(&self, error: QmpError) {
-        self.refusal.borrow_mut().get_or_insert(error);
+        self.shared.borrow_mut().refusal.get_or_insert(error);
     }
 
     /// Refuses what nobody took.
@@ -464,7 +502,7 @@ impl Args {
         if !self.prefix.is_empty() {
             return Ok(());
         }
-        match self.refusal.take() {
+        match self.shared.borrow_mut().refusal.take() {
             Some(refusal) => Err(refusal),
             None => Ok(()),
         }

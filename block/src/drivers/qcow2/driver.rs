@@ -9,8 +9,8 @@ use super::{Qcow2Driver, backing_of, file_permissions};
 use crate::bitmaps::kept::ImageFile;
 use crate::buffer::IoVec;
 use crate::driver::{
-    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, Limits, Reopen, Reopened, WriteFlags,
-    ZeroFlags,
+    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ImageDetails, Limits, Reopen, Reopened,
+    WriteFlags, ZeroFlags,
 };
 use crate::drivers::ReopenError;
 use crate::error::IoError;
@@ -48,6 +48,10 @@ impl BlockDriver for Qcow2Driver {
 
     fn filename(&self) -> String {
         self.file.node().driver().filename()
+    }
+
+    fn image_details(&self) -> Option<ImageDetails> {
+        Some(self.details.clone())
     }
 
     fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {

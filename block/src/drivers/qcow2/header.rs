@@ -4,6 +4,7 @@
 //! (QEMU's docs/interop/qcow2.rst). Images are hostile: each number is checked
 //! against the file before anything is allocated or followed by it.
 
+use crate::driver::ImageDetails;
 use crate::drivers::OpenError;
 use crate::options::Qcow2Options;
 
@@ -22,6 +23,8 @@ const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
 /// Bits that are left out when an image is only read: its data can be trusted as
 /// far as anything of it can.
 pub(super) const HARMLESS_TO_READERS: u64 = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT;
+
+const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1 << 0;
 
 const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
 const AUTOCLEAR_RAW_DATA_FILE: u64 = 1 << 1;
@@ -170,6 +173,7 @@ pub struct Header {
     /// Number of internal snapshots.
     pub(super) snapshots: u32,
     incompatible: u64,
+    compatible: u64,
     autoclear: u64,
     crypt_method: u32,
     /// Name of the backing file.
@@ -251,10 +255,12 @@ impl Header {
         let cluster_size = cluster_len(cluster)?;
         let version = u32_at(cluster, 4);
         let cluster_bits = u32_at(cluster, 20);
-        let (mut incompatible, mut autoclear, mut refcount_order) = (0, 0, 4);
+        let (mut incompatible, mut compatible, mut autoclear) = (0, 0, 0);
+        let mut refcount_order = 4;
         let mut header_len = V2_LEN;
         if version >= 3 {
             incompatible = u64_at(cluster, 72);
+            compatible = u64_at(cluster, 80);
             autoclear = u64_at(cluster, 88);
             refcount_order = u32_at(cluster, 96);
             header_len = u32_at(cluster, 100) as usize;
@@ -279,6 +285,7 @@ impl Header {
             refcount_order,
             snapshots: u32_at(cluster, 60),
             incompatible,
+            compatible,
             autoclear,
             crypt_method: u32_at(cluster, 32),
             backing: None,
@@ -414,6 +421,21 @@ impl Header {
             return Err(HeaderError::RawDataFile);
         }
         Ok(())
+    }
+
+    /// What is told of the image.
+    pub(super) fn details(&self) -> ImageDetails {
+        ImageDetails {
+            version: self.version,
+            refcount_bits: 1 << self.refcount_order,
+            lazy_refcounts: self.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0,
+            corrupt: self.incompatible & INCOMPATIBLE_CORRUPT != 0,
+            dirty: self.incompatible & INCOMPATIBLE_DIRTY != 0,
+            data_file: self.data_file.clone(),
+            data_file_raw: self.autoclear & AUTOCLEAR_RAW_DATA_FILE != 0,
+            backing_filename: self.backing.clone(),
+            backing_format: self.backing_format.clone(),
+        }
     }
 
     /// Whether the data is in a file of its own.

@@ -62,6 +62,7 @@ use self::file::{GrowingFile, read_or_zero};
 use self::order::WriteOrder;
 use self::reopen::Next;
 use self::storage::NodeStorage;
+use crate::driver::ImageDetails;
 use crate::drivers::OpenError;
 use crate::error::IoError;
 use crate::node::{Child, Node};
@@ -105,6 +106,8 @@ pub struct Qcow2Driver {
     size: AtomicU64,
     cluster_size: u64,
     version: u32,
+    /// What the header said when the image was opened.
+    details: ImageDetails,
     snapshots: bool,
     /// Written on main with no request in flight, as `writable` is.
     read_only: AtomicBool,
@@ -219,6 +222,7 @@ impl Qcow2Driver {
             size: AtomicU64::new(header.size),
             cluster_size: 1 << header.cluster_bits,
             version: header.version,
+            details: header.details(),
             snapshots: header.snapshots > 0,
             read_only: AtomicBool::new(read_only),
             writable: AtomicBool::new(!read_only),

@@ -3,8 +3,10 @@
 use std::rc::Rc;
 
 use block::{
-    BackingRef, BlockdevOptions, BlockdevRef, CacheChoice, DetectZeroes, DiscardMode, DriverOptions,
+    BackingRef, BlockdevOptions, BlockdevRef, CacheChoice, DetectZeroes, DiscardMode,
+    DriverOptions, OptionValue,
 };
+use serde_json::Value;
 
 use super::{Outcome, PATIENCE, bounded, bounded_by, done};
 use crate::monitor::Monitor;
@@ -166,6 +168,7 @@ fn node_options(mut args: Args, parent: &Common) -> Result<BlockdevOptions, QmpE
         depth: parent.depth + 1,
     };
     let driver = read_driver(&mut args, &common)?;
+    let said = telling_options(&driver, args.said());
     args.finish()?;
     Ok(BlockdevOptions {
         node_name,
@@ -175,7 +178,37 @@ fn node_options(mut args: Args, parent: &Common) -> Result<BlockdevOptions, QmpE
         discard,
         detect_zeroes,
         driver,
+        said,
     })
+}
+
+/// Of what was `said`, what makes the node another one than others of its driver.
+fn telling_options(
+    driver: &DriverOptions,
+    said: Vec<(String, Value)>,
+) -> Vec<(String, OptionValue)> {
+    let names: &[&str] = match driver {
+        DriverOptions::NullCo(_) => &["size", "read-zeroes"],
+        DriverOptions::Raw(_) => &["offset", "size"],
+        DriverOptions::Blkdebug(_) => blkdebug::TELLING,
+        _ => return Vec::new(),
+    };
+    let tells = |name: &str| {
+        let list = name.split_once('[').map(|(list, _)| list);
+        names.contains(&name) || list.is_some_and(|list| blkdebug::RULES.contains(&list))
+    };
+    let said = said.into_iter().filter(|(name, _)| tells(name));
+    let said = said.filter_map(|(name, value)| {
+        let value = match value {
+            Value::Bool(value) => OptionValue::Bool(value),
+            Value::Number(value) => OptionValue::Int(value.as_i64()?),
+            Value::String(value) => OptionValue::Text(value),
+            _ => return None,
+        };
+        // `rules[0].event` is `rules.0.event` there.
+        Some((name.replace('[', ".").replace(']', ""), value))
+    });
+    said.collect()
 }
 
 /// Reads a child: the name of a node, or the options of one to be opened.

@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use block::runtime::sleep;
-use block::{DetectZeroes, NodeInfo, Perm};
+use block::{DetectZeroes, ImageDetails, NodeInfo, Perm};
 use futures_util::future::{Either, select};
 use futures_util::pin_mut;
 use serde_json::{Value, json};
@@ -99,7 +99,14 @@ async fn image_info(monitor: &Monitor, node: &NodeInfo) -> Value {
         image["cluster-size"] = Value::from(cluster_size);
     }
     if node.has_details {
-        image["dirty-flag"] = Value::from(false);
+        let is_dirty = node.details.as_ref().is_some_and(|details| details.dirty);
+        image["dirty-flag"] = Value::from(is_dirty);
+    }
+    if let Some(details) = &node.details {
+        header_info(&mut image, details);
+        if let Some(full) = &node.header_backing {
+            image["full-backing-filename"] = Value::from(full.as_str());
+        }
     }
     if let Ok(found) = monitor.graph.find_node(&node.name) {
         let size = monitor.graph.allocated_size(&found);
@@ -111,6 +118,31 @@ async fn image_info(monitor: &Monitor, node: &NodeInfo) -> Value {
         }
     }
     image
+}
+
+/// What the header of an image says.
+fn header_info(image: &mut Value, details: &ImageDetails) {
+    if let Some(name) = &details.backing_filename {
+        image["backing-filename"] = Value::from(name.as_str());
+    }
+    if let Some(format) = &details.backing_format {
+        image["backing-filename-format"] = Value::from(format.as_str());
+    }
+    let mut data = json!({
+        "compat": if details.version >= 3 { "1.1" } else { "0.10" },
+        "compression-type": "zlib",
+        "refcount-bits": details.refcount_bits,
+    });
+    if details.version >= 3 {
+        data["lazy-refcounts"] = Value::from(details.lazy_refcounts);
+        data["corrupt"] = Value::from(details.corrupt);
+        data["extended-l2"] = Value::from(false);
+        if let Some(file) = &details.data_file {
+            data["data-file"] = Value::from(file.as_str());
+            data["data-file-raw"] = Value::from(details.data_file_raw);
+        }
+    }
+    image["format-specific"] = json!({"type": "qcow2", "data": data});
 }
 
 /// The nodes below, down the chain: a filter's child, or the backing image.

@@ -10,6 +10,20 @@ use super::{Common, child};
 use crate::monitor::args::Args;
 use crate::monitor::error::QmpError;
 
+/// Options that make a node another one than others over the same image.
+pub(super) const TELLING: &[&str] = &[
+    "config",
+    "align",
+    "max-transfer",
+    "opt-write-zero",
+    "max-write-zero",
+    "opt-discard",
+    "max-discard",
+];
+
+/// Lists of rules, which all do.
+pub(super) const RULES: &[&str] = &["inject-error", "set-state"];
+
 const PERMISSIONS: &[(&str, Perm)] = &[
     ("consistent-read", Perm::CONSISTENT_READ),
     ("write", Perm::WRITE),

@@ -144,6 +144,7 @@ fn json_and_key_value_say_the_same() {
         },
         discard: Some(DiscardMode::Unmap),
         detect_zeroes: DetectZeroes::Unmap,
+        said: vec![("offset".to_owned(), OptionValue::Int(512))],
         ..BlockdevOptions::new(raw)
     };
     assert_eq!(from_json.unwrap(), expected);
@@ -166,6 +167,29 @@ fn a_null_node_has_a_size_of_its_own() {
         ..expected
     };
     assert_eq!(options.driver, DriverOptions::NullCo(expected));
+}
+
+#[test]
+fn what_tells_a_node_from_others_is_kept_as_it_was_said() {
+    let said = |options: Value| read(options).unwrap().said;
+    let null = json!({"driver": "null-co", "node-name": "n", "latency-ns": 5, "size": 512});
+    assert_eq!(said(null), [("size".to_owned(), OptionValue::Int(512))]);
+    let debug = json!({
+        "driver": "blkdebug", "node-name": "b", "align": 512,
+        "inject-error": [{"event": "none"}, {"event": "pwritev", "once": true}],
+        "image": {"driver": "null-co", "size": 7},
+    });
+    let text = |text: &str| OptionValue::Text(text.to_owned());
+    let expected = [
+        ("align", OptionValue::Int(512)),
+        ("inject-error.0.event", text("none")),
+        ("inject-error.1.event", text("pwritev")),
+        ("inject-error.1.once", OptionValue::Bool(true)),
+    ];
+    let expected = expected.map(|(name, value)| (name.to_owned(), value));
+    assert_eq!(said(debug), expected);
+    let line = parse_blockdev("raw,node-name=r,file=x,size=1K").unwrap();
+    assert_eq!(line.said, [("size".to_owned(), OptionValue::Int(1024))]);
 }
 
 #[test]
