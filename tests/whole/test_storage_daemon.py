@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from support import nbd
 from support.program import BINARY, PATIENCE, QmpError, run
 
 MIB = 1024 * 1024
@@ -477,3 +478,60 @@ def test_the_end_of_stdin_ends_the_client_and_not_the_daemon(program):
     assert b"QMP" in process.popen.stdout.readline()
     program.connect(path).execute("quit")
     assert process.wait() == 0, process.errors()
+
+
+def test_a_monitor_on_a_tcp_socket(program):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = program.start(
+        "storage-daemon", "--chardev",
+        f"socket,host=127.0.0.1,port={port},server=on,wait=off,id=c", "--monitor", "c")
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            client = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline and process.alive(), process.errors()
+            time.sleep(0.02)
+    with client, client.makefile("rb") as lines:
+        assert b"QMP" in lines.readline()
+        client.sendall(b'{"execute": "qmp_capabilities"}{"execute": "quit"}')
+        assert lines.readline() == lines.readline() == b'{"return": {}}\r\n'
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize("words, text", [
+    ("help", "  iothread\n  throttle-group\n"),
+    ("throttle-group,help", "  x-iops-total=<int>\n"),
+])
+def test_objects_are_told_of(words, text):
+    result = run("storage-daemon", "--object", words)
+    assert result.returncode == 0
+    assert text in result.stdout
+    assert result.stderr == ""
+
+
+def test_nbd_clients_wait_until_everything_on_the_command_line_is_done(program, disk, tmp_path):
+    server, peer = tmp_path / "nbd.sock", tmp_path / "peer.sock"
+    program.start(
+        "storage-daemon", "--qmp", f"unix:{tmp_path / 'qmp'}",
+        "--nbd-server", f"addr.type=unix,addr.path={server}",
+        # This waits for a server that comes later.
+        "--blockdev", f"nbd,node-name=n,server.type=unix,server.path={peer},export=x,"
+        "open-timeout=60",
+        "--export", "nbd,id=e,node-name=n,name=late")
+    deadline = time.monotonic() + PATIENCE
+    while not server.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    early = nbd.Raw(server)
+    program.start(
+        "storage-daemon", "--qmp", f"unix:{tmp_path / 'qmp2'}",
+        "--nbd-server", f"addr.type=unix,addr.path={peer}",
+        "--blockdev", f"file,node-name=f,filename={disk}",
+        "--export", "nbd,id=e,node-name=f,name=x,writable=on")
+    early.greet()
+    replies = early.option(nbd.GO, struct.pack(">I", 4) + b"late" + bytes(2))
+    assert replies[-1][0] == 1

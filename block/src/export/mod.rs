@@ -146,6 +146,8 @@ pub struct Exports {
     server: RefCell<Option<Rc<NbdServer>>>,
     /// A server is being started.
     starting: Cell<bool>,
+    /// Clients wait for [`Exports::admit_clients`].
+    holding_clients: Cell<bool>,
     on_deleted: Box<dyn Fn(&str)>,
     /// Those who wait for `entries` to become less.
     deleted: LocalWaiters,
@@ -160,9 +162,24 @@ impl Exports {
             entries: RefCell::default(),
             server: RefCell::default(),
             starting: Cell::new(false),
+            holding_clients: Cell::new(false),
             on_deleted: Box::new(on_deleted),
             deleted: LocalWaiters::default(),
         })
+    }
+
+    /// Lets clients that come to a server that is started from now on wait, until
+    /// [`admit_clients`](Self::admit_clients).
+    pub fn hold_clients(&self) {
+        self.holding_clients.set(true);
+    }
+
+    /// Everything that clients may ask for is there.
+    pub fn admit_clients(&self) {
+        self.holding_clients.set(false);
+        if let Some(server) = &*self.server.borrow() {
+            server.admit_clients();
+        }
     }
 
     /// Starts the NBD server. Cancel: it is not started.
@@ -177,7 +194,7 @@ impl Exports {
             return Err(ExportError::ServerRunning);
         }
         let _starting = Starting(&self.starting);
-        let server = NbdServer::start(options).await?;
+        let server = NbdServer::start(options, !self.holding_clients.get()).await?;
         self.server.replace(Some(Rc::new(server)));
         Ok(())
     }

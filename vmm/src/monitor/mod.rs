@@ -20,6 +20,7 @@
 
 mod args;
 mod commands;
+mod connection;
 mod error;
 mod events;
 mod json;
@@ -35,7 +36,8 @@ mod tests;
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::io;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::rc::{Rc, Weak};
@@ -48,6 +50,7 @@ use jobs::{Jobs, MainJobs};
 use slab::Slab;
 
 use crate::vm_control::{VmControl, VmEvent};
+use connection::Connection;
 use output::Changed;
 use session::Session;
 
@@ -57,8 +60,8 @@ pub(crate) use commands::{
 use error::ErrorClass;
 pub(crate) use error::QmpError;
 pub(crate) use events::Event;
-pub(crate) use objects::{ObjectOptions, Objects, parse_object};
-pub(crate) use socket::{QmpAddress, QmpSocket, SocketError};
+pub(crate) use objects::{ObjectOptions, Objects, object_help, parse_object};
+pub(crate) use socket::{QmpAddress, QmpSocket, SocketError, TcpAddress};
 
 /// What all monitor sockets of the process share. Main thread only.
 pub(crate) struct Monitor {
@@ -170,8 +173,7 @@ impl Monitor {
     /// Errors: the loop cannot watch the connection. Panics: no event loop on this
     /// thread.
     pub(crate) fn serve_client(self: &Rc<Self>, name: &str, stream: UnixStream) -> io::Result<()> {
-        stream.set_nonblocking(true)?;
-        let stream = AsyncFd::new(stream)?;
+        let stream = AsyncFd::new(Connection::of(stream)?)?;
         spawn_local(Rc::clone(self).serve(Path::new(name).into(), stream)).detach();
         Ok(())
     }
@@ -179,7 +181,7 @@ impl Monitor {
     async fn accept_until_closing(
         self: &Rc<Self>,
         socket: &QmpSocket,
-        listener: &AsyncFd<UnixListener>,
+        listener: &AsyncFd<OwnedFd>,
     ) {
         let accept = self.accept_all(socket, listener);
         let closing = self.closing();
@@ -188,16 +190,13 @@ impl Monitor {
     }
 
     /// One client after another.
-    async fn accept_all(self: &Rc<Self>, socket: &QmpSocket, listener: &AsyncFd<UnixListener>) {
+    async fn accept_all(self: &Rc<Self>, socket: &QmpSocket, listener: &AsyncFd<OwnedFd>) {
         let path: Rc<Path> = socket.path().into();
         /// Pause after a failure that may last, such as too many open files.
         const RETRY: Duration = Duration::from_millis(100);
         loop {
-            let accepted = listener.io(Interest::Readable, UnixListener::accept).await;
-            let stream = accepted.and_then(|(stream, _)| {
-                stream.set_nonblocking(true)?;
-                AsyncFd::new(stream)
-            });
+            let accepted = listener.io(Interest::Readable, Connection::accept).await;
+            let stream = accepted.and_then(AsyncFd::new);
             match stream {
                 // A task of its own: it flushes its output when the monitor
                 // closes and nobody waits here any more.
@@ -213,7 +212,7 @@ impl Monitor {
     }
 
     /// One client. Its panic harms no other.
-    async fn serve(self: Rc<Self>, path: Rc<Path>, stream: AsyncFd<UnixStream>) {
+    async fn serve(self: Rc<Self>, path: Rc<Path>, stream: AsyncFd<Connection>) {
         let path = path.display();
         let session = Rc::new(Session::default());
         let registered = Registered::new(&self, &session);

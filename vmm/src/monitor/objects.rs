@@ -106,6 +106,36 @@ pub(crate) fn parse_object(text: &str) -> Result<ObjectOptions, QmpError> {
     object_options(Args::from_option(text, Some("qom-type"))?)
 }
 
+/// What `--object help` and `--object TYPE,help` tell; `None`: no help is asked for.
+pub(crate) fn object_help(text: &str) -> Option<String> {
+    let mut parts = text.split(',');
+    if !parts.any(|part| ["help", "?"].contains(&part)) {
+        return None;
+    }
+    let list = |title: &str, mut rows: Vec<String>| {
+        rows.sort_unstable();
+        format!("{title}:\n  {}\n", rows.join("\n  "))
+    };
+    let options = |name: &str, properties: Vec<(&str, &str)>| {
+        let rows = properties.into_iter();
+        let rows = rows
+            .map(|(name, kind)| format!("{name}=<{kind}>"))
+            .collect();
+        list(&format!("{name} options"), rows)
+    };
+    Some(match text.split(',').next() {
+        Some(name @ "throttle-group") => options(name, throttle_group::properties().collect()),
+        Some(name @ "iothread") => options(name, iothread::properties().collect()),
+        _ => {
+            let types = ["iothread", "throttle-group"];
+            list(
+                "List of user creatable objects",
+                types.map(str::to_owned).into(),
+            )
+        }
+    })
+}
+
 /// Reads the arguments of `object-add`.
 pub(super) fn object_options(mut args: Args) -> Result<ObjectOptions, QmpError> {
     let qom_type = args.required_str("qom-type")?;

@@ -12,10 +12,11 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::{self, Write};
-use std::os::unix::net::UnixStream;
 use std::task::{Poll, Waker};
 
 use block::runtime::{AsyncFd, Interest};
+
+use super::connection::Connection;
 
 /// Bytes waiting beyond which no further command is read.
 pub(super) const HIGH_WATER: usize = 64 << 10;
@@ -105,7 +106,7 @@ impl Output {
     ///
     /// Errors: the client is gone, or let too much pile up (`TimedOut`).
     /// Cancel: bytes written are off the queue, all others on it.
-    pub(super) async fn write_to(&self, stream: &AsyncFd<UnixStream>) -> io::Result<()> {
+    pub(super) async fn write_to(&self, stream: &AsyncFd<Connection>) -> io::Result<()> {
         loop {
             let more = self
                 .changed
@@ -128,7 +129,7 @@ impl Output {
     }
 
     /// One write, or an error if the queue overruns while it waits.
-    async fn write_some(&self, stream: &AsyncFd<UnixStream>) -> io::Result<()> {
+    async fn write_some(&self, stream: &AsyncFd<Connection>) -> io::Result<()> {
         let write = stream.io(Interest::Writable, |mut stream| {
             let mut bytes = self.bytes.borrow_mut();
             let written = stream.write(bytes.as_slices().0)?;

@@ -8,7 +8,6 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io::{self, Read};
-use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -21,6 +20,7 @@ use serde_json::{Value, json};
 use super::Monitor;
 use super::args::Args;
 use super::commands;
+use super::connection::Connection;
 use super::error::{ErrorClass, QmpError};
 use super::json::{self, Limits, Reader};
 use super::output::{Changed, Output};
@@ -83,7 +83,7 @@ impl Session {
     pub(super) async fn serve(
         self: &Rc<Self>,
         monitor: &Rc<Monitor>,
-        stream: &AsyncFd<UnixStream>,
+        stream: &AsyncFd<Connection>,
     ) -> io::Result<()> {
         self.output.push(&json::write_line(&json!({"QMP": {
             "version": commands::version(),
@@ -119,14 +119,14 @@ impl Session {
     }
 
     /// Reads messages until the client sends no more.
-    async fn receive(&self, monitor: &Monitor, stream: &AsyncFd<UnixStream>) -> io::Result<()> {
+    async fn receive(&self, monitor: &Monitor, stream: &AsyncFd<Connection>) -> io::Result<()> {
         let result = self.receive_all(monitor, stream).await;
         self.input_ended.set(true);
         self.changed.notify();
         result
     }
 
-    async fn receive_all(&self, monitor: &Monitor, stream: &AsyncFd<UnixStream>) -> io::Result<()> {
+    async fn receive_all(&self, monitor: &Monitor, stream: &AsyncFd<Connection>) -> io::Result<()> {
         let mut reader = Reader::new(Limits::default());
         let mut buffer = vec![0; READ_SIZE];
         loop {

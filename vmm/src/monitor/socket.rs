@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::io;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -16,7 +18,7 @@ use rustix::net::{
 /// Clients that may wait to be accepted.
 const BACKLOG: i32 = 16;
 
-/// Where a monitor listens: `unix:PATH`, or `fd:NUMBER` or `fd:NAME` for a socket
+/// Where a monitor listens: TCP, or `unix:PATH`, or `fd:NUMBER` or `fd:NAME` for a socket
 /// that the process was started with.
 ///
 /// The words that QEMU's users append (`,server=on,wait=off`) are accepted and
@@ -29,6 +31,62 @@ enum Place {
     Unix(PathBuf),
     /// By number or name.
     Inherited(String),
+    /// Anybody who can reach the port can connect.
+    Tcp(TcpAddress),
+}
+
+/// Where to listen for TCP clients.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct TcpAddress {
+    /// A name or an address; empty: all addresses.
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    /// The last port that will do, if the first is taken.
+    pub(crate) to: Option<u16>,
+    pub(crate) ipv4: Option<bool>,
+    pub(crate) ipv6: Option<bool>,
+}
+
+impl TcpAddress {
+    /// Listens at the first of its addresses that is free, in non-blocking mode.
+    /// Blocks while the name is looked up.
+    fn listen(&self) -> Result<OwnedFd, SocketError> {
+        let failed = |source: io::Error| SocketError::ListenTcp {
+            host: self.host.clone(),
+            port: self.port,
+            source,
+        };
+        let hosts: &[&str] = match self.host.as_str() {
+            "" => &["::", "0.0.0.0"],
+            host => &[host],
+        };
+        // One that is not said, where the other one is, is not meant.
+        let wanted = |own: Option<bool>, other: Option<bool>| own.unwrap_or(other != Some(true));
+        let ipv4 = wanted(self.ipv4, self.ipv6);
+        let ipv6 = wanted(self.ipv6, self.ipv4);
+        let mut addresses: Vec<SocketAddr> = Vec::new();
+        for host in hosts {
+            let found = (*host, self.port).to_socket_addrs().map_err(failed)?;
+            addresses.extend(found.filter(|address| match address {
+                SocketAddr::V4(_) => ipv4,
+                SocketAddr::V6(_) => ipv6,
+            }));
+        }
+        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for port in self.port..=self.to.unwrap_or(self.port).max(self.port) {
+            for address in &mut addresses {
+                address.set_port(port);
+                match TcpListener::bind(*address) {
+                    Ok(listener) => {
+                        listener.set_nonblocking(true).map_err(failed)?;
+                        return Ok(listener.into());
+                    }
+                    Err(error) => last = error,
+                }
+            }
+        }
+        Err(failed(last))
+    }
 }
 
 impl QmpAddress {
@@ -41,8 +99,13 @@ impl QmpAddress {
     pub(crate) fn path(&self) -> Option<&Path> {
         match &self.0 {
             Place::Unix(path) => Some(path),
-            Place::Inherited(_) => None,
+            Place::Inherited(_) | Place::Tcp(_) => None,
         }
+    }
+
+    /// TCP clients.
+    pub(crate) fn tcp(address: TcpAddress) -> Self {
+        Self(Place::Tcp(address))
     }
 }
 
@@ -114,6 +177,16 @@ pub(crate) enum SocketError {
         /// Why.
         source: io::Error,
     },
+    /// The system refused, or there is no such name.
+    #[error("Cannot listen on {host}:{port}")]
+    ListenTcp {
+        /// As it was given.
+        host: String,
+        /// The first port.
+        port: u16,
+        /// Why.
+        source: io::Error,
+    },
     /// It was not passed.
     #[error(transparent)]
     Inherited(#[from] InheritedError),
@@ -125,7 +198,7 @@ pub(crate) enum SocketError {
 /// can connect can read and write every image that diptych can.
 #[derive(Debug)]
 pub(crate) struct QmpSocket {
-    listener: UnixListener,
+    listener: OwnedFd,
     /// Its file; where that is somebody else's, what the user calls it.
     path: PathBuf,
     /// Device and inode of the file, so that only our own is removed.
@@ -142,8 +215,15 @@ impl QmpSocket {
             Place::Unix(path) => path,
             Place::Inherited(name) => {
                 return Ok(Self {
-                    listener: inherited::unix_listener(inherited::number_of(name)?)?,
+                    listener: inherited::unix_listener(inherited::number_of(name)?)?.into(),
                     path: format!("fd:{name}").into(),
+                    identity: None,
+                });
+            }
+            Place::Tcp(address) => {
+                return Ok(Self {
+                    listener: address.listen()?,
+                    path: format!("tcp:{}:{}", address.host, address.port).into(),
                     identity: None,
                 });
             }
@@ -164,14 +244,14 @@ impl QmpSocket {
         }
         .map_err(failed)?;
         Ok(Self {
-            listener,
+            listener: listener.into(),
             path: path.clone(),
             identity: identity(path),
         })
     }
 
     /// The descriptor to accept on, in non-blocking mode.
-    pub(crate) fn listener(&self) -> io::Result<UnixListener> {
+    pub(crate) fn listener(&self) -> io::Result<OwnedFd> {
         self.listener.try_clone()
     }
 
@@ -323,6 +403,23 @@ mod tests {
         let path = folder.path().join("none/qmp.sock");
         let error = QmpSocket::bind(&address(&path)).unwrap_err();
         assert!(matches!(error, SocketError::NoFolder { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_port_that_is_taken_is_left_alone_and_the_next_one_will_do() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let mut address = TcpAddress {
+            host: "127.0.0.1".to_owned(),
+            port,
+            ..TcpAddress::default()
+        };
+        let error = QmpSocket::bind(&QmpAddress::tcp(address.clone())).unwrap_err();
+        assert!(matches!(error, SocketError::ListenTcp { .. }), "{error}");
+        address.to = Some(u16::MAX);
+        assert!(QmpSocket::bind(&QmpAddress::tcp(address.clone())).is_ok());
+        address.ipv4 = Some(false);
+        assert!(QmpSocket::bind(&QmpAddress::tcp(address)).is_err());
     }
 
     #[test]

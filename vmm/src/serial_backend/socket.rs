@@ -42,7 +42,7 @@ impl SocketPlace {
                 source,
             })?;
         Ok(Self {
-            listener,
+            listener: listener.into(),
             socket,
             client: Mutex::new(None),
         })

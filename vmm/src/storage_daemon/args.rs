@@ -1,16 +1,18 @@
 //! The command line of the storage daemon. What sets things up is carried out in
 //! the order in which it was said, as QEMU's storage daemon does.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use block::BlockdevOptions;
+use clap::builder::TypedValueParser;
 use clap::error::ErrorKind;
-use clap::{ArgMatches, Args, Command, FromArgMatches};
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
 use super::chardev::{Chardev, MonitorOption};
 use crate::monitor::{
-    ExportArgs, NbdServerArgs, ObjectOptions, QmpAddress, QmpError, parse_blockdev, parse_export,
-    parse_nbd_server, parse_object,
+    ExportArgs, NbdServerArgs, ObjectOptions, QmpAddress, QmpError, object_help, parse_blockdev,
+    parse_export, parse_nbd_server, parse_object,
 };
 
 /// One step of setting up.
@@ -66,7 +68,8 @@ struct Flags {
     qmp: Vec<QmpAddress>,
 
     /// A listening socket as QEMU says it, for --monitor:
-    /// socket,path=PATH,server=on,wait=off,id=ID (or fd=NUMBER for path); or stdio,id=ID
+    /// socket,path=PATH,server=on,wait=off,id=ID (or, for path, fd=NUMBER or
+    /// host=HOST,port=PORT, where whoever reaches the port may connect); or stdio,id=ID
     #[arg(long, value_name = "OPTIONS")]
     chardev: Vec<Chardev>,
 
@@ -75,8 +78,9 @@ struct Flags {
     monitor: Vec<MonitorOption>,
 
     /// Make an object, as object-add does: JSON, or TYPE,id=NAME,key=value,...
-    /// (throttle-group, iothread; may be given several times)
-    #[arg(long, value_name = "OPTIONS", value_parser = object_parser)]
+    /// (throttle-group, iothread; may be given several times); help lists the types,
+    /// TYPE,help what one takes
+    #[arg(long, value_name = "OPTIONS", value_parser = ObjectParser)]
     object: Vec<ObjectOptions>,
 
     /// Open a node, as blockdev-add does: JSON, or key=value,... with dots for
@@ -114,8 +118,26 @@ fn blockdev_parser(text: &str) -> Result<BlockdevOptions, QmpError> {
     parse_blockdev(text)
 }
 
-fn object_parser(text: &str) -> Result<ObjectOptions, QmpError> {
-    parse_object(text)
+/// Reads `--object`, and tells what there is where help is asked for, whatever else is
+/// missing on the command line.
+#[derive(Clone, Debug)]
+struct ObjectParser;
+
+impl TypedValueParser for ObjectParser {
+    type Value = ObjectOptions;
+
+    fn parse_ref(
+        &self,
+        command: &Command,
+        argument: Option<&Arg>,
+        value: &OsStr,
+    ) -> Result<ObjectOptions, clap::Error> {
+        if let Some(help) = value.to_str().and_then(object_help) {
+            return Err(clap::Error::raw(ErrorKind::DisplayHelp, help));
+        }
+        let parser = |text: &str| parse_object(text);
+        parser.parse_ref(command, argument, value)
+    }
 }
 
 fn nbd_server_parser(text: &str) -> Result<NbdServerArgs, QmpError> {

@@ -4,7 +4,7 @@
 
 use std::str::FromStr;
 
-use crate::monitor::{QmpAddress, SocketError};
+use crate::monitor::{QmpAddress, SocketError, TcpAddress};
 
 /// Why such an option is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -27,8 +27,16 @@ pub(super) enum ChardevError {
     )]
     NotSupported(String),
     /// Nothing says where.
-    #[error("A socket needs a path or a file descriptor; give path=PATH or fd=NUMBER")]
+    #[error(
+        "A socket needs a path or a file descriptor; give path=PATH, fd=NUMBER, or host=HOST,port=PORT"
+    )]
     NoAddress,
+    /// More than one says where.
+    #[error("None or one of 'path', 'fd' or 'host' option required.")]
+    TwoAddresses,
+    /// A host without a port.
+    #[error("chardev: socket: no port given")]
+    NoPort,
     /// The path cannot be one.
     #[error("{0}")]
     Address(String),
@@ -96,13 +104,14 @@ impl FromStr for Chardev {
         }
         // Nobody is waited for: a client may come at any time.
         options.take_switch("wait")?;
-        if ["host", "port"].into_iter().any(|name| options.has(name)) {
-            return Err(ChardevError::NotSupported("A TCP socket".to_owned()));
-        }
         let bad = |error: SocketError| ChardevError::Address(error.to_string());
+        let is_tcp = options.has("host") || options.has("port");
         let address = match (options.take("path"), options.take("fd")) {
+            (None, None) if is_tcp => QmpAddress::tcp(options.tcp_address()?),
+            (Some(_), _) | (_, Some(_)) if is_tcp => return Err(ChardevError::TwoAddresses),
             (Some(path), None) if !path.is_empty() => QmpAddress::at(path.as_ref()),
             (None, Some(fd)) => format!("fd:{fd}").parse().map_err(bad)?,
+            (Some(_), Some(_)) => return Err(ChardevError::TwoAddresses),
             _ => return Err(ChardevError::NoAddress),
         };
         options.finish()?;
@@ -173,6 +182,23 @@ impl Options {
         }
     }
 
+    fn tcp_address(&mut self) -> Result<TcpAddress, ChardevError> {
+        let port = |text: String| {
+            let port = text.parse();
+            port.map_err(|_| ChardevError::Address(format!("'{text}' is not a port number")))
+        };
+        // Nothing is held back that could be sent, in any case.
+        self.take_switch("nodelay")?;
+        self.take_switch("delay")?;
+        Ok(TcpAddress {
+            host: self.take("host").unwrap_or_default(),
+            port: port(self.take("port").ok_or(ChardevError::NoPort)?)?,
+            to: self.take("to").map(port).transpose()?,
+            ipv4: self.take_switch("ipv4")?,
+            ipv6: self.take_switch("ipv6")?,
+        })
+    }
+
     /// Refuses what nobody took.
     fn finish(self) -> Result<(), ChardevError> {
         match self.0.into_iter().next() {
@@ -221,6 +247,16 @@ mod tests {
         assert_eq!(chardev.place, at("/a,b"));
         let chardev: Chardev = "socket,fd=5,server=on,id=c".parse().unwrap();
         assert_eq!(chardev.place, Place::Socket("fd:5".parse().unwrap()));
+        let text = "socket,host=h,port=7,to=9,ipv4=on,nodelay,server=on,wait=off,id=c";
+        let chardev: Chardev = text.parse().unwrap();
+        let tcp = TcpAddress {
+            host: "h".to_owned(),
+            port: 7,
+            to: Some(9),
+            ipv4: Some(true),
+            ipv6: None,
+        };
+        assert_eq!(chardev.place, Place::Socket(QmpAddress::tcp(tcp)));
         let chardev: Chardev = "stdio,id=c,signal=off".parse().unwrap();
         assert_eq!(chardev.place, Place::Stdio);
     }
@@ -234,8 +270,13 @@ mod tests {
             ("socket,server=on,id=c,path=", ChardevError::NoAddress),
             (
                 "socket,path=/a,fd=3,server=on,id=c",
-                ChardevError::NoAddress,
+                ChardevError::TwoAddresses,
             ),
+            (
+                "socket,path=/a,host=h,port=3,server=on,id=c",
+                ChardevError::TwoAddresses,
+            ),
+            ("socket,host=h,server=on,id=c", ChardevError::NoPort),
             (
                 "socket,path=/a,server=on,id=c,foo=1",
                 ChardevError::Unknown("foo".to_owned()),
@@ -256,7 +297,8 @@ mod tests {
             "stdio,id=c,path=/a",
             "null,id=c",
             "socket,path=/a,id=c",
-            "socket,host=h,port=1,server=on,id=c",
+            "socket,host=h,port=65536,server=on,id=c",
+            "socket,host=h,port=1,id=c",
             "",
             ",,,",
         ] {

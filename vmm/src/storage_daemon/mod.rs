@@ -70,6 +70,8 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
     graph.set_backing_directories(args.backing_directories);
     let jobs = Jobs::new(graph.handle());
     let monitor = Monitor::new(&graph, &jobs);
+    // A client that comes early finds what is said after the server, too.
+    monitor.exports().hold_clients();
     for step in args.steps {
         carry_out(step, &graph, &monitor).await?;
     }
@@ -89,6 +91,7 @@ async fn serve(args: StorageDaemonArgs) -> anyhow::Result<()> {
         said = Some(all_said);
     }
     let pidfile = args.pidfile.as_deref().map(Pidfile::write).transpose()?;
+    monitor.exports().admit_clients();
     if args.daemonize {
         daemonize::ready()?;
     }

@@ -107,6 +107,8 @@ struct State {
     /// Everyone who is connected.
     clients: HashMap<u64, Entry>,
     next_client: u64,
+    /// Clients may come; never taken back.
+    admitting: bool,
     /// The server was stopped; never taken back.
     stopping: bool,
     /// Nobody listens any more.
@@ -192,8 +194,12 @@ impl Threads {
 }
 
 impl NbdServer {
-    /// Listens, and serves whoever comes. Cancel: nothing is left.
-    pub(crate) async fn start(options: NbdServerOptions) -> Result<Self, ListenError> {
+    /// Listens, and serves whoever comes: at once, or, if it is not `admitting`, from
+    /// [`admit_clients`](Self::admit_clients) on. Cancel: nothing is left.
+    pub(crate) async fn start(
+        options: NbdServerOptions,
+        admitting: bool,
+    ) -> Result<Self, ListenError> {
         let NbdServerOptions {
             address,
             max_connections,
@@ -208,6 +214,7 @@ impl NbdServer {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 file,
+                admitting,
                 ..State::default()
             }),
             max_clients: max_connections as usize,
@@ -223,6 +230,12 @@ impl NbdServer {
             shared,
             multi_conn: max_connections != 1,
         })
+    }
+
+    /// Serves those who have come, and who come from now on.
+    pub(crate) fn admit_clients(&self) {
+        lock(&self.shared.state).admitting = true;
+        self.shared.changed.wake();
     }
 
     /// Accepts nobody any more, lets nobody find an export, and cuts all clients
@@ -382,6 +395,8 @@ async fn accept_until_stopped(shared: Arc<Shared>, sockets: Vec<OwnedFd>) {
 }
 
 async fn accept_all(shared: &Arc<Shared>, listeners: &[AsyncFd<OwnedFd>]) {
+    let admitting = || lock(&shared.state).admitting.then_some(());
+    shared.changed.until(admitting).await;
     loop {
         shared.room().await;
         let accepts = listeners.iter().map(|listener| {
