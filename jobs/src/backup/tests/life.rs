@@ -298,19 +298,24 @@ fn a_paused_backup_copies_only_what_the_guest_is_about_to_change() {
 #[test]
 fn a_source_that_is_discarded_gets_no_writer_meanwhile() {
     with_rig(|rig| async move {
-        rig.graph.detach(&rig.disk);
+        // One that nobody uses.
+        let source = TestStorage::new(SIZE);
+        source.poke(0, &rig.instant);
+        let options = rig.node("src").options();
+        let node = rig.graph.add_node(Some("own"), source.driver(), options);
         let mut spec = rig.spec();
+        spec.source = node.expect("a source");
         spec.discard_source = true;
-        rig.source.hold(Match::op(IoOp::Read));
+        source.hold(Match::op(IoOp::Read));
         rig.start(spec).await;
-        rig.source.wait_held(1).await;
-        let writer = || rig.graph.attach("late", &rig.node("src"), device(), None);
+        source.wait_held(1).await;
+        let writer = || rig.graph.attach("late", &rig.node("own"), device(), None);
         assert!(matches!(writer(), Err(GraphError::Conflict { .. })));
-        rig.source.release_all();
+        source.release_all();
         assert_eq!(rig.end().await, None);
         let target = rig.target.snapshot();
         assert!(rig.instant == target, "the target differs from the instant");
-        assert!(rig.source.snapshot().iter().all(|byte| *byte == 0));
+        assert!(source.snapshot().iter().all(|byte| *byte == 0));
         let late = writer().expect("nobody is against it any more");
         rig.graph.detach(&late);
     });
