@@ -20,7 +20,7 @@
 //! file goes through one place, that of a durable write (FUA) included.
 
 mod copy;
-mod data_region;
+mod data_runs;
 mod lock;
 mod open;
 mod reopen;
@@ -38,7 +38,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use self::copy::Copies;
-use self::data_region::DataRegion;
+use self::data_runs::DataRuns;
 pub use self::reopen::FileNode;
 pub(crate) use self::scratch::open_scratch;
 
@@ -102,7 +102,7 @@ pub struct FileDriver {
     lock: Option<ImageLock>,
     support: Support,
     /// Where data was found last.
-    data_region: DataRegion,
+    data_runs: DataRuns,
     flushes: Arc<Flushes>,
     /// What is to be copied into it from other files.
     copies: Arc<Copies>,
@@ -215,7 +215,7 @@ impl FileDriver {
             writing: Arc::new(RangeLock::new()),
             lock,
             support: Support::all(),
-            data_region: DataRegion::default(),
+            data_runs: DataRuns::default(),
             flushes: Arc::default(),
             copies: Arc::default(),
         })

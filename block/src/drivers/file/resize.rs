@@ -45,7 +45,7 @@ impl FileDriver {
         })
         .await;
         // What is cut off is a hole if the file grows again. Nobody asks meanwhile.
-        self.data_region.forget(0..u64::MAX);
+        self.data_runs.forget(0..u64::MAX);
         resized
     }
 }

@@ -3,8 +3,10 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::FileDriver;
+use super::data_runs::Look;
 use super::open::Kind;
 use super::sys;
 use crate::driver::{BlockDriver, Extent, ExtentFlags};
@@ -25,55 +27,114 @@ const HOLE: ExtentFlags = ExtentFlags {
     allocated: true,
 };
 
+/// Runs of data that one look finds at most.
+const MAX_RUNS: usize = 64;
+/// Bytes after which a look ends: whoever has asked is waiting.
+const MAX_LOOK: u64 = 64 << 20;
+/// A seek that takes no longer is one that an iothread may make.
+const QUICK: Duration = Duration::from_micros(50);
+
 impl FileDriver {
     pub(super) async fn status(&self, offset: u64, len: u64) -> io::Result<Extent> {
         if !matches!(self.kind, Kind::Regular) {
             return Ok(Extent { len, flags: DATA });
         }
-        let known = self.data_region.data_at(offset);
+        let known = self.data_runs.data_at(offset);
         if known > 0 {
             return Ok(Extent {
                 len: known.min(len),
                 flags: DATA,
             });
         }
-        let asked = self.data_region.ask();
+        let end = self.size().max(offset + len);
+        if self.in_memory
+            && self.data_runs.is_quick_at(offset)
+            && let Some(hole) = hole_at(&self.file, offset, end)?
+        {
+            return Ok(Extent {
+                len: hole.min(len),
+                flags: HOLE,
+            });
+        }
+        let asked = self.data_runs.ask();
+        // Holes between runs that are known need no more than their own ends.
+        let more = !self.data_runs.covers(offset);
         // The file system may have to read its maps from the disk for this, so
         // it is done where blocking is allowed.
         let file = Arc::clone(&self.file);
-        let end = self.size().max(offset + len);
-        let mut extent = runtime::unblock(move || extent_at(&file, offset, end)).await?;
-        if extent.flags == DATA {
-            self.data_region
-                .remember(asked, offset..offset + extent.len);
+        let (mut extent, look) = runtime::unblock(move || {
+            let extent = extent_at(&file, offset, end)?;
+            let look = (more || extent.flags == DATA).then(|| look(&file, offset, extent, end));
+            io::Result::Ok((extent, look))
+        })
+        .await?;
+        if let Some(look) = look {
+            self.data_runs.remember(asked, look);
         }
         extent.len = extent.len.min(len);
         Ok(extent)
     }
 }
 
+/// Looks at what follows the extent `first` at `offset`. Blocks.
+fn look(file: &File, offset: u64, first: Extent, end: u64) -> Look {
+    let mut look = Look {
+        runs: Vec::new(),
+        span: offset..offset,
+        quick: true,
+    };
+    let mut extent = first;
+    loop {
+        let at = look.span.end;
+        look.span.end += extent.len;
+        if extent.flags == DATA {
+            look.runs.push(at..look.span.end);
+        }
+        if look.runs.len() == MAX_RUNS || look.span.end >= end || look.span.end - offset >= MAX_LOOK
+        {
+            return look;
+        }
+        let began = Instant::now();
+        extent = match extent_at(file, look.span.end, end) {
+            Ok(extent) => extent,
+            // Whoever asks for it is told.
+            Err(_) => return look,
+        };
+        if extent.flags == HOLE {
+            look.quick &= began.elapsed() < QUICK;
+        }
+    }
+}
+
+/// Length of the hole at `offset`, which ends at `end` at the latest; `None` if there is
+/// none, or the file system cannot tell. Blocks, as long as it takes to find data.
+fn hole_at(file: &File, offset: u64, end: u64) -> io::Result<Option<u64>> {
+    match sys::seek(file, offset, libc::SEEK_DATA) {
+        Ok(Some(data)) => {
+            let data = data - data % SECTOR;
+            Ok((data > offset).then(|| data.min(end) - offset))
+        }
+        // A hole up to the end of the file, or past it.
+        Ok(None) => Ok(Some(end - offset)),
+        // File systems that cannot tell have data everywhere.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// The extent at `offset`, which ends at `end` at the latest. Blocks.
 fn extent_at(file: &File, offset: u64, end: u64) -> io::Result<Extent> {
-    let len = end - offset;
-    let data = match sys::seek(file, offset, libc::SEEK_DATA) {
-        Ok(Some(data)) => data,
-        // A hole up to the end of the file, or past it.
-        Ok(None) => return Ok(Extent { len, flags: HOLE }),
-        // File systems that cannot tell have data everywhere.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            return Ok(Extent { len, flags: DATA });
-        }
-        Err(error) => return Err(error),
-    };
-    let data = data - data % SECTOR;
-    if data > offset {
-        let len = data.min(end) - offset;
+    if let Some(len) = hole_at(file, offset, end)? {
         return Ok(Extent { len, flags: HOLE });
     }
     // A hole always follows: the end of the file counts as one. Data that was
     // punched in between is still read as such.
-    let hole = sys::seek(file, offset, libc::SEEK_HOLE)?
-        .unwrap_or(end)
+    let hole = match sys::seek(file, offset, libc::SEEK_HOLE) {
+        Ok(hole) => hole.unwrap_or(end),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => end,
+        Err(error) => return Err(error),
+    };
+    let hole = hole
         .checked_next_multiple_of(SECTOR)
         .unwrap_or(end)
         .max(offset + 1);

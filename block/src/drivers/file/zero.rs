@@ -82,7 +82,7 @@ impl FileDriver {
         let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
         let ring = current_ring();
         let result = uring::fallocate(&ring, &self.file, mode, offset, len, hold).await;
-        self.data_region.forget(offset..offset + len);
+        self.data_runs.forget(offset..offset + len);
         match result {
             Err(error) if is_unsupported(&error) => {
                 flag.store(false, Ordering::Relaxed);

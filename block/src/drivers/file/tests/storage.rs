@@ -1,6 +1,6 @@
 //! Holes, zeroes and their fallbacks, full and failing storage, block devices.
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Command;
 
 use super::*;
@@ -103,6 +103,67 @@ fn a_refused_mode_is_remembered() {
     let content = std::fs::read(image.path()).unwrap();
     assert!(content[..content.len() / 2].iter().all(|b| *b == 0));
     assert!(content[content.len() / 2..].iter().all(|b| *b == 0x55));
+}
+
+#[test]
+fn status_is_that_of_the_moment_whatever_was_found_before() {
+    const CHUNK: u64 = 64 << 10;
+    const CHUNKS: u64 = 300;
+    for place in places() {
+        let image = image_in(&place, CHUNKS * CHUNK);
+        let mut data: Vec<bool> = (0..CHUNKS).map(|chunk| chunk % 2 == 1).collect();
+        for chunk in (1..CHUNKS).step_by(2) {
+            let bytes = vec![1; CHUNK as usize];
+            image.as_file().write_all_at(&bytes, chunk * CHUNK).unwrap();
+        }
+        let driver = open_image(image.path(), false);
+        EventLoop::new("test").unwrap().block_on(async {
+            for round in 0..4 {
+                let mut at = 0;
+                while at < CHUNKS * CHUNK {
+                    let left = CHUNKS * CHUNK - at;
+                    let extent = driver.block_status(at, left).await.unwrap();
+                    assert!(extent.len > 0 && extent.len <= left);
+                    for chunk in at.div_ceil(CHUNK)..(at + extent.len).div_ceil(CHUNK) {
+                        // Data that has become a hole may be told as data.
+                        if data[chunk as usize] {
+                            assert!(extent.flags.data, "round {round}: chunk {chunk} has data");
+                        }
+                    }
+                    at += extent.len;
+                    if let Some(next) = data.get((at / CHUNK) as usize)
+                        && round == 0
+                    {
+                        assert!(at.is_multiple_of(CHUNK) && *next != extent.flags.data);
+                    }
+                }
+                // Into holes between runs that are known: by this node, and by others.
+                let (own, other) = (40 + 2 * round, 240 + 2 * round);
+                let iov = AlignedBuffer::new(512).io_vec(512);
+                iov.fill(2);
+                let flags = WriteFlags::default();
+                driver.write(own * CHUNK, iov, flags).await.unwrap();
+                image.as_file().write_all_at(&[2], other * CHUNK).unwrap();
+                for chunk in [own, other] {
+                    data[chunk as usize] = true;
+                    let extent = driver.block_status(chunk * CHUNK, CHUNK).await.unwrap();
+                    assert!(extent.flags.data, "round {round}: chunk {chunk}");
+                }
+                let zero = ZeroFlags {
+                    may_unmap: true,
+                    ..ZeroFlags::default()
+                };
+                let gone = 101 + 2 * round;
+                driver
+                    .write_zeroes(gone * CHUNK, CHUNK, zero)
+                    .await
+                    .unwrap();
+                data[gone as usize] = false;
+                let extent = driver.block_status(gone * CHUNK, CHUNK).await.unwrap();
+                assert!(extent.flags.zero, "round {round}");
+            }
+        });
+    }
 }
 
 #[test]
