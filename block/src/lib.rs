@@ -73,7 +73,7 @@ pub use options::{
     ChildChoice, CopyBeforeWriteOptions, CopyOnReadOptions, DetectZeroes, DiscardMode,
     DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, OptionValue,
     PreallocateOptions, Qcow2Options, RawOptions, SnapshotAccessOptions, SocketAddress,
-    ThrottleOptions,
+    ThrottleOptions, Written,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
 pub use range_lock::{LockRange, RangeGuard, RangeLock};

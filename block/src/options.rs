@@ -2,6 +2,7 @@
 //!
 //! The wire form (JSON, `key=value`) and its error texts are `vmm`'s.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -35,6 +36,59 @@ pub struct BlockdevOptions {
     /// Options that make this node another one than others of its driver over the same
     /// children, as far as they were said, by QMP's names: what it is called after.
     pub said: Vec<(String, OptionValue)>,
+    /// How the driver's own options were written.
+    pub written: Written,
+}
+
+/// The members of a driver's own options as they were written, without its children: a
+/// reopen has to repeat those that cannot be changed, also where they have their default.
+///
+/// Two are always equal: what was written otherwise means the same.
+#[derive(Clone, Debug, Default, Eq)]
+pub struct Written {
+    /// By path, with dots; values in JSON. `None`: they were not written in JSON, and
+    /// nothing follows from that.
+    members: Option<BTreeMap<String, String>>,
+}
+
+impl Written {
+    /// These members.
+    pub fn new(members: BTreeMap<String, String>) -> Self {
+        Self {
+            members: Some(members),
+        }
+    }
+
+    /// The first option of `old` that `self` leaves out, and the first that it changes,
+    /// as far as `driver` allows neither.
+    pub(crate) fn refused_after<'a>(
+        &'a self,
+        old: &'a Self,
+        driver: &DriverOptions,
+    ) -> (Option<&'a str>, Option<&'a str>) {
+        let (Some(old), Some(new)) = (&old.members, &self.members) else {
+            return (None, None);
+        };
+        let mut left_out = old.keys().filter(|name| !new.contains_key(*name));
+        let mut changed = new
+            .iter()
+            .filter(|(name, value)| old.get(*name) != Some(value))
+            .map(|(name, _)| name);
+        (
+            left_out
+                .find(|name| !driver.may_reset(name))
+                .map(String::as_str),
+            changed
+                .find(|name| !driver.may_change(name))
+                .map(String::as_str),
+        )
+    }
+}
+
+impl PartialEq for Written {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 /// An option as it was said.
@@ -60,6 +114,7 @@ impl BlockdevOptions {
             detect_zeroes: DetectZeroes::Off,
             driver,
             said: Vec::new(),
+            written: Written::default(),
         }
     }
 
@@ -235,6 +290,30 @@ impl DriverOptions {
                 }
                 children
             }
+        }
+    }
+
+    /// Whether a reopen may leave an option of theirs out, by its path.
+    fn may_reset(&self, name: &str) -> bool {
+        match self {
+            Self::File(_) => name == "x-check-cache-dropped",
+            Self::Raw(_) => ["offset", "size"].contains(&name),
+            Self::Throttle(_) => name == "throttle-group",
+            // Those cannot be reopened at all, and say so.
+            Self::Qcow2(_)
+            | Self::CopyOnRead(_)
+            | Self::CopyBeforeWrite(_)
+            | Self::SnapshotAccess(_) => true,
+            Self::NullCo(_) | Self::Nbd(_) | Self::Blkdebug(_) | Self::Preallocate(_) => false,
+        }
+    }
+
+    /// Whether a reopen may give an option of theirs that was not given, or another value.
+    fn may_change(&self, name: &str) -> bool {
+        match self {
+            Self::File(_) => ["drop-cache", "x-check-cache-dropped"].contains(&name),
+            Self::Preallocate(_) => true,
+            _ => self.may_reset(name),
         }
     }
 

@@ -191,3 +191,45 @@ def test_a_guest_sees_the_new_size_of_its_disk(kvm, program):
     guest.qmp.event("RESET")
     guest.wait_working()
     assert [disk["sectors"] for disk in guest.finish()["disks"]] == [64 * MIB // 512]
+
+
+def test_options_are_repeated_as_they_were_given(program, tmp_path):
+    path = tmp_path / "disk.img"
+    run("qemu-img", "create", "-q", "-f", "raw", path, "1M")
+    _, qmp = program.storage_daemon("--blockdev", "driver=null-co,node-name=word,size=1M")
+
+    def refusal(**options):
+        with pytest.raises(QmpError) as error:
+            qmp.execute("blockdev-reopen", options=[options])
+        return error.value.desc
+
+    disk = {"driver": "file", "node-name": "disk", "filename": str(path)}
+    qmp.execute("blockdev-add", **disk, locking="auto", aio="threads")
+    assert refusal(**disk) == "Option 'aio' cannot be reset to its default value"
+    same = {**disk, "locking": "auto", "aio": "threads"}
+    assert refusal(**same | {"locking": "off"}) == "Cannot change the option 'locking'"
+    assert refusal(**same, **{"aio-max-batch": 1}) == "Cannot change the option 'aio-max-batch'"
+    qmp.execute("blockdev-reopen", options=[same | {"read-only": True, "drop-cache": False}])
+    assert refusal(**same) == "Option 'drop-cache' cannot be reset to its default value"
+
+    rule = {"event": "read_aio"}
+    debug = {"driver": "blkdebug", "node-name": "debug", "image": "word"}
+    qmp.execute("blockdev-add", **debug, align=512)
+    assert refusal(**debug) == "Option 'align' cannot be reset to its default value"
+    assert refusal(**debug, align=512, **{"inject-error": [rule]}) == \
+        "Cannot change the option 'inject-error.0.event'"
+    qmp.execute("blockdev-reopen", options=[debug | {"align": 512}])
+
+    # A command line writes numbers otherwise.
+    word = {"driver": "null-co", "node-name": "word"}
+    qmp.execute("blockdev-reopen", options=[word | {"size": MIB}])
+    qmp.execute("blockdev-reopen", options=[word | {"size": MIB}])
+    assert refusal(**word, size=2 * MIB) == "Cannot change the option 'size'"
+
+    image = {"driver": "qcow2", "node-name": "image",
+             "file": {"driver": "file", "filename": str(create(tmp_path / "i.qcow2"))}}
+    qmp.execute("blockdev-add", **image)
+    for options in ({"pass-discard-request": True}, {"lazy-refcounts": True}, {}):
+        qmp.execute("blockdev-reopen", options=[image | options])
+    assert refusal(**image, **{"l2-cache-entry-size": 1000}) == \
+        "L2 cache entry size must be a power of two between 512 and the cluster size (65536)"

@@ -157,7 +157,10 @@ pub enum ReopenError {
     CannotChange(String),
     /// An option that was left out, and cannot go back to its default.
     #[error("Option '{0}' cannot be reset to its default value")]
-    CannotReset(&'static str),
+    CannotReset(String),
+    /// What backing image an image is to have is not said, though its header names one.
+    #[error("backing is missing for '{0}'")]
+    BackingMissing(String),
     /// A driver none of whose options can be changed.
     #[error("Block format '{driver}' used by node '{node}' does not support reopening files")]
     NotSupported {

@@ -119,7 +119,7 @@ impl BlockDriver for NullDriver {
             ];
             let mut changed = options.iter().filter(|(_, same, _)| !same);
             if let Some((name, ..)) = changed.clone().find(|(.., is_default)| *is_default) {
-                return Err(ReopenError::CannotReset(name));
+                return Err(ReopenError::CannotReset((*name).to_owned()));
             }
             match changed.next() {
                 Some((name, ..)) => Err(ReopenError::CannotChange((*name).to_owned())),

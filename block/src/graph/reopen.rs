@@ -15,7 +15,7 @@ use super::{Graph, GraphError, above_inserted_filters};
 use crate::driver::{ChildRole, Reopen, Reopened};
 use crate::drivers::ReopenError;
 use crate::node::{Child, Node, NodeOptions};
-use crate::options::{BlockdevOptions, BlockdevRef, ChildChoice, DriverOptions};
+use crate::options::{BlockdevOptions, BlockdevRef, ChildChoice, DriverOptions, Written};
 use crate::permissions::Perm;
 use crate::runtime;
 
@@ -186,6 +186,8 @@ struct Wanted {
     options: BlockdevOptions,
     /// What its driver was opened with.
     old: DriverOptions,
+    /// How that was written.
+    written: Written,
 }
 
 impl Queue {
@@ -212,6 +214,10 @@ impl Queue {
         };
         let wanted = Wanted {
             node: Arc::clone(node),
+            written: match &entry.given {
+                Some(old) => old.written.clone(),
+                None => Written::default(),
+            },
             old: match &entry.given {
                 Some(old) => old.driver.clone(),
                 None => given.driver.clone(),
@@ -327,7 +333,7 @@ impl Wanted {
                 .fixed_option()
                 .filter(|option| self.options.driver.fixed_option() != Some(option));
             return Err(match missing {
-                Some(option) => ReopenError::CannotReset(option).into(),
+                Some(option) => ReopenError::CannotReset(option.to_owned()).into(),
                 None => changed("driver").into(),
             });
         }
@@ -485,6 +491,12 @@ impl Prepared {
         wanted: &Wanted,
         plan: &Topology,
     ) -> Result<Reopened, GraphError> {
+        let given = &wanted.given;
+        match given.written.refused_after(&wanted.written, &given.driver) {
+            (Some(name), _) => return Err(ReopenError::CannotReset(name.to_owned()).into()),
+            (_, Some(name)) => return Err(ReopenError::CannotChange(name.to_owned()).into()),
+            (None, None) => {}
+        }
         let children = wanted.children(plan);
         let throttle_group = match &wanted.options.driver {
             DriverOptions::Throttle(options) => Some(graph.throttle_group(&options.group)?),

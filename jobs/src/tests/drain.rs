@@ -50,6 +50,7 @@ async fn set(stage: &Stage, spec: JobSpec, driver: &Arc<Scripted>) -> Set {
             discard: Default::default(),
             detect_zeroes: Default::default(),
             said: Vec::new(),
+            written: Default::default(),
             driver: DriverOptions::Raw(RawOptions {
                 file: BlockdevRef::Name("lower".to_owned()),
                 offset: 0,

@@ -8,6 +8,7 @@
 //! values are all strings ([`Args::from_keyval`]).
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use serde_json::{Map, Value};
@@ -27,6 +28,28 @@ enum Form {
     Json,
     /// The command line: strings, to be read as what is expected.
     KeyValue,
+}
+
+/// Options are not nested deeper than this.
+const MAX_PATH: usize = 8;
+
+/// Puts what is inside of a value under its path, which has `depth` parts.
+fn flatten(path: &str, value: &Value, depth: usize, into: &mut BTreeMap<String, String>) {
+    match value {
+        Value::Object(members) if !members.is_empty() && depth < MAX_PATH => {
+            for (name, value) in members {
+                flatten(&format!("{path}.{name}"), value, depth + 1, into);
+            }
+        }
+        Value::Array(elements) if !elements.is_empty() && depth < MAX_PATH => {
+            for (index, value) in elements.iter().enumerate() {
+                flatten(&format!("{path}.{index}"), value, depth + 1, into);
+            }
+        }
+        value => {
+            into.insert(path.to_owned(), value.to_string());
+        }
+    }
 }
 
 /// Arguments not taken yet.
@@ -67,6 +90,21 @@ impl Args {
             form: Form::Json,
             shared: Rc::default(),
         }
+    }
+
+    /// All members but these as they were written, by their paths, those without a value
+    /// left out; `None` of a command line, on which numbers are written in several ways.
+    pub(crate) fn written_without(&self, names: &[&str]) -> Option<BTreeMap<String, String>> {
+        if self.form != Form::Json {
+            return None;
+        }
+        let mut written = BTreeMap::new();
+        for (name, value) in &self.members {
+            if !names.contains(&&**name) {
+                flatten(name, value, 1, &mut written);
+            }
+        }
+        Some(written)
     }
 
     /// Options from `key=value,key.sub=value`. A comma in a value is doubled, one at the

@@ -53,10 +53,10 @@ impl FileNode {
             return Err(ReopenError::CannotChange("driver".to_owned()));
         };
         if new.locking != self.options.locking && new.locking.is_none() {
-            return Err(ReopenError::CannotReset("locking"));
+            return Err(ReopenError::CannotReset("locking".to_owned()));
         }
         if new.bitmap_file != self.options.bitmap_file && new.bitmap_file.is_none() {
-            return Err(ReopenError::CannotReset("bitmap-file"));
+            return Err(ReopenError::CannotReset("bitmap-file".to_owned()));
         }
         let changed = if new.host_device != self.options.host_device {
             "driver"

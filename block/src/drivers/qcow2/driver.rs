@@ -171,6 +171,8 @@ impl BlockDriver for Qcow2Driver {
             return;
         };
         self.read_only.store(next.read_only, Ordering::Relaxed);
+        self.pass_discard
+            .store(next.pass_discard, Ordering::Relaxed);
         if let Some(image) = next.image {
             self.change_image(|current| *current = image);
             self.writable.store(true, Ordering::Relaxed);

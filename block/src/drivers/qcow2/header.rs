@@ -249,6 +249,22 @@ impl TableAt {
     }
 }
 
+/// See [`Header::check_options`]; `cluster_size` in bytes.
+pub(super) fn check_options(
+    options: &Qcow2Options,
+    version: u32,
+    cluster_size: u64,
+) -> Result<(), OpenError> {
+    let fits = |size: u64| size.is_power_of_two() && (512..=cluster_size).contains(&size);
+    if options.l2_cache_entry_size.is_some_and(|size| !fits(size)) {
+        return Err(OpenError::L2CacheEntrySize { cluster_size });
+    }
+    if options.lazy_refcounts && version < 3 {
+        return Err(OpenError::LazyRefcounts);
+    }
+    Ok(())
+}
+
 impl Header {
     /// Reads a header from the first cluster of a file of `file_len` bytes.
     pub(super) fn parse(cluster: &[u8], file_len: u64) -> Result<Self, HeaderError> {
@@ -300,15 +316,7 @@ impl Header {
 
     /// Refuses options that the image does not allow.
     pub(crate) fn check_options(&self, options: &Qcow2Options) -> Result<(), OpenError> {
-        let cluster_size = 1 << self.cluster_bits;
-        let fits = |size: u64| size.is_power_of_two() && (512..=cluster_size).contains(&size);
-        if options.l2_cache_entry_size.is_some_and(|size| !fits(size)) {
-            return Err(OpenError::L2CacheEntrySize { cluster_size });
-        }
-        if options.lazy_refcounts && self.version < 3 {
-            return Err(OpenError::LazyRefcounts);
-        }
-        Ok(())
+        check_options(options, self.version, 1 << self.cluster_bits)
     }
 
     fn check_tables(&self, file_len: u64) -> Result<(), HeaderError> {

@@ -117,7 +117,8 @@ pub struct Qcow2Driver {
     next: Mutex<Option<Next>>,
     /// It is about to come. Main only.
     reopening: AtomicBool,
-    pass_discard: bool,
+    pass_discard: AtomicBool,
+    names_backing: bool,
 }
 
 /// Reads and checks the header of the image in `file`.
@@ -228,7 +229,8 @@ impl Qcow2Driver {
             writable: AtomicBool::new(!read_only),
             next: Mutex::default(),
             reopening: AtomicBool::new(false),
-            pass_discard,
+            pass_discard: AtomicBool::new(pass_discard),
+            names_backing: header.backing.is_some(),
         })
     }
 

@@ -3,14 +3,16 @@
 use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
 
+use super::header::check_options;
 use super::{Image, Qcow2Driver, open_image, read_header};
 use crate::driver::{ChildRole, Reopen, Reopened};
 use crate::drivers::ReopenError;
-use crate::options::DriverOptions;
+use crate::options::{BackingRef, DiscardMode, DriverOptions};
 
 /// What a reopen makes of an image.
 pub(super) struct Next {
     pub(super) read_only: bool,
+    pub(super) pass_discard: bool,
     /// Opened for writing, where the present one was not.
     pub(super) image: Option<Image>,
 }
@@ -35,10 +37,14 @@ impl Qcow2Driver {
                 return Err(changed(role.as_str()));
             }
         }
-        if let (DriverOptions::Qcow2(old), DriverOptions::Qcow2(new)) = (to.old, to.driver)
-            && old.pass_discard_request != new.pass_discard_request
-        {
-            return Err(changed("pass-discard-request"));
+        let mut pass_discard = to.options.discard == DiscardMode::Unmap;
+        if let DriverOptions::Qcow2(new) = to.driver {
+            check_options(new, self.version, self.cluster_size)?;
+            pass_discard = new.pass_discard_request.unwrap_or(pass_discard);
+            let says_nothing = new.backing == BackingRef::Header;
+            if says_nothing && self.names_backing && to.child(ChildRole::Backing).is_none() {
+                return Err(ReopenError::BackingMissing(to.node.to_owned()));
+            }
         }
         let read_only = to.options.read_only;
         let mut image = None;
@@ -48,7 +54,11 @@ impl Qcow2Driver {
             let nodes = (&self.file, self.data_file.as_ref(), backing.as_deref());
             image = Some(open_image(&header, nodes, true, &self.broken).await?);
         }
-        *self.next() = Some(Next { read_only, image });
+        *self.next() = Some(Next {
+            read_only,
+            pass_discard,
+            image,
+        });
         Ok(Reopened {
             read_only,
             size: None,

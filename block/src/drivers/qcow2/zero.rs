@@ -156,7 +156,7 @@ impl Qcow2Driver {
         let mut image = self.image.write().await;
         let _alone = self.tables.write().await;
         self.write_out(&image, request).await?;
-        let unused = match self.pass_discard {
+        let unused = match self.pass_discard.load(Ordering::Relaxed) {
             true => self.places_of(&image, request, &range).await?,
             false => Vec::new(),
         };

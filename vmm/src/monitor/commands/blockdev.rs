@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use block::{
     BackingRef, BlockdevOptions, BlockdevRef, CacheChoice, DetectZeroes, DiscardMode,
-    DriverOptions, OptionValue,
+    DriverOptions, OptionValue, Written,
 };
 use serde_json::Value;
 
@@ -60,6 +60,22 @@ pub(super) async fn blockdev_reopen(monitor: Rc<Monitor>, mut args: Args) -> Out
     reopened?.map_err(QmpError::from)?;
     done()
 }
+
+/// Members of a node's options that are no driver's own, and children.
+const NOT_THE_DRIVERS: &[&str] = &[
+    "auto-read-only",
+    "backing",
+    "cache",
+    "data-file",
+    "detect-zeroes",
+    "discard",
+    "driver",
+    "file",
+    "image",
+    "node-name",
+    "read-only",
+    "target",
+];
 
 /// Reads what is one driver's own of a node's options.
 type ReadDriver = fn(&mut Args, &Common) -> Result<DriverOptions, QmpError>;
@@ -131,6 +147,10 @@ fn node_options(mut args: Args, parent: &Common) -> Result<BlockdevOptions, QmpE
             "More than {MAX_DEPTH} nodes are inside one another"
         )));
     }
+    let written = match args.written_without(NOT_THE_DRIVERS) {
+        Some(members) => Written::new(members),
+        None => Written::default(),
+    };
     let read_driver = args.required_enum("driver", DRIVERS)?;
     let node_name = args.optional_str("node-name")?;
     let discard = args.optional_enum(
@@ -179,6 +199,7 @@ fn node_options(mut args: Args, parent: &Common) -> Result<BlockdevOptions, QmpE
         detect_zeroes,
         driver,
         said,
+        written,
     })
 }
 
