@@ -236,9 +236,19 @@ impl TestStorage {
 
     /// Lets the request go on that is held for the longest. Whether there was one.
     pub fn release_one(&self) -> bool {
+        self.release_first(|_| true)
+    }
+
+    /// As [`release_one`](Self::release_one), of those that begin at `offset`.
+    pub fn release_at(&self, offset: u64) -> bool {
+        self.release_first(|held| held.offset == offset)
+    }
+
+    fn release_first(&self, which: impl Fn(&Held) -> bool) -> bool {
         let (found, waker) = {
             let mut state = self.state();
-            match state.held.iter_mut().find(|h| !h.released) {
+            let mut held = state.held.iter_mut();
+            match held.find(|h| !h.released && which(h)) {
                 Some(held) => {
                     held.released = true;
                     (true, held.waker.take())

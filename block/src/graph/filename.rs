@@ -314,5 +314,5 @@ fn text(value: &str) -> String {
     text
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests;

@@ -3,7 +3,7 @@
 //!
 //! Between, the file is longer than the node: a process that is killed leaves it so,
 //! with zeroes past its data. Formats do not mind. Only what grows for a format
-//! ([`Node::grow`]) is taken in advance: a size that a user asks for is what the file
+//! (`Node::grow`) is taken in advance: a size that a user asks for is what the file
 //! gets, and guests cannot write past the end of a disk.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -129,13 +129,11 @@ fn a_failed_mirror_tells_its_error_though_its_other_requests_hang() {
         scribble(&rig.source);
         rig.target
             .fail(Match::op(IoOp::Write).range(0..CHUNK), libc::EIO);
-        rig.target
-            .hold(Match::op(IoOp::Write).range(1024 * KIB..SIZE));
-        rig.source.hold(Match::any());
+        rig.target.hold(Match::op(IoOp::Write));
         rig.start(rig.spec()).await;
         // Several requests are on their way before the first fails.
-        rig.source.wait_held(2).await;
-        rig.source.release_all();
+        rig.target.wait_held(2).await;
+        assert!(rig.target.release_at(0));
         rig.wait_for(JobStatus::Null).await;
         assert!(rig.target.held() > 0);
         let error = rig.completed().flatten().expect("it fails");
@@ -151,15 +149,13 @@ fn a_mirror_that_stops_for_an_error_parks_when_the_rest_has_ended_and_can_be_can
         scribble(&rig.source);
         rig.target
             .fail(Match::op(IoOp::Write).range(0..CHUNK), libc::ENOSPC);
-        rig.target
-            .hold(Match::op(IoOp::Write).range(1024 * KIB..SIZE));
+        rig.target.hold(Match::op(IoOp::Write));
         let mut spec = rig.spec();
         spec.on_target_error = OnError::Stop;
-        rig.source.hold(Match::any());
         let key = rig.start(spec).await;
         // Several requests are on their way before the first fails.
-        rig.source.wait_held(2).await;
-        rig.source.release_all();
+        rig.target.wait_held(2).await;
+        assert!(rig.target.release_at(0));
         rig.until(|| rig.jobs.query()[0].paused).await;
         rig.target.wait_held(1).await;
         assert!(!rig.statuses().contains(&JobStatus::Paused));
