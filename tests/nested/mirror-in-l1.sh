@@ -106,7 +106,7 @@ while [ "$(grep -c 'guest: .* files' $console)" -lt $((before + 2)) ]; do
     usleep 100000
 done
 say '{"execute": "job-complete", "arguments": {"id": "m"}, "id": "complete"}'
-wait_for $replies BLOCK_JOB_COMPLETED 60
+wait_for $replies '"BLOCK_JOB_COMPLETED".*"device": *"m"' 60
 cp /scratch/source.raw /scratch/at-pivot.raw
 echo "l1: pivoted: $(tail -n 1 $console)"
 grep 'guest: .* files' $console | tail -n 1 >/out/at-pivot
