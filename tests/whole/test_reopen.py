@@ -122,10 +122,10 @@ def test_a_throttled_node_changes_its_group_under_a_request_that_waits(exports):
 
     qmp.execute("blockdev-add", **throttle("slow"))
     exports.add("thr")
-    # At one a second they would take minutes.
+    # At one a second they would take minutes. The client is to say at once what it has done.
     commands = [f"write {n * 4}k 4k" for n in range(200)]
-    with subprocess.Popen(exports.command("thr", *commands), stdout=subprocess.PIPE,
-                          bufsize=0) as client:
+    with subprocess.Popen(["stdbuf", "-oL", *exports.command("thr", *commands)],
+                          stdout=subprocess.PIPE, bufsize=0) as client:
         assert client.stdout.read(5) == b"wrote"
         qmp.execute("blockdev-reopen", options=[throttle("fast")])
         rest, _ = client.communicate(timeout=60)
