@@ -2,12 +2,13 @@
 //! for an instant and has released it when it returns.
 
 use std::future::{Future, poll_fn};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use block::{GraphHandle, runtime};
+use futures_util::future::{Either, LocalBoxFuture, select};
 
 use crate::compare::Comparison;
 use crate::drain::OwnDrain;
@@ -18,7 +19,7 @@ use crate::monitor::Jobs;
 use crate::pair::ActivePair;
 use crate::progress::Progress;
 use crate::shared::{Shared, Slot};
-use crate::state::{Event, JobState};
+use crate::state::{Event, JobState, SLICE};
 use crate::sync;
 use crate::sync::atomic::Ordering;
 
@@ -31,6 +32,7 @@ use crate::sync::atomic::Ordering;
 pub struct JobContext {
     shared: Arc<Shared>,
     slot: Arc<Slot>,
+    /// Keeps the body's thread; goes with the body, or with what it leaves behind.
     stay: Stay,
 }
 
@@ -76,6 +78,28 @@ impl JobContext {
             drop(stay);
         })
         .detach();
+    }
+
+    /// Waits for `step`. `ends` is asked whenever the job is kicked or notified, and at
+    /// least once a slice; if it says `true` first, the rest of the step is given back: to
+    /// be left behind, or waited for later.
+    ///
+    /// Cancel: the step is dropped, which requests in flight must not be.
+    pub(crate) async fn wait_unless<T>(
+        &self,
+        mut step: LocalBoxFuture<'static, T>,
+        mut ends: impl FnMut() -> bool,
+    ) -> Result<T, LocalBoxFuture<'static, T>> {
+        loop {
+            let timer = self.shared.environment.sleep(SLICE);
+            let kicked = pin!(self.kicked());
+            if let Either::Left((done, _)) = select(step.as_mut(), select(timer, kicked)).await {
+                return Ok(done);
+            }
+            if ends() {
+                return Err(step);
+            }
+        }
     }
 
     /// The pairs of nodes that jobs keep equal.

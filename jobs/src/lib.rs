@@ -53,6 +53,8 @@ mod shared;
 mod shuttle_tests;
 mod state;
 mod sync;
+#[cfg(all(test, not(shuttle)))]
+mod test_layers;
 #[cfg(test)]
 mod test_support;
 #[cfg(all(test, not(shuttle)))]

@@ -14,8 +14,8 @@ use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::copying::{
-    BufferPool, Carrier, Copied, CopyError, Entered, INTERVAL, Look, Pace, Rules, Side, enter,
-    let_target_go, window_of_speed,
+    BufferPool, Carrier, Copied, CopyError, Entered, INTERVAL, Look, PATIENCE, Pace, Rules, Side,
+    enter, let_target_go, window_of_speed,
 };
 use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, OnError, SLICE};
 
@@ -117,25 +117,33 @@ impl<'a> Body<'a> {
         }
         loop {
             if self.ctx.is_force_cancelled() {
-                self.quiesce().await;
+                self.let_go().await;
                 return Ok(());
             }
             if let Some(failure) = BackupDriver::broken(self.places) {
-                // What the target has is good for nothing, so nobody waits for it.
-                let_target_go(&self.places.target_backend);
-                self.quiesce().await;
-                self.report_progress();
+                self.let_go().await;
                 return Err(failure);
             }
-            if self.failed.is_some() {
-                self.quiesce().await;
+            if let Some(error) = &self.failed {
+                match self.is_to_be_reported(error) {
+                    // All that fail together are told once; but what hangs does not
+                    // keep the failure.
+                    true => self.wait_until_quiet(PATIENCE).await,
+                    false => self.quiesce().await,
+                }
+                if self.has_to_end() {
+                    continue;
+                }
                 self.report_progress();
-                self.ask_policy()?;
+                if let Err(failure) = self.ask_policy() {
+                    self.let_go().await;
+                    return Err(failure);
+                }
             }
             if self.ctx.is_pause_requested() {
                 self.quiesce().await;
                 self.report_progress();
-                if self.failed.is_none() {
+                if self.failed.is_none() && !self.has_to_end() {
                     self.ctx.pause_point().await;
                 }
                 continue;
@@ -170,15 +178,72 @@ impl<'a> Body<'a> {
             && self.account.is_complete()
     }
 
-    /// Waits until nothing of the body's own is in flight.
+    /// Whether the body is to return, with what is in flight left to itself.
+    fn has_to_end(&self) -> bool {
+        self.ctx.is_force_cancelled() || self.snapshot.broken().is_some()
+    }
+
+    /// Waits until nothing of the body's own is in flight, or it has to end.
     async fn quiesce(&mut self) {
-        while let Some(done) = self.operations.next().await {
-            self.ended(done);
+        while !self.operations.is_empty() && !self.has_to_end() {
+            self.wait_for_operation(SLICE).await;
+        }
+    }
+
+    async fn wait_until_quiet(&mut self, limit: Duration) {
+        let until = Instant::now() + limit;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if self.operations.is_empty() || left.is_zero() {
+                return;
+            }
+            self.wait_for_operation(left).await;
+        }
+    }
+
+    /// The job is over, as far as the body is concerned: what is in flight has a moment to
+    /// end. What has not ended then is left to itself: to a task that keeps its buffers,
+    /// its clusters and its places at the nodes, which stay the job's until it has ended.
+    async fn let_go(&mut self) {
+        // No guest has to wait for the target any more, and nothing more is begun.
+        self.snapshot.end();
+        self.carrier.stop();
+        // What the target has is good for nothing, so nobody waits for a server either.
+        let_target_go(&self.places.target_backend);
+        self.wait_until_quiet(PATIENCE).await;
+        self.report_progress();
+        if self.operations.is_empty() {
+            return;
+        }
+        tracing::warn!(
+            job = self.ctx.id(),
+            "backup: requests hang, and are left behind; the nodes stay in use until they end"
+        );
+        let mut operations = std::mem::take(&mut self.operations);
+        self.ctx
+            .leave_behind(async move { while operations.next().await.is_some() {} });
+    }
+
+    /// Waits for one request. `None`: the job has to end, and the request has been left to
+    /// itself.
+    async fn wait_for_step<T: 'static>(
+        &self,
+        step: impl Future<Output = T> + 'static,
+    ) -> Option<T> {
+        let step = self.ctx.wait_unless(Box::pin(step), || self.has_to_end());
+        match step.await {
+            Ok(done) => Some(done),
+            Err(rest) => {
+                self.ctx.leave_behind(async move {
+                    rest.await;
+                });
+                None
+            }
         }
     }
 
     /// Takes what lower layers have out of the snapshot. Until that is done, guests'
-    /// requests look at the layers themselves.
+    /// requests look at the layers themselves. Ends early if the job has to end.
     ///
     /// Errors: the source could not be asked.
     async fn skip_lower_layers(&mut self) -> Result<(), JobFailure> {
@@ -187,7 +252,7 @@ impl<'a> Body<'a> {
         let mut offset = 0;
         while offset < self.snapshot.size() {
             self.ctx.pause_point().await;
-            if self.ctx.is_force_cancelled() {
+            if self.has_to_end() {
                 return Ok(());
             }
             let Some(source) = enter(&self.places.reader) else {
@@ -198,7 +263,10 @@ impl<'a> Body<'a> {
                 break;
             };
             let left = self.snapshot.size() - offset;
-            let extent = source.node().chain_status(Some(&base), offset, left).await;
+            let step = async move { source.node().chain_status(Some(&base), offset, left).await };
+            let Some(extent) = self.wait_for_step(step).await else {
+                return Ok(());
+            };
             // Whatever the policy: what is not known cannot be left out.
             let extent = extent.map_err(|error| JobFailure::from(&error))?;
             let end = offset + extent.len.clamp(1, left);
@@ -226,21 +294,17 @@ impl<'a> Body<'a> {
             self.ctx.sleep(BUSY).await;
             return false;
         };
-        let task = runtime::spawn_local(async move { target.flush().await });
-        let mut task = pin!(task);
-        loop {
-            let kicked = pin!(self.ctx.kicked());
-            match select(task.as_mut(), kicked).await {
-                Either::Left((Ok(()), _)) => return true,
-                Either::Left((Err(error), _)) => {
-                    let side = Side::Target;
-                    self.failed.get_or_insert(CopyError { side, error });
-                    return false;
-                }
-                // What is under way goes on by itself.
-                Either::Right(_) if self.ctx.is_force_cancelled() => return false,
-                Either::Right(_) => {}
+        match self
+            .wait_for_step(async move { target.flush().await })
+            .await
+        {
+            Some(Ok(())) => true,
+            Some(Err(error)) => {
+                let side = Side::Target;
+                self.failed.get_or_insert(CopyError { side, error });
+                false
             }
+            None => false,
         }
     }
 
@@ -327,7 +391,12 @@ impl<'a> Body<'a> {
             let result = carrier.carry(range, look, &nodes, leave).await;
             if let Ok(copied) = &result {
                 claim.into_inner().copied_to(copied.range.end).await;
-                if discards && let Err(error) = snapshot.discard_source(copied.range.clone()).await
+                // Counted at the source. Of a job that has ended nothing is discarded:
+                // somebody else may write there by now.
+                let may_discard = discards && !carrier.is_stopped();
+                let counted = may_discard.then(|| nodes.source()).flatten();
+                if counted.is_some()
+                    && let Err(error) = snapshot.discard_source(copied.range.clone()).await
                 {
                     // It is a hint, and the copy is there.
                     tracing::debug!(%error, "backup: the source is not discarded");
@@ -423,13 +492,7 @@ impl<'a> Body<'a> {
         let Some(CopyError { side, error }) = self.failed.take() else {
             return Ok(());
         };
-        let settings = self.driver.settings();
-        let (policy, io_side) = match side {
-            // It will fail for ever, whatever is done.
-            Side::Source if self.source_is_broken() => (OnError::Report, IoSide::Read),
-            Side::Source => (settings.on_source_error, IoSide::Read),
-            Side::Target => (settings.on_target_error, IoSide::Write),
-        };
+        let (policy, io_side) = self.policy(side);
         let action = self.ctx.io_failed(io_side, error.errno, policy);
         tracing::warn!(job = self.ctx.id(), %error, action = action.name(), "backup request failed");
         match action {
@@ -440,6 +503,22 @@ impl<'a> Body<'a> {
                 Ok(())
             }
         }
+    }
+
+    fn policy(&self, side: Side) -> (OnError, IoSide) {
+        let settings = self.driver.settings();
+        match side {
+            // It will fail for ever, whatever is done.
+            Side::Source if self.source_is_broken() => (OnError::Report, IoSide::Read),
+            Side::Source => (settings.on_source_error, IoSide::Read),
+            Side::Target => (settings.on_target_error, IoSide::Write),
+        }
+    }
+
+    /// Whether a failure ends the job, as its policy says.
+    fn is_to_be_reported(&self, CopyError { side, error }: &CopyError) -> bool {
+        let (policy, _) = self.policy(*side);
+        policy.action(error.errno) == ErrorAction::Report
     }
 
     /// Whether the source shows a snapshot that is broken: of another job or of a filter

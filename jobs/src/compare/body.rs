@@ -104,23 +104,23 @@ impl<'a> Body<'a> {
                 self.leave_operations();
                 return Ok(());
             }
-            if self.failure.is_some() {
-                self.quiesce().await;
-            }
             if let Some(failure) = self.failure.take() {
+                // Whatever they find: a read that hangs keeps no failure.
                 self.leave_operations();
                 return Err(failure);
             }
             if self.ctx.is_pause_requested() {
                 self.quiesce().await;
-                self.reader.shrink();
-                self.ctx.pause_point().await;
+                if !self.has_to_end() {
+                    self.reader.shrink();
+                    self.ctx.pause_point().await;
+                }
                 continue;
             }
             let all_begun = self.todo.is_empty();
             if all_begun || self.wants_to_settle() {
                 self.quiesce().await;
-                if self.failure.is_some() || self.is_interrupted() {
+                if self.has_to_end() || self.ctx.is_pause_requested() {
                     continue;
                 }
                 if !self.batch.candidates.is_empty() {
@@ -158,11 +158,6 @@ impl<'a> Body<'a> {
         }
     }
 
-    /// Whether the body has to look at what the user wants.
-    pub(super) fn is_interrupted(&self) -> bool {
-        self.ctx.is_force_cancelled() || self.ctx.is_pause_requested()
-    }
-
     fn wants_to_settle(&self) -> bool {
         let batch = &self.batch;
         batch
@@ -175,9 +170,14 @@ impl<'a> Body<'a> {
         self.driver.show(self.tally.found.clone());
     }
 
-    /// Waits until nothing is in flight, or the job is cancelled by force.
+    /// Whether the body is to return, with what is in flight left to itself.
+    pub(super) fn has_to_end(&self) -> bool {
+        self.failure.is_some() || self.ctx.is_force_cancelled()
+    }
+
+    /// Waits until nothing is in flight, or the body has to end.
     async fn quiesce(&mut self) {
-        while !self.operations.is_empty() && !self.ctx.is_force_cancelled() {
+        while !self.operations.is_empty() && !self.has_to_end() {
             self.wait_for_operation(SLICE).await;
         }
     }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use block::{Backend, Drained, Graph, GraphError, runtime};
-use futures_util::future::{Either, select};
+use futures_util::future::{Either, LocalBoxFuture, select};
 
 use crate::JobFailure;
 use crate::pair::{ActivePair, is_dirty_in};
@@ -66,7 +66,7 @@ impl Body<'_> {
                 pause = (pause * 2).min(PAUSE.1);
                 self.read_again(&mut settled.open).await;
             }
-            if settled.open.is_empty() || self.failure.is_some() || self.ctx.is_force_cancelled() {
+            if settled.open.is_empty() || self.has_to_end() {
                 break;
             }
             match self.hold().await {
@@ -82,7 +82,7 @@ impl Body<'_> {
                 Err(failure) => self.failure = Some(failure),
             }
         }
-        if self.failure.is_some() || self.ctx.is_force_cancelled() {
+        if self.has_to_end() {
             return;
         }
         for range in &settled.open {
@@ -155,17 +155,39 @@ impl Body<'_> {
         for range in std::mem::take(open) {
             let mut at = range.start;
             while at < range.end {
-                if self.failure.is_some() || self.ctx.is_force_cancelled() {
+                if self.has_to_end() {
                     return;
                 }
                 self.ctx.pause_point().await;
-                let looked = self.reader.look(at..range.end, MAX_REQUEST).await;
+                let looked = self.look(at..range.end);
+                let ends = || self.ctx.is_force_cancelled();
+                let looked = match self.ctx.wait_unless(looked, ends).await {
+                    Ok(looked) => looked,
+                    Err(rest) => {
+                        self.leave(rest);
+                        return;
+                    }
+                };
                 self.ctx.notifier().charge(looked.charged);
                 at = looked.end;
                 self.take_in(looked, &mut at, &mut left).await;
             }
         }
         *open = left;
+    }
+
+    /// Reads from the start of a candidate.
+    fn look(&self, range: Range<u64>) -> LocalBoxFuture<'static, Looked> {
+        let reader = Rc::clone(&self.reader);
+        let request = (range.end - range.start).min(MAX_REQUEST);
+        Box::pin(async move { reader.look(range, request).await })
+    }
+
+    /// Stops waiting for a read: it ends by itself, and counts until then.
+    fn leave(&self, rest: LocalBoxFuture<'static, Looked>) {
+        self.ctx.leave_behind(async move {
+            rest.await;
+        });
     }
 
     /// Takes what was found in a candidate that was read again.
@@ -231,16 +253,11 @@ impl Body<'_> {
                 runtime::sleep(LAG).await;
             }
         }
-        let (reader, range) = (Rc::clone(&self.reader), range.clone());
-        let read = runtime::spawn_local(async move {
-            let request = (range.end - range.start).min(MAX_REQUEST);
-            reader.look(range, request).await
-        });
-        match select(read, pin!(runtime::sleep_until(until))).await {
+        let timer = pin!(runtime::sleep_until(until));
+        match select(self.look(range.clone()), timer).await {
             Either::Left((looked, _)) => Some(looked),
-            Either::Right((_, read)) => {
-                // It ends by itself, and counts until then.
-                read.detach();
+            Either::Right((_, rest)) => {
+                self.leave(rest);
                 None
             }
         }

@@ -187,8 +187,13 @@ impl Carrier {
         self.stopped.set(true);
     }
 
+    /// Whether nothing is to be begun any more.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.get()
+    }
+
     fn check_on(&self) -> Result<(), Stop> {
-        match self.stopped.get() {
+        match self.is_stopped() {
             true => Err(Stop::Held),
             false => Ok(()),
         }

@@ -14,6 +14,9 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 const LET_GO: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
 /// How often is looked whether a request has ended that outlives the job.
 const IDLE_LOOK: Duration = Duration::from_millis(100);
+/// How long a body that has to end waits for its requests before it leaves them behind;
+/// and time without an answer after which a node counts as hung.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 /// Longest that the guest is held to take the filter out.
 pub(crate) const LEAVE_DRAIN: Duration = Duration::from_secs(1);
 

@@ -15,7 +15,7 @@ mod pool;
 pub(crate) use carry::{Carrier, Copied, CopyError, Entered, Look, Rules, Side, enter};
 pub(crate) use hold::FilterHold;
 pub(crate) use leave::{
-    LEAVE_DRAIN, detach_when_idle, let_target_go, take_out, take_out_some_time,
+    LEAVE_DRAIN, PATIENCE, detach_when_idle, let_target_go, take_out, take_out_some_time,
 };
 pub(crate) use pace::{INTERVAL, LITTLE, Pace, window_of_speed};
 pub(crate) use pool::{BufferPool, PooledBuffer};

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use block::runtime;
 use futures_util::future::{Either, LocalBoxFuture, select};
 
-use crate::copying::{BufferPool, CopyError, Pace, Side};
+use crate::copying::{BufferPool, CopyError, PATIENCE, Pace, Side};
 use crate::{ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, SLICE};
 
 use super::converge::{HOLD_RETRY, over_at};
@@ -30,9 +30,6 @@ const MAX_OPERATIONS: u64 = 16;
 const MAX_REQUEST: u64 = 1 << 20;
 /// Least that is in flight while the guest is active, if requests are as small.
 const MIN_WINDOW: u64 = 512 << 10;
-
-/// Time without an answer of the target after which it counts as hung.
-pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 
 /// State of the body. Home only.
 pub(super) struct Body<'a> {

@@ -9,9 +9,11 @@ use block::{Drained, Graph, GraphError, Permissions, runtime};
 use futures_util::future::{Either, select};
 
 use crate::JobFailure;
-use crate::copying::{CopyError, LEAVE_DRAIN, detach_when_idle, take_out, take_out_some_time};
+use crate::copying::{
+    CopyError, LEAVE_DRAIN, PATIENCE, detach_when_idle, take_out, take_out_some_time,
+};
 
-use super::body::{PATIENCE, with_patience};
+use super::body::with_patience;
 use super::converge::{
     ENDING_DOUBLINGS, HOLD_LIMIT, HOLD_RETRY, SECTION_BYTES, describe, drain_failure,
 };

@@ -6,15 +6,13 @@
 //! lost. Nor is one that went to the target by itself and was zeroed over there: the
 //! source has it by then, so its range is found to be allocated.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use block::{Node, ZeroFlags, runtime};
-use futures_util::future::{Either, LocalBoxFuture, select};
 
+use crate::JobFailure;
 use crate::copying::Entered;
-use crate::{JobFailure, SLICE};
 
 use super::body::Body;
 
@@ -160,19 +158,18 @@ impl Body<'_> {
         &mut self,
         step: impl Future<Output = T> + 'static,
     ) -> Option<T> {
-        let mut step: LocalBoxFuture<'static, T> = Box::pin(step);
-        loop {
-            let timer = pin!(runtime::sleep(SLICE));
-            let kicked = pin!(self.ctx.kicked());
-            if let Either::Left((done, _)) = select(step.as_mut(), select(timer, kicked)).await {
-                return Some(done);
-            }
+        let ctx = self.ctx;
+        let ends = || {
             self.watch_over();
-            if self.has_to_end() {
+            self.has_to_end()
+        };
+        match ctx.wait_unless(Box::pin(step), ends).await {
+            Ok(done) => Some(done),
+            Err(rest) => {
                 self.left_step = Some(Box::pin(async move {
-                    step.await;
+                    rest.await;
                 }));
-                return None;
+                None
             }
         }
     }

@@ -15,10 +15,10 @@ use block::{CancelReach, runtime};
 use futures_util::future::{Either, LocalBoxFuture, join3, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
-use crate::copying::{Copied, CopyError, Entered, INTERVAL, Look, window_of_speed};
+use crate::copying::{Copied, CopyError, Entered, INTERVAL, Look, PATIENCE, window_of_speed};
 use crate::{JobContext, JobNotifier, SLICE};
 
-use super::body::{Body, PATIENCE};
+use super::body::Body;
 use super::sweep::Sweep;
 
 /// Smallest request while the guest is active (the granularity may be larger).

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use block::CancelReach;
 
 use crate::JobFailure;
+use crate::copying::PATIENCE;
 
-use super::body::{Body, PATIENCE};
+use super::body::Body;
 use super::guard::Sight;
 
 impl Body<'_> {

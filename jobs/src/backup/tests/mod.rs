@@ -1,8 +1,9 @@
 //! Tests of the whole backup: a real graph, real iothreads, storages that hold chosen
 //! requests.
 //!
-//! Lives here: the rig. `bitmaps` has what becomes of a bitmap, `life` has starts, ends and failures, `race` what the guest does
-//! meanwhile.
+//! Lives here: the rig. `bitmaps` has what becomes of a bitmap, `fleecing` what a scratch
+//! file changes, `hang` storages that do not answer, `life` starts, ends and failures,
+//! `race` what the guest does meanwhile.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -25,6 +26,7 @@ use super::{BackupError, BackupSpec, start_backup};
 
 mod bitmaps;
 mod fleecing;
+mod hang;
 mod life;
 mod race;
 

@@ -1,145 +1,12 @@
-//! What is copied at first, and writes that come while that is found out; `replaces`.
+//! What is copied at first, and writes that come while that is found out.
 
 use block::test_storage::{Match, TestStorage};
-use block::{
-    BlockDriver, BlockdevOptions, BlockdevRef, BoxFuture, DriverOptions, Extent, IoOp, Limits,
-    ThrottleOptions,
-};
+use block::{IoOp, Limits};
 
 use super::*;
 use crate::CopyMode;
 use crate::mirror::SyncMode;
-
-/// Two layers: what is written goes to the upper one, chunk by chunk, and the rest of a
-/// chunk is copied up with it.
-struct Layers {
-    upper: Box<dyn BlockDriver>,
-    allocated: std::sync::Mutex<Vec<bool>>,
-    base: Arc<Node>,
-}
-
-const CHUNK: u64 = 64 * KIB;
-
-impl Layers {
-    fn is_allocated(&self, offset: u64) -> bool {
-        self.allocated.lock().unwrap()[(offset / CHUNK) as usize]
-    }
-
-    fn pieces(offset: u64, len: u64) -> impl Iterator<Item = std::ops::Range<u64>> {
-        let end = offset + len;
-        (offset / CHUNK..end.div_ceil(CHUNK))
-            .map(move |n| offset.max(n * CHUNK)..end.min((n + 1) * CHUNK))
-    }
-
-    async fn copy_up(&self, offset: u64, len: u64) -> Result<(), IoError> {
-        for piece in Self::pieces(offset, len) {
-            let chunk = piece.start / CHUNK * CHUNK;
-            if !self.is_allocated(chunk) {
-                let iov = AlignedBuffer::new(CHUNK as usize).io_vec(CHUNK as usize);
-                self.base.read(chunk, iov.clone()).await?;
-                self.upper.write(chunk, iov, WriteFlags::default()).await?;
-            }
-        }
-        Ok(())
-    }
-
-    fn allocate(&self, offset: u64, len: u64) {
-        for piece in Self::pieces(offset, len) {
-            self.allocated.lock().unwrap()[(piece.start / CHUNK) as usize] = true;
-        }
-    }
-}
-
-impl BlockDriver for Layers {
-    fn name(&self) -> &'static str {
-        "layers"
-    }
-
-    fn size(&self) -> u64 {
-        self.upper.size()
-    }
-
-    fn limits(&self) -> Limits {
-        Limits::default()
-    }
-
-    fn filename(&self) -> String {
-        String::new()
-    }
-
-    fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async move {
-            for piece in Self::pieces(offset, iov.len() as u64) {
-                let part = iov.slice(
-                    (piece.start - offset) as usize,
-                    (piece.end - piece.start) as usize,
-                );
-                if self.is_allocated(piece.start) {
-                    self.upper.read(piece.start, part).await?;
-                } else {
-                    self.base.read(piece.start, part).await?;
-                }
-            }
-            Ok(())
-        })
-    }
-
-    fn write<'a>(
-        &'a self,
-        offset: u64,
-        iov: IoVec,
-        flags: WriteFlags,
-    ) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async move {
-            let len = iov.len() as u64;
-            self.copy_up(offset, len).await?;
-            self.upper.write(offset, iov, flags).await?;
-            self.allocate(offset, len);
-            Ok(())
-        })
-    }
-
-    fn write_zeroes<'a>(
-        &'a self,
-        offset: u64,
-        len: u64,
-        flags: ZeroFlags,
-    ) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async move {
-            self.copy_up(offset, len).await?;
-            self.upper.write_zeroes(offset, len, flags).await?;
-            self.allocate(offset, len);
-            Ok(())
-        })
-    }
-
-    fn discard<'a>(&'a self, _: u64, _: u64) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-
-    fn flush<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>> {
-        self.upper.flush()
-    }
-
-    fn block_status<'a>(&'a self, offset: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {
-        Box::pin(async move {
-            let here = len.min((offset / CHUNK + 1) * CHUNK - offset);
-            // The upper storage is asked in any case: tests hold the question.
-            let mut extent = self.upper.block_status(offset, here).await?;
-            extent.flags.allocated = self.is_allocated(offset);
-            if !extent.flags.allocated {
-                extent.len = here;
-                extent.flags.data = false;
-                extent.flags.zero = false;
-            }
-            Ok(extent)
-        })
-    }
-
-    fn backing(&self) -> Option<Arc<Node>> {
-        Some(Arc::clone(&self.base))
-    }
-}
+use crate::test_layers::{CHUNK, Layers};
 
 /// A disk of two layers, of which the first chunk of the upper one is allocated, and a
 /// target that shows the same base.
@@ -155,13 +22,8 @@ impl Chain {
         scribble(&rig.source);
         let (upper, target) = (TestStorage::new(SIZE), TestStorage::new(SIZE));
         upper.poke(0, &[7; CHUNK as usize]);
-        let chunks = (SIZE / CHUNK) as usize;
         let layer = |name: &str, storage: &TestStorage| {
-            let layers = Layers {
-                upper: storage.driver(),
-                allocated: vec![false; chunks].into(),
-                base: rig.node("src"),
-            };
+            let layers = Layers::new(storage, rig.node("src"));
             if name == "top" {
                 layers.allocate(0, CHUNK);
             }
@@ -412,119 +274,6 @@ fn a_source_that_cannot_tell_what_is_allocated_fails_the_job() {
         rig.wait_for(JobStatus::Null).await;
         assert!(rig.completed().flatten().is_some());
         assert_eq!(chain.disk.root().name(), "top");
-    });
-}
-
-/// A throttle filter over `src`, with a device on it.
-async fn filtered(rig: &Rc<Rig>) -> Arc<Backend> {
-    let group = block::ThrottleLimits::default();
-    rig.graph
-        .throttle_groups()
-        .create("group", group)
-        .expect("a group");
-    let below = rig.graph.add_node(
-        Some("below"),
-        rig.source.driver(),
-        NodeOptions {
-            discard: DiscardMode::Unmap,
-            ..NodeOptions::default()
-        },
-    );
-    below.expect("a node");
-    let options = BlockdevOptions {
-        node_name: Some("filter".to_owned()),
-        discard: Some(DiscardMode::Unmap),
-        ..BlockdevOptions::new(DriverOptions::Throttle(ThrottleOptions {
-            group: "group".to_owned(),
-            file: BlockdevRef::Name("below".to_owned()),
-        }))
-    };
-    let filter = rig.graph.blockdev_add(options).await.expect("a filter");
-    let disk = rig.graph.attach("disk1", &filter, device(), None);
-    disk.expect("device")
-}
-
-#[test]
-fn replaces_swaps_the_node_below_a_filter_and_keeps_the_filter() {
-    with_rig(|rig| async move {
-        let disk = filtered(&rig).await;
-        scribble(&rig.source);
-        let spec = MirrorSpec {
-            source: rig.node("filter"),
-            replaces: Some("below".to_owned()),
-            ..rig.spec()
-        };
-        let key = rig.ready(spec).await;
-        let refused = rig.graph.blockdev_del("below").await.unwrap_err();
-        assert_eq!(refused.to_string(), "Block device below is in use");
-        disk.write(CHUNK, filled(4096, 5), WriteFlags::default())
-            .await
-            .expect("a write");
-        rig.pivot(key).await;
-        assert_eq!(disk.root().name(), "filter");
-        let below = rig.node("filter").driver().filtered();
-        assert_eq!(below.expect("a child").name(), "dst");
-        rig.assert_equal();
-        rig.graph.blockdev_del("below").await.expect("it is free");
-        disk.write(0, filled(512, 8), WriteFlags::default())
-            .await
-            .expect("a write");
-        assert_eq!(rig.target.peek(0, 1), [8]);
-        assert_ne!(rig.source.peek(0, 1), [8]);
-    });
-}
-
-#[test]
-fn replaces_takes_only_nodes_that_show_what_the_source_shows() {
-    with_rig(|rig| async move {
-        let _disk = filtered(&rig).await;
-        let refused = async |replaces: &str| {
-            let spec = MirrorSpec {
-                source: rig.node("filter"),
-                replaces: Some(replaces.to_owned()),
-                ..rig.spec()
-            };
-            rig.try_start(spec).await.unwrap_err().to_string()
-        };
-        assert_eq!(
-            refused("nosuch").await,
-            "Failed to find node with node-name='nosuch'"
-        );
-        assert_eq!(
-            refused("src").await,
-            "Cannot replace 'src' by a node mirrored from 'filter', because it cannot be \
-             guaranteed that doing so would not lead to an abrupt change of visible data"
-        );
-        assert!(rig.jobs.query().is_empty());
-    });
-}
-
-#[test]
-fn a_node_that_does_not_show_the_source_any_more_is_not_replaced() {
-    with_rig(|rig| async move {
-        let disk = filtered(&rig).await;
-        let spec = MirrorSpec {
-            source: rig.node("filter"),
-            replaces: Some("below".to_owned()),
-            ..rig.spec()
-        };
-        let key = rig.ready(spec).await;
-        // Somebody puts another node under the filter.
-        let storage = TestStorage::new(SIZE);
-        let other = rig
-            .graph
-            .add_node(Some("other"), storage.driver(), NodeOptions::default())
-            .expect("a node");
-        let below = rig.node("below");
-        let drained = rig.graph.drain(&below, &[]).await.expect("a section");
-        let replaced = rig.graph.replace(&below, &other, &[], &drained);
-        replaced.expect("it is replaced");
-        drop(drained);
-        rig.act(|jobs| jobs.complete(key));
-        rig.wait_for(JobStatus::Null).await;
-        let error = rig.completed().flatten().expect("it fails");
-        assert!(error.contains("no longer shows it"), "{error}");
-        assert_eq!(disk.root().name(), "filter");
     });
 }
 

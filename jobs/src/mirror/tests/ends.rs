@@ -8,8 +8,6 @@ use crate::{CopyMode, JobStatus, OnError};
 
 use super::*;
 
-const CHUNK: u64 = 64 * KIB;
-
 impl Rig {
     fn is_in_use(&self, name: &str) -> bool {
         self.graph.check_not_blocked(&self.node(name)).is_err()

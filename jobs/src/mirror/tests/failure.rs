@@ -7,8 +7,6 @@ use crate::{CopyMode, ErrorAction, IoSide, IoStatus, JobStatus, OnError};
 
 use super::*;
 
-const CHUNK: u64 = 64 * KIB;
-
 impl Rig {
     fn errors(&self) -> Vec<(IoSide, ErrorAction)> {
         self.events

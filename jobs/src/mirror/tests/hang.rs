@@ -7,8 +7,6 @@ use crate::{CopyMode, JobStatus, OnError};
 
 use super::*;
 
-const CHUNK: u64 = 64 * KIB;
-
 #[test]
 fn a_target_that_hangs_in_the_final_section_does_not_hold_the_guest() {
     for op in [IoOp::Write, IoOp::Flush] {

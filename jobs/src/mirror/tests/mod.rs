@@ -4,8 +4,8 @@
 //! Lives here: the rig. `begin` has what is copied at first, `first_instant` writes around
 //! the beginning, `life` starts, ends and refusals, `race` the staged races, `progress`
 //! mirrors that do not get on, `failure` failing storages, `hang` storages that hang, `ends`
-//! ends and sections beside requests that hang, `regressions` what others got wrong, `stress`
-//! the random runs.
+//! ends and sections beside requests that hang, `regressions` what others got wrong,
+//! `replaces` mirrors of filters, `stress` the random runs.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -33,9 +33,11 @@ mod life;
 mod progress;
 mod race;
 mod regressions;
+mod replaces;
 mod stress;
 
 const KIB: u64 = 1024;
+const CHUNK: u64 = 64 * KIB;
 /// Size of the disks unless a test says otherwise.
 const SIZE: u64 = 4 << 20;
 /// A hang is a failure.

@@ -8,8 +8,6 @@ use crate::{CopyMode, JobStatus};
 
 use super::*;
 
-const CHUNK: u64 = 64 * KIB;
-
 fn blocking(rig: &Rig) -> MirrorSpec {
     let mut spec = rig.spec();
     spec.copy_mode = CopyMode::WriteBlocking;

@@ -9,8 +9,6 @@ use block::test_storage::Match;
 use super::*;
 use crate::{CopyMode, OnError};
 
-const CHUNK: u64 = 64 * KIB;
-
 fn error_count(rig: &Rig) -> usize {
     let events = rig.events.borrow();
     let errors = events

@@ -1,5 +1,8 @@
 //! Tests of the whole comparison: a real graph, real iothreads, storages that hold
 //! chosen requests.
+//!
+//! Lives here: the rig, and nodes at rest. `used` has nodes that are written meanwhile,
+//! `hang` reads that do not end.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -18,6 +21,9 @@ use block::{
 use super::{CompareError, CompareSpec, Comparison, start_compare};
 use crate::mirror::{MirrorSpec, start_mirror};
 use crate::{JobEvent, JobEventKind, JobKey, JobOutcome, JobStatus, Jobs, MainJobs, OnError};
+
+mod hang;
+mod used;
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1 << 20;
@@ -214,6 +220,12 @@ impl Rig {
         key
     }
 
+    fn source_was_read_at(&self, offset: u64) -> bool {
+        let ended = self.source.ended();
+        let mut reads = ended.iter().filter(|it| it.op == IoOp::Read);
+        reads.any(|it| it.offset <= offset && offset < it.offset + it.len)
+    }
+
     fn target_reads_at(&self, offset: u64) -> usize {
         let ended = self.target.ended();
         let reads = ended
@@ -355,48 +367,6 @@ fn a_read_error_that_stops_the_job_is_read_again_when_it_is_resumed() {
 }
 
 #[test]
-fn a_cancel_does_not_wait_for_a_read_that_hangs() {
-    with_rig(|rig| async move {
-        scribble(&rig, 0..SIZE);
-        rig.target.hold(Match::op(IoOp::Read));
-        let key = rig.start(rig.spec());
-        rig.until(|| rig.target.held() > 0).await;
-        rig.jobs.act(|jobs| jobs.cancel(key, true)).expect("cancel");
-        rig.until(|| rig.status() == Some(JobStatus::Concluded))
-            .await;
-        let history = rig.jobs.history();
-        assert_eq!(
-            history.last().expect("an end").outcome,
-            JobOutcome::Cancelled
-        );
-        // The node is the job's as long as it is read.
-        let target = rig.node("dst");
-        assert!(rig.graph.check_not_blocked(&target).is_err());
-        rig.target.stop_holding();
-        rig.target.release_all();
-        rig.until(|| rig.graph.check_not_blocked(&target).is_ok())
-            .await;
-    });
-}
-
-#[test]
-fn a_drained_section_of_one_node_does_not_wait_for_the_other() {
-    with_rig(|rig| async move {
-        scribble(&rig, 0..SIZE);
-        rig.target.hold(Match::op(IoOp::Read));
-        rig.start(rig.spec());
-        rig.until(|| rig.target.held() > 0).await;
-        let source = rig.node("src");
-        let drained = rig.graph.drain(&source, &[]).await;
-        drop(drained.expect("nothing of the source is in flight"));
-        rig.target.stop_holding();
-        rig.target.release_all();
-        rig.concluded().await;
-        assert_eq!(rig.error(), None);
-    });
-}
-
-#[test]
 fn a_paused_comparison_reads_nothing_and_goes_on_where_it_was() {
     with_rig(|rig| async move {
         scribble(&rig, 0..SIZE);
@@ -412,159 +382,6 @@ fn a_paused_comparison_reads_nothing_and_goes_on_where_it_was() {
         rig.jobs.act(|jobs| jobs.resume(key)).expect("resume");
         rig.concluded().await;
         assert_eq!(rig.found().differences, 1);
-    });
-}
-
-#[test]
-fn what_is_written_between_the_two_reads_is_no_difference() {
-    with_rig(|rig| async move {
-        scribble(&rig, 0..SIZE);
-        rig.target.hold(Match::op(IoOp::Read).range(MIB..MIB + 512));
-        rig.start(rig.spec());
-        // The source has been read there, or will be soon.
-        rig.until(|| rig.target.held() > 0).await;
-        let read = |it: &block::test_storage::Ended| {
-            it.op == IoOp::Read && it.offset <= MIB && MIB < it.offset + it.len
-        };
-        rig.until(|| rig.source.ended().iter().any(read)).await;
-        rig.begin_write(MIB, 4096, 7).await;
-        rig.target.poke(MIB, &[7; 4096]);
-        rig.target.stop_holding();
-        rig.target.release_all();
-        rig.concluded().await;
-        assert_eq!(rig.error(), None);
-        assert_eq!(rig.found().differences, 0);
-    });
-}
-
-#[test]
-fn what_a_mirror_has_yet_to_copy_is_no_difference() {
-    with_rig(|rig| async move {
-        scribble(&rig, 0..SIZE);
-        rig.mirror().await;
-        rig.target.hold(Match::op(IoOp::Write));
-        rig.begin_write(MIB, 4096, 7).await;
-        rig.until(|| rig.target.held() > 0).await;
-        rig.target.forget_ended();
-        rig.start(rig.spec());
-        // Found, not counted, and read again.
-        rig.until(|| rig.target_reads_at(MIB) >= 3).await;
-        assert_eq!(rig.found().differences, 0);
-        rig.target.stop_holding();
-        rig.target.release_all();
-        rig.concluded().await;
-        assert_eq!(rig.error(), None);
-        assert_eq!(rig.found().differences, 0);
-    });
-}
-
-#[test]
-fn what_is_wrong_on_a_mirrors_target_is_found_under_a_guest_that_writes() {
-    with_rig(|rig| async move {
-        scribble(&rig, 0..SIZE);
-        rig.mirror().await;
-        rig.target.poke(2 * MIB + 512, &[0]);
-        let stop = Arc::new(AtomicBool::new(false));
-        let (disk, stopped) = (Arc::clone(&rig.disk), Arc::clone(&stop));
-        let handle = rig.guest.handle().clone();
-        let guest = runtime::spawn_local(async move {
-            handle
-                .call(move || async move {
-                    let mut byte = 0u8;
-                    while !stopped.load(Ordering::SeqCst) {
-                        byte = byte.wrapping_add(1);
-                        // The same place again and again, and many places.
-                        for offset in [MIB, u64::from(byte) * 4096] {
-                            disk.write(offset, filled(512, byte), WriteFlags::default())
-                                .await
-                                .expect("a guest write succeeds");
-                        }
-                        runtime::sleep(Duration::from_micros(200)).await;
-                    }
-                })
-                .await
-                .expect("the iothread lives");
-        });
-        loop {
-            let key = rig.start(rig.spec());
-            rig.concluded().await;
-            assert_eq!(rig.found().ranges, one(2 * MIB + 512..2 * MIB + 1024));
-            if rig.error().is_none() {
-                break;
-            }
-            // On a machine under load a place that is always written may stay undecided.
-            assert!(rig.found().undecided_bytes > 0);
-            rig.jobs.act(|jobs| jobs.dismiss(key)).expect("dismiss");
-            rig.until(|| rig.status().is_none()).await;
-        }
-        stop.store(true, Ordering::SeqCst);
-        guest.await;
-    });
-}
-
-#[test]
-fn a_long_range_that_is_written_all_the_time_is_decided_too() {
-    with_rig(|rig| async move {
-        const LEN: u64 = 600 * KIB;
-        rig.begin_write(0, LEN, 255).await;
-        let writer = {
-            let (rig, mut byte) = (Rc::clone(&rig), 0u8);
-            runtime::spawn_local(async move {
-                while rig.status() != Some(JobStatus::Concluded) {
-                    byte = byte.wrapping_add(1);
-                    rig.begin_write(0, LEN, byte | 1).await;
-                }
-            })
-        };
-        rig.start(rig.spec());
-        rig.concluded().await;
-        writer.await;
-        assert_eq!(rig.error(), None);
-        let found = rig.found();
-        assert_eq!((found.differences, found.differing_bytes), (1, LEN));
-        assert_eq!(found.undecided_bytes, 0);
-    });
-}
-
-#[test]
-fn a_comparison_of_a_mirror_that_ends_does_not_end_well() {
-    with_rig(|rig| async move {
-        scribble(&rig, 0..SIZE);
-        let mirror = rig.mirror().await;
-        rig.target.poke(MIB, &[0]);
-        rig.target.hold(Match::op(IoOp::Read).range(MIB..MIB + 512));
-        rig.start(rig.spec());
-        rig.until(|| rig.target.held() > 0).await;
-        rig.jobs
-            .act(|jobs| jobs.cancel(mirror, true))
-            .expect("cancel");
-        rig.until(|| !rig.jobs.query().iter().any(|job| job.id.as_str() == "m0"))
-            .await;
-        rig.target.stop_holding();
-        rig.target.release_all();
-        rig.concluded().await;
-        let error = rig
-            .error()
-            .expect("what it compared is not mirrored any more");
-        assert!(error.contains("mirror"), "{error}");
-    });
-}
-
-#[test]
-fn what_a_request_that_hangs_may_have_written_is_not_decided() {
-    with_rig(|rig| async move {
-        scribble(&rig, 0..SIZE);
-        rig.source.hold_at(Match::op(IoOp::Write), HoldAt::End);
-        let write = rig.begin_write(MIB, 512, 7);
-        rig.until(|| rig.source.held() > 0).await;
-        rig.start(rig.spec());
-        rig.concluded().await;
-        let found = rig.found();
-        assert_eq!((found.differences, found.undecided_bytes), (0, 512));
-        assert!(rig.error().is_some());
-        rig.source.stop_holding();
-        rig.source.release_all();
-        write.await;
     });
 }
 
