@@ -63,6 +63,13 @@ pub trait BackendUser: Send + Sync {
         true
     }
 
+    /// Id of the node whose requests cannot go on without this one's: a job's filter that
+    /// saves into what this is attached to before a guest's write passes. A drained
+    /// section of that holds those who reach the filter as well. Asked once, at attach.
+    fn serves(&self) -> Option<u64> {
+        None
+    }
+
     /// How the attachment counts. Asked once, at attach.
     fn kind(&self) -> AttachmentKind {
         AttachmentKind::Root
@@ -92,6 +99,8 @@ pub struct Backend {
     /// Bits of `need` and `share`, written on main.
     permissions: AtomicU64,
     kind: AttachmentKind,
+    /// See [`BackendUser::serves`].
+    serves: Option<u64>,
     user: Option<Arc<dyn BackendUser>>,
 }
 
@@ -112,6 +121,7 @@ impl Backend {
             kind: user
                 .as_ref()
                 .map_or(AttachmentKind::Root, |user| user.kind()),
+            serves: user.as_ref().and_then(|user| user.serves()),
             user,
         };
         backend.store_permissions(permissions);
@@ -171,6 +181,11 @@ impl Backend {
 
     pub(crate) fn user(&self) -> Option<&Arc<dyn BackendUser>> {
         self.user.as_ref()
+    }
+
+    /// Id of the node whose requests its own serve.
+    pub(crate) fn serves(&self) -> Option<u64> {
+        self.serves
     }
 
     /// How it counts among the parents of a node.

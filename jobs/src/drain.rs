@@ -1,6 +1,6 @@
 //! Drained sections and jobs: a job parks when one begins on an edge of it.
 
-use block::{AttachmentKind, BackendUser};
+use block::{AttachmentKind, BackendUser, Node};
 
 use crate::id::JobKey;
 use crate::monitor::Jobs;
@@ -14,6 +14,8 @@ pub(crate) struct DrainUser {
     kind: AttachmentKind,
     description: String,
     blocker: Option<String>,
+    /// See [`BackendUser::serves`].
+    serves: Option<u64>,
 }
 
 impl DrainUser {
@@ -25,6 +27,15 @@ impl DrainUser {
             kind,
             description,
             blocker: job_type.map(|it| format!("block device is in use by block job: {it}")),
+            serves: None,
+        }
+    }
+
+    /// The same for where `filter` saves what guests' requests are about to change.
+    pub(crate) fn serving(self, filter: &Node) -> Self {
+        Self {
+            serves: Some(filter.id()),
+            ..self
         }
     }
 
@@ -55,6 +66,10 @@ impl BackendUser for DrainUser {
     /// A job hears of sections and parks; what it has in flight is only counted.
     fn holds_requests(&self) -> bool {
         false
+    }
+
+    fn serves(&self) -> Option<u64> {
+        self.serves
     }
 
     fn kind(&self) -> AttachmentKind {

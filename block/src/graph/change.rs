@@ -183,10 +183,10 @@ impl Graph {
         }
     }
 
-    /// Whether every backend that reaches `node` is held by `drained`, or was
-    /// excepted from it.
+    /// Whether every backend that a section of `node` has to hold is held by `drained`,
+    /// or was excepted from it.
     fn check_drained(&self, node: &Arc<Node>, drained: &Drained) -> Result<(), GraphError> {
-        let backends = self.topology.borrow().backends_reaching(node.id());
+        let backends = self.topology.borrow().backends_to_drain(node.id());
         for backend in backends {
             if !drained.covers(self.id, &backend) {
                 return Err(GraphError::NotDrained {

@@ -228,7 +228,8 @@ fn user_busy(backend: &Backend) -> bool {
 impl Graph {
     /// Begins a drained section of `node`: all backends that reach it, by
     /// whatever way, are held back (except those given), and their requests in
-    /// flight are waited for. Sections nest.
+    /// flight are waited for; also those whose requests wait for such ones
+    /// ([`BackendUser::serves`](crate::BackendUser::serves)). Sections nest.
     ///
     /// Fails with [`GraphError::DrainTimeout`] if they do not end in time
     /// ([`set_drain_timeout`](Self::set_drain_timeout)); then requests go on.
@@ -330,7 +331,7 @@ impl Graph {
             let (backends, nodes) = {
                 let topology = self.topology.borrow();
                 let backends = match &section.node {
-                    Some(node) => topology.backends_reaching(node.id()),
+                    Some(node) => topology.backends_to_drain(node.id()),
                     None => topology
                         .backends
                         .iter()

@@ -202,6 +202,26 @@ impl Topology {
             .collect()
     }
 
+    /// Backends whose requests may get to the node, or wait for requests that do: those
+    /// that a drained section of the node holds.
+    pub(super) fn backends_to_drain(&self, id: u64) -> Vec<Arc<Backend>> {
+        let mut backends = self.backends_reaching(id);
+        let mut next = 0;
+        while let Some(backend) = backends.get(next).cloned() {
+            next += 1;
+            for more in backend
+                .serves()
+                .iter()
+                .flat_map(|id| self.backends_reaching(*id))
+            {
+                if !backends.iter().any(|known| known.id() == more.id()) {
+                    backends.push(more);
+                }
+            }
+        }
+        backends
+    }
+
     /// Nodes where requests of the backends with these ids may be.
     pub(super) fn below(&self, backends: impl Iterator<Item = u64>) -> Vec<Arc<Node>> {
         let ids: Vec<u64> = backends.collect();

@@ -14,6 +14,7 @@ use block::{
 
 use crate::context::WeakJobNotifier;
 use crate::copying::FilterHold;
+use crate::drain::DrainUser;
 use crate::{JobDriver, JobKey, JobSpec, Jobs, Progress};
 
 use super::account::{Account, Wanted};
@@ -355,6 +356,11 @@ pub fn prepare_backup(
     let as_source = Arc::new(as_source.beside_others());
     let source_backend = attach(&spec.source, READ_SOURCE, as_source)?;
     let as_target = jobs.backend_user_of_filter(key, &filter, ChildRole::Target);
+    let as_target = match spec.scratch {
+        // Guests' requests never get there.
+        Some(_) => as_target,
+        None => as_target.serving(&filter),
+    };
     let target_backend = attach(&spec.target, WRITE_TARGET, Arc::new(as_target))?;
     let hold = Arc::new(FilterHold {
         job_id: spec.job_id.clone(),
@@ -368,8 +374,8 @@ pub fn prepare_backup(
 
     let (mut scratch, mut reader) = (None, Arc::clone(&source_backend));
     if let Some(node) = &spec.scratch {
-        let user = jobs.backend_user(key, AttachmentKind::Job);
-        scratch = Some(attach(node, WRITE_TARGET, user)?);
+        let user = DrainUser::new(jobs.clone(), key, AttachmentKind::Job).serving(&filter);
+        scratch = Some(attach(node, WRITE_TARGET, Arc::new(user))?);
         let user = jobs.backend_user(key, AttachmentKind::Job);
         reader = graph.attach_snapshot(&filter, READ_SNAPSHOT, user)?;
         undo.backends.insert(0, Arc::clone(&reader));

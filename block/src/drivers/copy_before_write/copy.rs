@@ -168,6 +168,10 @@ pub(super) async fn secure(
 
 /// Copies what is claimed.
 async fn copy(snapshot: &Snapshot, mut claim: Claim) -> Result<(), IoError> {
+    // Counted there from the beginning, within the guest's request: so a section of the
+    // target knows of it, also when the guest has gone on without waiting.
+    let target = snapshot.target.enter();
+    let target = target.ok_or_else(|| cancelled(snapshot, &claim.range()))?;
     while snapshot.looks_at_layers() && !claim.range().is_empty() {
         let cluster = first_cluster(snapshot, &claim.range());
         if is_allocated(snapshot, cluster.clone()).await? {
@@ -192,29 +196,30 @@ async fn copy(snapshot: &Snapshot, mut claim: Claim) -> Result<(), IoError> {
         }
         let piece = at..end.min(at + PIECE);
         at = piece.end;
-        moved += carry_over(snapshot, piece).await?;
+        moved += carry_over(snapshot, &target, piece).await?;
     }
     snapshot.tell_copied(end - range.start, moved);
     claim.copied_to(end);
     snapshot.note_saved();
-    forget_taken_out(snapshot, range.start..end).await;
+    forget_taken_out(snapshot, &target, range.start..end).await;
     Ok(())
 }
 
 /// Discards on the target what has been taken out of the snapshot while it was copied.
 /// Who took it out discards too, but may have done so before it was there.
-async fn forget_taken_out(snapshot: &Snapshot, mut range: Range<u64>) {
+async fn forget_taken_out(snapshot: &Snapshot, target: &Entered, mut range: Range<u64>) {
     while let Some(run) = snapshot.first_taken_out(&range) {
         range.start = run.end;
-        let Some(target) = snapshot.target.enter() else {
-            return;
-        };
         let len = run.end - run.start;
         if let Err(error) = target.node().discard(run.start, len).await {
             // It only takes space.
             tracing::debug!(%error, "what is not needed of a snapshot is not discarded");
         }
     }
+}
+
+fn cancelled(snapshot: &Snapshot, range: &Range<u64>) -> IoError {
+    snapshot.error(IoOp::Write, range, libc::ECANCELED)
 }
 
 fn first_cluster(snapshot: &Snapshot, range: &Range<u64>) -> Range<u64> {
@@ -241,17 +246,19 @@ async fn is_allocated(snapshot: &Snapshot, cluster: Range<u64>) -> Result<bool, 
 }
 
 /// Copies a range of at most [`PIECE`]. Gives the bytes that were moved.
-async fn carry_over(snapshot: &Snapshot, range: Range<u64>) -> Result<u64, IoError> {
+async fn carry_over(
+    snapshot: &Snapshot,
+    target: &Entered,
+    range: Range<u64>,
+) -> Result<u64, IoError> {
     let len = range.end - range.start;
     let source = snapshot.source();
-    let cancelled = || snapshot.error(IoOp::Write, &range, libc::ECANCELED);
     let memory = snapshot.memory.take(len, || snapshot.lets_pass()).await;
-    let _memory = memory.ok_or_else(cancelled)?;
-    let target = snapshot.target.enter().ok_or_else(cancelled)?;
+    let _memory = memory.ok_or_else(|| cancelled(snapshot, &range))?;
     if len > SHORT {
         let extent = source.chain_status(None, range.start, len).await?;
         if extent.zero && extent.len >= len {
-            zero(&target, range).await?;
+            zero(target, range).await?;
             return Ok(0);
         }
     }
@@ -259,10 +266,10 @@ async fn carry_over(snapshot: &Snapshot, range: Range<u64>) -> Result<u64, IoErr
     let iov = buffer.io_vec(len as usize);
     source.read(range.start, iov.clone()).await?;
     if iov.is_zero() {
-        zero(&target, range).await?;
+        zero(target, range).await?;
     } else {
         let flags = WriteFlags::default();
-        match &target {
+        match target {
             Entered::Child(node) => node.write(range.start, iov.clone(), flags).await?,
             Entered::Backend(request) => request.write(range.start, iov.clone(), flags).await?,
         }

@@ -69,6 +69,47 @@ fn nested_sections_of_two_holders_release_at_the_last_end() {
 }
 
 #[test]
+fn a_section_holds_those_whose_requests_wait_for_others_to_the_node() {
+    on_main(|graph| async move {
+        let ((_, source), (_, target), (_, last)) =
+            (disk(&graph, "a"), disk(&graph, "b"), disk(&graph, "c"));
+        let guest = attach(&graph, "vda", &source);
+        let serving = |node: &Arc<Node>| {
+            Arc::new(User {
+                holds: false,
+                serves: Some(node.id()),
+                ..User::new(AttachmentKind::Job)
+            })
+        };
+        // Saved twice: on one disk, and what is there on another one.
+        for (node, of) in [(&target, &source), (&last, &target)] {
+            let user: Arc<dyn BackendUser> = serving(of);
+            graph
+                .attach("", node, Permissions::IDLE, Some(user))
+                .unwrap();
+        }
+        let other = attach(&graph, "vdb", &disk(&graph, "d").1);
+        for node in [&source, &target, &last] {
+            let drained = graph.drain(node, &[]).await.unwrap();
+            assert!(guest.is_drained(), "{}", node.name());
+            assert!(!other.is_drained());
+            drop(drained);
+            assert!(!guest.is_drained());
+        }
+        // Whoever comes during the section is held, too.
+        let drained = graph.drain(&last, &[]).await.unwrap();
+        let second = attach(&graph, "vdc", &target);
+        assert!(second.is_drained());
+        drop(drained);
+        assert!(!second.is_drained());
+        // The other way round nobody waits.
+        let drained = graph.drain(&other.root(), &[]).await.unwrap();
+        assert!(!guest.is_drained() && !second.is_drained());
+        drop(drained);
+    });
+}
+
+#[test]
 fn a_dropped_drain_future_releases_everything() {
     on_main(|graph| async move {
         let (storage, node) = disk(&graph, "a");

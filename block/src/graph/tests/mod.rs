@@ -191,6 +191,7 @@ struct User {
     kind: AttachmentKind,
     holds: bool,
     blocker: Option<&'static str>,
+    serves: Option<u64>,
     busy: AtomicBool,
     sections: AtomicUsize,
 }
@@ -201,6 +202,7 @@ impl User {
             kind,
             holds: true,
             blocker: None,
+            serves: None,
             busy: AtomicBool::new(false),
             sections: AtomicUsize::new(0),
         }
@@ -223,6 +225,9 @@ impl BackendUser for User {
     }
     fn holds_requests(&self) -> bool {
         self.holds
+    }
+    fn serves(&self) -> Option<u64> {
+        self.serves
     }
     fn kind(&self) -> AttachmentKind {
         self.kind.clone()

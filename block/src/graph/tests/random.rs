@@ -106,7 +106,7 @@ fn check(graph: &Graph, storages: &[(TestStorage, Arc<Node>)], sections: &[(Arc<
         assert_eq!(entry.backend.root().id(), entry.target.id());
         assert_eq!(entry.backend.permissions(), entry.permissions);
         let held = sections.iter().any(|(node, _)| {
-            let reaching = topology.backends_reaching(node.id());
+            let reaching = topology.backends_to_drain(node.id());
             reaching.iter().any(|b| b.id() == entry.backend.id())
         });
         assert!(!held || entry.backend.is_drained(), "missed by a section");

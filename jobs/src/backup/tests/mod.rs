@@ -3,7 +3,7 @@
 //!
 //! Lives here: the rig. `bitmaps` has what becomes of a bitmap, `fleecing` what a scratch
 //! file changes, `hang` storages that do not answer, `life` starts, ends and failures,
-//! `race` what the guest does meanwhile.
+//! `race` what the guest does meanwhile, `sections` drained sections of others.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -29,6 +29,7 @@ mod fleecing;
 mod hang;
 mod life;
 mod race;
+mod sections;
 
 const KIB: u64 = 1024;
 const CLUSTER: u64 = 64 * KIB;
