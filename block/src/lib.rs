@@ -43,6 +43,7 @@ mod wait;
 pub use backend::{AttachmentKind, Backend, BackendUser, InFlight};
 pub use bitmaps::{
     BitmapChange, BitmapHold, FrozenBitmap, KeptError, NamedBitmap, NamedBitmapError, NewBitmap,
+    bitmap_file_beside,
 };
 pub use buffer::{AlignedBuffer, IoVec, MemoryOwner};
 pub use chain::ChainExtent;

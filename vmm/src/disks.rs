@@ -2,7 +2,8 @@
 //! the backend that block jobs know, and the device that the guest sees.
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, Read};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -10,11 +11,12 @@ use anyhow::Context;
 use block::runtime::{Iothread, IothreadHandle};
 use block::{
     Backend, BackendUser, BlockdevOptions, BlockdevRef, CacheChoice, DiscardMode, DriverOptions,
-    FileOptions, Graph, GraphError, OpenError, Perm, PermissionError, Permissions, RawOptions,
+    FileOptions, Graph, GraphError, OpenError, Perm, PermissionError, Permissions, Qcow2Options,
+    RawOptions, bitmap_file_beside,
 };
 use devices::{VirtioBlk, VirtioBlkConfig};
 
-use crate::config::{DiskSpec, IothreadSpec};
+use crate::config::{DiskSpec, ImageFormat, IothreadSpec};
 
 /// The iothreads of a guest, by id.
 pub struct Iothreads {
@@ -70,9 +72,12 @@ pub async fn open(
     for spec in specs {
         let id = spec.id.as_deref().unwrap_or_default();
         let disk = open_one(graph, id, spec, &by_id).await.map_err(|error| {
-            let path = spec.path.display();
+            let what = match (&spec.path, &spec.node) {
+                (Some(path), _) => format!("'{}'", path.display()),
+                (None, node) => format!("node '{}'", node.as_deref().unwrap_or_default()),
+            };
             let remedy = remedy(&error);
-            anyhow::anyhow!("Cannot open disk '{id}' ('{path}'): {error:#}{remedy}")
+            anyhow::anyhow!("Cannot open disk '{id}' ({what}): {error:#}{remedy}")
         })?;
         disks.push(disk);
     }
@@ -105,7 +110,16 @@ async fn open_one(
     spec: &DiskSpec,
     iothreads: &HashMap<&str, &IothreadHandle>,
 ) -> anyhow::Result<Disk> {
-    let node = graph.blockdev_add(node_options(id, spec)).await?;
+    let node = match (&spec.path, &spec.node) {
+        (Some(path), _) => {
+            let node = graph.blockdev_add(node_options(id, path, spec)).await?;
+            if spec.format.is_none() {
+                warn_of_other_format(id, path);
+            }
+            node
+        }
+        (None, name) => graph.find_node(name.as_deref().unwrap_or_default())?,
+    };
     let user = Arc::new(DiskUser { id: id.to_owned() });
     let backend = graph.attach(id, &node, permissions(spec.readonly), Some(user))?;
     let served_by = spec
@@ -118,7 +132,7 @@ async fn open_one(
     config.read_only = spec.readonly;
     config.num_queues = spec.queues;
     config.discard = spec.discard;
-    if spec.direct {
+    if spec.direct || spec.node.is_some() {
         // What is smaller would have to be read, changed and written back.
         let alignment = node
             .limits()
@@ -131,8 +145,8 @@ async fn open_one(
     Ok(Disk { backend, device })
 }
 
-/// A raw format node, `ID-raw`, over a file node, `ID-file`.
-fn node_options(id: &str, spec: &DiskSpec) -> BlockdevOptions {
+/// A format node, `ID-raw` or `ID-qcow2`, over a file node, `ID-file`.
+fn node_options(id: &str, path: &Path, spec: &DiskSpec) -> BlockdevOptions {
     let options = |name: &str, driver| BlockdevOptions {
         node_name: Some(format!("{id}-{name}")),
         read_only: Some(spec.readonly),
@@ -146,20 +160,41 @@ fn node_options(id: &str, spec: &DiskSpec) -> BlockdevOptions {
     let file = options(
         "file",
         DriverOptions::File(FileOptions {
-            filename: spec.path.clone(),
+            filename: path.to_owned(),
             locking: None,
             host_device: false,
-            bitmap_file: None,
+            bitmap_file: spec.bitmaps.clone().or_else(|| {
+                // Nothing is beside a device.
+                path.is_file().then(|| bitmap_file_beside(path)).flatten()
+            }),
         }),
     );
-    options(
-        "raw",
-        DriverOptions::Raw(RawOptions {
-            file: BlockdevRef::Inline(Box::new(file)),
-            offset: 0,
-            size: None,
-        }),
-    )
+    let file = BlockdevRef::Inline(Box::new(file));
+    match spec.format.unwrap_or(ImageFormat::Raw) {
+        ImageFormat::Raw => options(
+            "raw",
+            DriverOptions::Raw(RawOptions {
+                file,
+                offset: 0,
+                size: None,
+            }),
+        ),
+        ImageFormat::Qcow2 => options("qcow2", DriverOptions::Qcow2(Qcow2Options::new(file))),
+    }
+}
+
+/// Tells of an image that looks like another format than the raw one it is taken for. Only
+/// whoever made it knows: a guest may have written that into a raw image.
+fn warn_of_other_format(id: &str, path: &Path) {
+    let mut magic = [0; 4];
+    let image = std::fs::File::open(path);
+    if image.is_ok_and(|mut image| image.read_exact(&mut magic).is_ok()) && magic == *b"QFI\xfb" {
+        tracing::warn!(
+            "Disk '{id}' is taken as raw, but '{}' begins as a qcow2 image does; give \
+             format=qcow2, or format=raw if that is meant",
+            path.display()
+        );
+    }
 }
 
 /// What a disk does with its image, and lets others do: read, and change what

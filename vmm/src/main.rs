@@ -21,6 +21,7 @@ mod monitor;
 mod restore;
 mod run;
 mod serial_backend;
+mod set_up;
 mod signals;
 mod stdio;
 mod storage_daemon;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use block::runtime::{EventLoop, sleep};
-use block::{Backend, Graph};
+use block::{Backend, BlockdevOptions, Graph};
 use futures_channel::mpsc;
 use futures_util::future::{Either, join_all, select};
 use futures_util::{FutureExt, StreamExt};
@@ -22,8 +22,9 @@ use crate::end_watchdog::EndWatchdog;
 use crate::machine::{
     BootImages, BootProtocol, CrashPolicy, GuestEnd, MAX_CPUS, Machine, MachineSpec, RebootPolicy,
 };
-use crate::monitor::{Monitor, QmpAddress, QmpSocket};
+use crate::monitor::{Monitor, ObjectOptions, QmpAddress, QmpSocket};
 use crate::serial_backend::SerialBackend;
+use crate::set_up::{self, ObjectParser, blockdev_parser};
 use crate::signals::EndSignals;
 use crate::stdio::complain_at_the_end;
 use crate::vm_control::{IothreadInfo, ShutdownCause, VmControl, VmEvent};
@@ -80,10 +81,20 @@ pub struct RunArgs {
     #[arg(
         long,
         value_name = "KEY=VALUE,…",
-        help = "A disk, as path=P[,id=ID][,readonly=on]…; see --help. May be repeated",
+        help = "A disk, as path=P[,id=ID][,format=qcow2]…; see --help. May be repeated",
         long_help = DiskSpec::HELP
     )]
     disk: Vec<DiskSpec>,
+
+    /// An object that a node needs, as the storage daemon's --object: TYPE,id=NAME,key=value,…
+    /// or JSON; help lists the types. May be repeated
+    #[arg(long, value_name = "OPTIONS", value_parser = ObjectParser)]
+    object: Vec<ObjectOptions>,
+
+    /// A node that a disk (as node=NAME) or the monitor may use, as the storage daemon's
+    /// --blockdev: driver=D,node-name=NAME,key=value,… or JSON. May be repeated
+    #[arg(long, value_name = "OPTIONS", value_parser = blockdev_parser)]
+    blockdev: Vec<BlockdevOptions>,
 
     /// A thread for disks to be served by, as id=ID. May be repeated
     #[arg(long, value_name = "id=ID", long_help = IothreadSpec::HELP)]
@@ -136,6 +147,8 @@ impl RunArgs {
             cpus: self.cpus,
             memory: self.memory,
             disk: self.disk,
+            object: self.object,
+            blockdev: self.blockdev,
             iothread: self.iothread,
             qmp: self.qmp,
             backing_directory: self.backing_directory,
@@ -182,6 +195,12 @@ async fn run(spec: VmSpec) -> anyhow::Result<ExitCode> {
     let jobs = Jobs::new(graph.handle());
     let monitor = Monitor::new(&graph, &jobs);
     let iothreads = Iothreads::start(&spec.iothread)?;
+    for object in spec.object {
+        set_up::add_object(&monitor, object)?;
+    }
+    for node in spec.blockdev {
+        set_up::add_node(&graph, node).await?;
+    }
     let disks = disks::open(&graph, &spec.disk, &iothreads).await?;
     // From here on there is something to give back at a signal. Before, opening
     // may hang, and a signal just kills.

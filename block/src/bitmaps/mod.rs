@@ -39,7 +39,7 @@ use self::kept::BitmapState;
 pub use change::BitmapChange;
 pub use error::NamedBitmapError;
 pub use frozen::{BitmapHold, FrozenBitmap};
-pub use kept::KeptError;
+pub use kept::{KeptError, bitmap_file_beside};
 pub(crate) use list::NamedBitmaps;
 
 /// Longest name in bytes.

@@ -13,20 +13,21 @@ mod tests;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use block::BlockdevOptions;
 use serde::Deserialize;
 
 use crate::machine::{
     BootProtocol, CrashPolicy, MAX_CPUS, MAX_DISKS, MachineError, RebootPolicy, check_memory_size,
 };
-use crate::monitor::QmpAddress;
+use crate::monitor::{ObjectOptions, QmpAddress};
 use key_value::key_value_spec;
 pub use values::{MemorySize, SerialSpec};
 
 /// Most queues that a disk can have.
 const MAX_QUEUES: u16 = 64;
-/// Longest id of a disk: its nodes' names are longer by five, and QMP's longest
+/// Longest id of a disk: its nodes' names are longer by six, and QMP's longest
 /// are of 31.
-const MAX_DISK_ID_LEN: usize = 26;
+const MAX_DISK_ID_LEN: usize = 25;
 /// Longest serial number of a disk (virtio 1.2 §5.2.6.1, GET_ID).
 const MAX_SERIAL_LEN: usize = 20;
 /// The iothread of disks that name none.
@@ -105,6 +106,22 @@ pub enum ConfigError {
         /// The iothread.
         iothread: String,
     },
+    /// A disk of nothing, or of two things.
+    #[error(
+        "Disk '{disk}' is to be either an image or a node; give path=IMAGE, or node=NAME of a --blockdev"
+    )]
+    DiskPlace {
+        /// The disk.
+        disk: String,
+    },
+    /// What the node of a disk has been told already.
+    #[error("Disk '{disk}' is a node, whose --blockdev says how it is opened; leave out {key}")]
+    DiskNodeKey {
+        /// The disk.
+        disk: String,
+        /// The key.
+        key: &'static str,
+    },
     /// A number of queues that no disk can have.
     #[error("Disk '{disk}' cannot have {queues} queues; give 1 to {MAX_QUEUES}")]
     Queues {
@@ -132,11 +149,31 @@ impl ConfigError {
     }
 }
 
+/// What an image is to be taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// What the guest sees, byte by byte.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+}
+
 key_value_spec! {
     /// A disk of the guest.
     pub struct DiskSpec {
-        /// Image file (raw format) or block device
-        pub path: PathBuf,
+        /// Image file or block device
+        #[serde(default)]
+        pub path: Option<PathBuf>,
+        /// In place of a path: the node of --blockdev that the guest sees
+        #[serde(default)]
+        pub node: Option<String>,
+        /// Format of the image (raw, qcow2); raw by default
+        #[serde(default)]
+        pub format: Option<ImageFormat>,
+        /// File that keeps the persistent bitmaps; the image's path with .bitmaps added by default, none for devices
+        #[serde(default)]
+        pub bitmaps: Option<PathBuf>,
         /// Name of the disk in QMP; disk0, disk1, … by default
         #[serde(default)]
         pub id: Option<String>,
@@ -189,6 +226,12 @@ pub struct VmSpec {
     /// Disks, in the order the guest finds them.
     #[serde(deserialize_with = "values::disks")]
     pub disk: Vec<DiskSpec>,
+    /// Objects that nodes need: groups of limits.
+    #[serde(deserialize_with = "values::objects")]
+    pub object: Vec<ObjectOptions>,
+    /// Nodes, in their order, after the objects and before the disks.
+    #[serde(deserialize_with = "values::nodes")]
+    pub blockdev: Vec<BlockdevOptions>,
     /// Iothreads.
     #[serde(deserialize_with = "values::iothreads")]
     pub iothread: Vec<IothreadSpec>,
@@ -263,6 +306,8 @@ impl VmSpec {
             cpus: flags.cpus.or(self.cpus),
             memory: flags.memory.or(self.memory),
             disk: chain(self.disk, flags.disk),
+            object: chain(self.object, flags.object),
+            blockdev: chain(self.blockdev, flags.blockdev),
             iothread: chain(self.iothread, flags.iothread),
             qmp: chain(self.qmp, flags.qmp),
             backing_directory: chain(self.backing_directory, flags.backing_directory),
@@ -292,7 +337,9 @@ impl VmSpec {
         }
         for (index, disk) in self.disk.iter_mut().enumerate() {
             let id = disk.id.get_or_insert_with(|| format!("disk{index}"));
-            check_disk(id, disk.queues, disk.serial.as_deref())?;
+            let id = id.clone();
+            check_disk(&id, disk.queues, disk.serial.as_deref())?;
+            check_place(&id, disk)?;
             if disk.iothread.is_empty() {
                 disk.iothread.push(DEFAULT_IOTHREAD.to_owned());
                 if !self.iothread.iter().any(|t| t.id == DEFAULT_IOTHREAD) {
@@ -346,6 +393,27 @@ fn check_disk(id: &str, queues: u16, serial: Option<&str>) -> Result<(), ConfigE
         });
     }
     Ok(())
+}
+
+/// Checks that a disk is an image or a node, and that nothing is said twice of a node.
+fn check_place(id: &str, disk: &DiskSpec) -> Result<(), ConfigError> {
+    if disk.path.is_some() == disk.node.is_some() {
+        return Err(ConfigError::DiskPlace {
+            disk: id.to_owned(),
+        });
+    }
+    let said = [
+        ("format", disk.format.is_some()),
+        ("bitmaps", disk.bitmaps.is_some()),
+        ("direct", disk.direct),
+    ];
+    match said.into_iter().find(|(_, said)| *said) {
+        Some((key, _)) if disk.node.is_some() => Err(ConfigError::DiskNodeKey {
+            disk: id.to_owned(),
+            key,
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Checks that ids can be ids, and that no two are the same.

@@ -109,7 +109,7 @@ fn flags_toml_and_json_say_the_same_things() {
     assert_eq!(file(".toml", TOML).1.unwrap(), spec);
     assert_eq!(file(".json", JSON).1.unwrap(), spec);
     assert_eq!(spec.memory, Some(MemorySize(2 * crate::machine::GIB)));
-    assert_eq!(spec.disk[1].path, Path::new("b,c.raw"));
+    assert_eq!(spec.disk[1].path.as_deref(), Some(Path::new("b,c.raw")));
     assert_eq!(spec.disk[0].iothread, ["io0", "io1"]);
 }
 
@@ -127,7 +127,7 @@ fn flags_override_single_values_of_a_file_and_add_to_its_lists() {
     assert_eq!(spec.cpus, Some(2));
     assert_eq!(spec.kernel.as_deref(), Some(Path::new("vmlinux")));
     assert_eq!(spec.disk.len(), 3);
-    assert_eq!(spec.disk[2].path, Path::new("c.raw"));
+    assert_eq!(spec.disk[2].path.as_deref(), Some(Path::new("c.raw")));
 }
 
 #[test]
@@ -156,7 +156,9 @@ fn an_unknown_key_is_refused_with_its_place() {
 #[test]
 fn bad_flags_are_usage_errors_that_name_the_key() {
     for (words, part) in [
-        (&["--disk", "id=vda"][..], "path"),
+        (&["--disk", "path=a,format=vmdk"][..], "vmdk"),
+        (&["--blockdev", "driver=null-co"], "node-name"),
+        (&["--object", "no,id=x"], "'no'"),
         (&["--disk", "path=a,path=b"], "twice"),
         (&["--disk", "path=a,fast=on"], "fast"),
         (&["--disk", "path=a,readonly=maybe"], "on or off"),
@@ -176,6 +178,73 @@ fn bad_flags_are_usage_errors_that_name_the_key() {
         assert_eq!(error.exit_code(), 2);
         let text = error.to_string();
         assert!(text.contains(part), "{text}");
+    }
+}
+
+#[test]
+fn nodes_are_said_as_to_the_monitor_and_disks_may_be_nodes() {
+    let by_flags = flags(&[
+        "--object",
+        "throttle-group,id=slow,x-iops-total=10",
+        "--blockdev",
+        "driver=qcow2,node-name=image,file.driver=file,file.filename=a.qcow2",
+        "--blockdev",
+        r#"{"driver": "throttle", "node-name": "limited", "throttle-group": "slow", "file": "image"}"#,
+        "--disk",
+        "node=limited,id=root",
+        "--disk",
+        "path=b.qcow2,format=qcow2,bitmaps=b.marks",
+    ]);
+    let toml = r#"
+        [[object]]
+        qom-type = "throttle-group"
+        id = "slow"
+        x-iops-total = 10
+        [[blockdev]]
+        driver = "qcow2"
+        node-name = "image"
+        file = { driver = "file", filename = "a.qcow2" }
+        [[blockdev]]
+        driver = "throttle"
+        node-name = "limited"
+        throttle-group = "slow"
+        file = "image"
+        [[disk]]
+        node = "limited"
+        id = "root"
+        [[disk]]
+        path = "b.qcow2"
+        format = "qcow2"
+        bitmaps = "b.marks"
+    "#;
+    assert_eq!(file(".toml", toml).1.unwrap(), by_flags);
+    assert_eq!(by_flags.blockdev.len(), 2);
+    assert_eq!(by_flags.disk[1].format, Some(ImageFormat::Qcow2));
+}
+
+#[test]
+fn a_disk_is_one_thing_and_a_node_is_told_nothing_twice() {
+    for (disk, part) in [
+        ("id=a", "either an image or a node"),
+        ("path=p,node=n", "either an image or a node"),
+        ("node=n,format=raw", "leave out format"),
+        ("node=n,bitmaps=b", "leave out bitmaps"),
+        ("node=n,direct=on", "leave out direct"),
+    ] {
+        let error = flags(&["--kernel", "k", "--disk", disk])
+            .check()
+            .unwrap_err();
+        assert!(error.is_usage());
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    for (text, part) in [
+        ("[[blockdev]]\ndriver = \"null-co\"\n", "node-name"),
+        ("[[blockdev]]\ndriver = \"no\"\nnode-name = \"n\"\n", "'no'"),
+        ("[[object]]\nqom-type = \"no\"\nid = \"n\"\n", "'no'"),
+        ("blockdev = 1\n", "a list of nodes"),
+    ] {
+        let message = file(".toml", text).1.unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
     }
 }
 

@@ -7,12 +7,13 @@ use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use block::BlockdevOptions;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, de::Unexpected};
 
 use super::{DiskSpec, IothreadSpec};
 use crate::machine::{GIB, KIB, MAX_CPUS, MIB};
-use crate::monitor::QmpAddress;
+use crate::monitor::{ObjectOptions, QmpAddress, QmpError, parse_blockdev, parse_object};
 
 /// A size of memory in bytes.
 ///
@@ -217,6 +218,37 @@ pub fn addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<QmpAd
 /// Paths.
 pub fn paths<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
     list(deserializer, "paths")
+}
+
+/// Objects.
+pub fn objects<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ObjectOptions>, D::Error> {
+    options(
+        deserializer,
+        "objects, each a table with its qom-type and id",
+        parse_object,
+    )
+}
+
+/// Nodes.
+pub fn nodes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<BlockdevOptions>, D::Error> {
+    options(
+        deserializer,
+        "nodes, each a table with its driver and node-name",
+        parse_blockdev,
+    )
+}
+
+/// A list of what the monitor takes, each in a table of the form that its JSON has.
+fn options<'de, D: Deserializer<'de>, T>(
+    deserializer: D,
+    what: &'static str,
+    parse: fn(&str) -> Result<T, QmpError>,
+) -> Result<Vec<T>, D::Error> {
+    let tables: Vec<serde_json::Map<String, serde_json::Value>> = list(deserializer, what)?;
+    tables
+        .into_iter()
+        .map(|table| parse(&serde_json::Value::from(table).to_string()).map_err(de::Error::custom))
+        .collect()
 }
 
 /// A list, whose elements are `what` to the user.

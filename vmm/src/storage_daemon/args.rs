@@ -1,19 +1,17 @@
 //! The command line of the storage daemon. What sets things up is carried out in
 //! the order in which it was said, as QEMU's storage daemon does.
 
-use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use block::BlockdevOptions;
-use clap::builder::TypedValueParser;
 use clap::error::ErrorKind;
-use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
+use clap::{ArgMatches, Args, Command, FromArgMatches};
 
 use super::chardev::{Chardev, MonitorOption};
 use crate::monitor::{
-    ExportArgs, NbdServerArgs, ObjectOptions, QmpAddress, QmpError, object_help, parse_blockdev,
-    parse_export, parse_nbd_server, parse_object,
+    ExportArgs, NbdServerArgs, ObjectOptions, QmpAddress, QmpError, parse_export, parse_nbd_server,
 };
+use crate::set_up::{ObjectParser, blockdev_parser};
 
 /// One step of setting up.
 #[derive(Clone, Debug)]
@@ -112,32 +110,6 @@ struct Flags {
     /// Go on in the background when everything is ready
     #[arg(long)]
     daemonize: bool,
-}
-
-fn blockdev_parser(text: &str) -> Result<BlockdevOptions, QmpError> {
-    parse_blockdev(text)
-}
-
-/// Reads `--object`, and tells what there is where help is asked for, whatever else is
-/// missing on the command line.
-#[derive(Clone, Debug)]
-struct ObjectParser;
-
-impl TypedValueParser for ObjectParser {
-    type Value = ObjectOptions;
-
-    fn parse_ref(
-        &self,
-        command: &Command,
-        argument: Option<&Arg>,
-        value: &OsStr,
-    ) -> Result<ObjectOptions, clap::Error> {
-        if let Some(help) = value.to_str().and_then(object_help) {
-            return Err(clap::Error::raw(ErrorKind::DisplayHelp, help));
-        }
-        let parser = |text: &str| parse_object(text);
-        parser.parse_ref(command, argument, value)
-    }
 }
 
 fn nbd_server_parser(text: &str) -> Result<NbdServerArgs, QmpError> {

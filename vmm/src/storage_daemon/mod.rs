@@ -26,6 +26,7 @@ pub use args::StorageDaemonArgs;
 
 use crate::end_watchdog::EndWatchdog;
 use crate::monitor::{Monitor, QmpSocket};
+use crate::set_up;
 use crate::signals::EndSignals;
 use args::Step;
 use chardev::Place;
@@ -165,20 +166,8 @@ fn bind_sockets(steps: &[Step], in_background: bool) -> anyhow::Result<Sockets> 
 async fn carry_out(step: Step, graph: &Rc<Graph>, monitor: &Rc<Monitor>) -> anyhow::Result<()> {
     match step {
         Step::Qmp(_) | Step::Chardev(_) | Step::Monitor(_) => {}
-        Step::Object(options) => {
-            let id = options.id().to_owned();
-            monitor
-                .objects()
-                .add(*options)
-                .with_context(|| format!("Cannot make object '{id}'"))?;
-        }
-        Step::Blockdev(options) => {
-            let name = options.node_name.clone().unwrap_or_default();
-            graph
-                .blockdev_add(*options)
-                .await
-                .with_context(|| format!("Cannot add node '{name}'"))?;
-        }
+        Step::Object(options) => set_up::add_object(monitor, *options)?,
+        Step::Blockdev(options) => set_up::add_node(graph, *options).await?,
         Step::NbdServer(options) => {
             monitor
                 .start_nbd_server(*options)

@@ -48,6 +48,14 @@ pub(super) struct Image {
     pub(super) identity: String,
 }
 
+/// Where the persistent bitmaps of the image file `path` are unless somebody says otherwise:
+/// beside it, whatever links lead to it. A file that is not there has none. Blocks.
+pub fn bitmap_file_beside(path: &Path) -> Option<PathBuf> {
+    let mut beside = path.canonicalize().ok()?.into_os_string();
+    beside.push(SUFFIX);
+    Some(beside.into())
+}
+
 impl ImageFile {
     /// Where its side-car file is; `None` if nobody said and there is no "beside". Blocks.
     pub(super) fn side_car(&self) -> io::Result<Option<PathBuf>> {
@@ -57,12 +65,7 @@ impl ImageFile {
         if !self.file.metadata()?.is_file() {
             return Ok(None);
         }
-        // Whatever links lead to it, there is one. A file that was deleted has none.
-        Ok(self.path.canonicalize().ok().map(|path| {
-            let mut path = path.into_os_string();
-            path.push(SUFFIX);
-            path.into()
-        }))
+        Ok(bitmap_file_beside(&self.path))
     }
 
     /// Opens it once more, to be watched. Blocks.

@@ -37,6 +37,7 @@ use crate::sync::lock;
 pub(crate) use self::core::KeepError;
 pub(crate) use self::format::{MAX_BITMAPS, MAX_BITS};
 pub(crate) use self::image::ImageFile;
+pub use self::image::bitmap_file_beside;
 pub(crate) use self::intent::{Intent, Writing};
 pub(crate) use self::keeper::Keeper;
 pub(crate) use self::store::BitmapState;
