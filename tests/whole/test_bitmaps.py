@@ -198,6 +198,26 @@ def test_a_transaction_that_fails_has_changed_nothing_and_missed_nothing(program
     assert len(disks.dirty("a", "on") - written) <= 1
 
 
+def test_grouped_actions_that_are_no_jobs_are_refused_before_anything_is_done(program):
+    disks = Disks(program, "a")
+    made = disks.folder / "made.img"
+    backup = {"type": "drive-backup", "data": {"job-id": "j", "device": "a", "sync": "full",
+                                               "format": "raw", "target": str(made)}}
+    clear = {"type": "block-dirty-bitmap-clear", "data": {"node": "a", "name": "none"}}
+    abort = {"type": "abort", "data": {}}
+    grouped = {"completion-mode": "grouped"}
+    for actions, text in [
+        ([backup, clear], "'block-dirty-bitmap-clear' does not support Transaction property"),
+        ([clear, abort], "'block-dirty-bitmap-clear' does not support Transaction property"),
+        ([abort, clear], "aborted using Abort action"),
+    ]:
+        with pytest.raises(QmpError, match=text):
+            disks.qmp.execute("transaction", actions=actions, properties=grouped)
+    assert not made.exists()
+    assert disks.qmp.execute("query-jobs") == []
+    assert not [event for event in disks.qmp.events if event["event"].startswith("JOB")]
+
+
 def test_a_bitmap_below_an_image_follows_its_file(program):
     disks = Disks(program)
     image = disks.folder / "q.qcow2"

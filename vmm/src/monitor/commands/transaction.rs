@@ -123,6 +123,9 @@ pub(super) async fn transaction(monitor: Rc<Monitor>, mut args: Args) -> Outcome
         properties.finish()?;
     }
     args.finish()?;
+    if mode == Some(CompletionMode::Grouped) {
+        check_grouped(&actions)?;
+    }
 
     let (ready, prepared) = find(&monitor, actions).await;
     let outcome = carry_out_alone(&monitor, ready, mode).await;
@@ -173,6 +176,24 @@ async fn carry_out_alone(
     }
     drop(held);
     Ok(kept)
+}
+
+/// Refuses actions that do not end as jobs do, before anything is done: what comes after
+/// one that fails in any case has no turn.
+fn check_grouped(actions: &[Action]) -> Result<(), QmpError> {
+    for action in actions {
+        match action {
+            Action::Abort => break,
+            Action::Backup(_) => {}
+            Action::Bitmap(action) => {
+                return Err(QmpError::generic(format!(
+                    "Action '{}' does not support Transaction property completion-mode = grouped",
+                    action.name()
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn read_action(mut args: Args) -> Result<Action, QmpError> {
@@ -274,10 +295,6 @@ fn apply(
 ) -> Result<Applied, QmpError> {
     match action {
         Ready::Never(error) => Err(error),
-        Ready::Bitmap(action) if txn.is_some() => Err(QmpError::generic(format!(
-            "Action '{}' does not support Transaction property completion-mode = grouped",
-            action.name()
-        ))),
         Ready::Bitmap(action) => action.apply(&monitor.graph).map(Applied::Bitmap),
         Ready::Backup(backup) => {
             let source = backup.source();
