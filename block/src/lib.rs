@@ -64,8 +64,8 @@ pub use export::{
     Exports, ListenAddress, ListenError, NbdServerOptions,
 };
 pub use graph::{
-    BackendInfo, BitmapInfo, BusyBackend, CopiedBitmaps, DEFAULT_DRAIN_TIMEOUT, Drained, DumpEdge,
-    DumpNode, Graph, GraphDump, GraphError, GraphHandle, NodeChild, NodeInfo,
+    BackendInfo, BitmapInfo, BitmapRoom, BusyBackend, CopiedBitmaps, DEFAULT_DRAIN_TIMEOUT,
+    Drained, DumpEdge, DumpNode, Graph, GraphDump, GraphError, GraphHandle, NodeChild, NodeInfo,
 };
 pub use latency::{Felt, GuestLatency};
 pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};

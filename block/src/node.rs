@@ -479,14 +479,14 @@ impl Node {
         if !self.unnamed_bitmaps().is_empty() {
             return Err(self.error(IoOp::Truncate, size, 0, libc::EBUSY));
         }
-        let noted = self.note_resize(true).await;
+        let noted = self.note_resize(Some(size)).await;
         if let Err(error) = noted {
             tracing::error!(node = self.name(), %error, "not resized");
             return Err(self.error(IoOp::Truncate, size, 0, libc::EIO));
         }
         let resized = resize.await;
         self.fit_bitmaps();
-        if let Err(error) = self.note_resize(false).await {
+        if let Err(error) = self.note_resize(None).await {
             // Any size is taken for the disk's then: nothing is lost.
             tracing::error!(node = self.name(), %error, "bitmaps were resized in memory only");
         }

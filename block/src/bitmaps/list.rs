@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::kept::{BitmapState, MAX_BITMAPS, MAX_BITS};
+use super::kept::{BitmapState, MAX_BITMAPS, MAX_BITS, Version};
 use super::{MAX_NAME, NamedBitmap, NamedBitmapError, NewBitmap, Usage, default_granularity};
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
 use crate::graph::Graph;
@@ -19,17 +19,17 @@ pub(crate) struct NamedBitmaps {
     /// read by the keeper, which does not store what is not settled.
     unsettled: AtomicU64,
     begun: AtomicU64,
-    /// That of the side-car file when it was last read or closed.
-    generation: AtomicU64,
+    /// What the side-car file had when it was last read or closed. A leaf lock.
+    version: Mutex<Option<Version>>,
 }
 
 impl NamedBitmaps {
-    pub(super) fn generation(&self) -> u64 {
-        self.generation.load(SeqCst)
+    pub(super) fn version(&self) -> Option<Version> {
+        *lock(&self.version)
     }
 
-    pub(super) fn set_generation(&self, generation: u64) {
-        self.generation.store(generation, SeqCst);
+    pub(super) fn set_version(&self, version: Option<Version>) {
+        *lock(&self.version) = version;
     }
 }
 

@@ -6,6 +6,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_channel::oneshot;
 use futures_util::future::{Either, join_all, select};
 
 use super::{Graph, GraphError};
@@ -19,8 +20,27 @@ use crate::runtime;
 /// Longest that requests are held back so that those which are under way end.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// Longest that guests are held until a file for their bitmaps is there, or is not.
-const PIVOT: Duration = Duration::from_secs(2);
+/// Longest that it is waited until a file for a guest's bitmaps is there, or is not: also
+/// while the guest is held.
+const ROOM: Duration = Duration::from_secs(2);
+
+/// Room for the bitmaps of another node, made before they come. Dropped, it goes if there
+/// are none.
+#[derive(Debug)]
+#[must_use = "dropped, the room goes again"]
+pub struct BitmapRoom {
+    node: Arc<Node>,
+    /// What there is room for.
+    chunks: u64,
+}
+
+impl Drop for BitmapRoom {
+    fn drop(&mut self) {
+        if self.node.kept_bitmaps().is_none_or(|all| all.is_empty()) {
+            self.node.store_bitmaps_soon();
+        }
+    }
+}
 
 /// Bitmaps that a node has got from another one. Dropped, it has not got them.
 #[derive(Debug)]
@@ -50,6 +70,18 @@ impl Drop for CopiedBitmaps {
     }
 }
 
+fn bitmaps_to_copy(from: &Node) -> impl Iterator<Item = BitmapState> {
+    let bitmaps = from.kept_bitmaps().unwrap_or_default();
+    bitmaps.into_iter().filter(|bitmap| !bitmap.inconsistent)
+}
+
+fn chunks_to_copy(from: &Node) -> u64 {
+    let chunks = |bits: &DirtyBitmap| bits.size().div_ceil(bits.granularity());
+    bitmaps_to_copy(from)
+        .map(|bitmap| chunks(&bitmap.bits))
+        .sum()
+}
+
 /// Lets `to` have these bits: in a new bitmap, or in the persistent one that it has of that
 /// name.
 fn copy_bitmap(bitmap: &BitmapState, to: &Arc<Node>) -> Result<BitmapChange, NamedBitmapError> {
@@ -74,34 +106,103 @@ fn copy_bitmap(bitmap: &BitmapState, to: &Arc<Node>) -> Result<BitmapChange, Nam
     Ok(change)
 }
 
+/// As [`Node::prepare_to_keep`]. Cancel: what was made goes again.
+fn room_for(node: &Arc<Node>, chunks: u64) -> impl Future<Output = Result<(), GraphError>> + use<> {
+    let (done, prepared) = oneshot::channel();
+    let node = Arc::clone(node);
+    runtime::spawn_local(async move {
+        let result = node.prepare_to_keep(chunks).await;
+        if done.send(result).is_err() {
+            node.store_bitmaps_soon();
+        }
+    })
+    .detach();
+    async move { Ok(prepared.await.map_err(|_| GraphError::MainGone)??) }
+}
+
+async fn within(
+    limit: Duration,
+    node: &Node,
+    part: impl Future<Output = Result<(), GraphError>>,
+) -> Result<(), GraphError> {
+    match select(pin!(part), pin!(runtime::sleep(limit))).await {
+        Either::Left((result, _)) => result,
+        Either::Right(_) => Err(node.error(IoOp::Flush, 0, 0, libc::ETIMEDOUT).into()),
+    }
+}
+
 impl Graph {
+    /// Makes room for the persistent bitmaps of `from`, which `to` is to get soon: its file.
+    /// Requests go on. Waits 2 s at most; then, or after an error, which is logged, there is
+    /// room for none. `None` if there is nothing to get.
+    ///
+    /// Cancel: there is no room.
+    pub async fn make_room_for_bitmaps(
+        &self,
+        from: &Arc<Node>,
+        to: &Arc<Node>,
+    ) -> Option<BitmapRoom> {
+        let chunks = chunks_to_copy(from);
+        if chunks == 0 {
+            return None;
+        }
+        let chunks = match within(ROOM, to, room_for(to, chunks)).await {
+            Ok(()) => chunks,
+            Err(error) => {
+                let (from, to) = (from.name(), to.name());
+                tracing::warn!(from, to, %error, "there is no place for persistent bitmaps");
+                0
+            }
+        };
+        Some(BitmapRoom {
+            node: Arc::clone(to),
+            chunks,
+        })
+    }
+
     /// Gives `to` the persistent bitmaps of `from`, of which it is about to take the place with
     /// the same content, in a drained section. `from` keeps its own.
     ///
     /// One that `to` has already, of that name and persistent, gets the bits. Those that it
-    /// cannot have, for whatever reason, are named in the log. Waits 2 s at most. Cancel:
-    /// nothing is copied.
-    pub async fn copy_kept_bitmaps(&self, from: &Arc<Node>, to: &Arc<Node>) -> CopiedBitmaps {
+    /// cannot have, for whatever reason, are named in the log. Where
+    /// [`room`](Self::make_room_for_bitmaps) was made nothing is waited for; else 2 s at most,
+    /// for bitmaps that have come since. Cancel: nothing is copied.
+    pub async fn copy_kept_bitmaps(
+        &self,
+        from: &Arc<Node>,
+        to: &Arc<Node>,
+        room: Option<&BitmapRoom>,
+    ) -> CopiedBitmaps {
         let mut copied = CopiedBitmaps {
             node: Arc::clone(to),
             changes: Vec::new(),
         };
-        let kept = |node: &Arc<Node>| {
-            let bitmaps = node.kept_bitmaps().unwrap_or_default();
-            bitmaps.into_iter().filter(|bitmap| !bitmap.inconsistent)
-        };
-        let chunks = |bits: &DirtyBitmap| bits.size().div_ceil(bits.granularity());
-        let chunks: u64 = kept(from).map(|bitmap| chunks(&bitmap.bits)).sum();
+        let chunks = chunks_to_copy(from);
         if chunks == 0 {
             return copied;
         }
-        if let Err(error) = self.room_for(to, chunks).await {
+        let failed = |error: &dyn std::fmt::Display| {
             let (from, to) = (from.name(), to.name());
             tracing::error!(from, to, %error, "persistent bitmaps stay with the old image only");
-            return copied;
+        };
+        match room {
+            Some(room) if room.chunks >= chunks && to.keeps_bitmaps() => {}
+            // It was waited for already.
+            Some(room) if room.chunks == 0 => {
+                failed(&"there is no place for them");
+                return copied;
+            }
+            _ => {
+                if let Err(error) = within(ROOM, to, room_for(to, chunks)).await {
+                    failed(&error);
+                    return copied;
+                }
+            }
         }
+        // Its requests are those of the job, and have ended.
+        to.all_writes_are_marked(to.mark_writes());
         // Nothing is awaited from here on: what is not settled cannot be stored.
-        for bitmap in kept(from) {
+        for bitmap in bitmaps_to_copy(from) {
             match copy_bitmap(&bitmap, to) {
                 Ok(change) => copied.changes.push(change),
                 Err(error) => tracing::error!(
@@ -116,15 +217,6 @@ impl Graph {
         copied
     }
 
-    async fn room_for(&self, node: &Arc<Node>, chunks: u64) -> Result<(), GraphError> {
-        let prepared = pin!(node.prepare_to_keep(chunks));
-        match select(prepared, pin!(runtime::sleep(PIVOT))).await {
-            // Its requests are those of the job, and have ended.
-            Either::Left((prepared, _)) => Ok(prepared.map(|_| ())?),
-            Either::Right(_) => Err(node.error(IoOp::Flush, 0, 0, libc::ETIMEDOUT).into()),
-        }
-    }
-
     /// Makes sure that `new` can be kept, if it is to be: its file is there, and has room.
     /// Afterwards it can be added, and [`store_bitmaps`](Self::store_bitmaps) makes that
     /// durable, or takes back what was made if it was not added.
@@ -132,8 +224,8 @@ impl Graph {
     /// If these are the first bitmaps that the node keeps, requests are held back until those
     /// under way have ended: they were not looked at.
     ///
-    /// Fails as adding it does, if it cannot be kept, and if requests do not end. Cancel: the
-    /// file is there or not.
+    /// Fails as adding it does, if it cannot be kept, and if requests do not end. Cancel:
+    /// what was made goes again.
     pub async fn prepare_bitmap(
         &self,
         node: &Arc<Node>,
@@ -143,11 +235,11 @@ impl Graph {
         if !new.persistent {
             return Ok(());
         }
-        if node
-            .prepare_to_keep(node.size().div_ceil(granularity))
-            .await?
-        {
+        room_for(node, node.size().div_ceil(granularity)).await?;
+        if !node.marks_all_writes() {
+            let since = node.mark_writes();
             drop(self.drain_within(node, &[], DRAIN).await?);
+            node.all_writes_are_marked(since);
         }
         Ok(())
     }

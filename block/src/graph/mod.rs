@@ -51,7 +51,7 @@ mod resize;
 mod tests;
 mod topology;
 
-pub use bitmaps::CopiedBitmaps;
+pub use bitmaps::{BitmapRoom, CopiedBitmaps};
 pub use drain::Drained;
 pub use error::{BusyBackend, GraphError};
 pub use handle::GraphHandle;

@@ -119,7 +119,7 @@ impl Graph {
         drop(queue);
         drop(sections);
         // Those that are not written any more give up their bitmaps' files.
-        drop(kept);
+        kept.closed().await;
         removed.closed().await;
         Ok(())
     }
@@ -471,6 +471,15 @@ fn backing_changes(
 /// has their files closed.
 #[derive(Default)]
 struct Kept(Vec<Arc<Node>>);
+
+impl Kept {
+    /// Waits until their files are closed. Cancel: they will be.
+    async fn closed(self) {
+        for node in self.0.iter().map(Arc::clone) {
+            runtime::unblock(move || node.close_bitmaps()).await;
+        }
+    }
+}
 
 impl Drop for Kept {
     fn drop(&mut self) {

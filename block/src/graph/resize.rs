@@ -55,20 +55,29 @@ impl Graph {
             bitmap.check_resize(size)?;
         }
         let keepers = self.keepers_above(node);
+        let mut noted = Ok(());
         for keeper in &keepers {
-            keeper.note_resize(true).await?;
+            if noted.is_ok() {
+                noted = keeper.note_resize(Some(size)).await;
+            }
         }
-        let resized = node.resize(size).await;
-        // A size that was changed in spite of an error is told, too.
-        self.tell_resized(node);
+        let resized = match noted {
+            Ok(()) => {
+                let resized = node.resize(size).await;
+                // A size that was changed in spite of an error is told, too.
+                self.tell_resized(node);
+                resized.map_err(|error| resize_error(node, error))
+            }
+            Err(error) => Err(error.into()),
+        };
         for keeper in &keepers {
             // Else any size is taken for the disk's after a crash: nothing is lost.
-            if let Err(error) = keeper.note_resize(false).await {
+            if let Err(error) = keeper.note_resize(None).await {
                 tracing::error!(node = keeper.name(), %error, "bitmaps were resized in memory only");
             }
         }
         drop(drained);
-        resized.map_err(|error| resize_error(node, error))
+        resized
     }
 
     /// The named bitmaps of the node, and of those above.

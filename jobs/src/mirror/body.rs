@@ -82,6 +82,8 @@ pub(super) struct Body<'a> {
     pub(super) section_pass: u32,
     /// Wait before the next section, if the guest cannot be held.
     pub(super) hold_pause: Duration,
+    /// Room for bitmaps was asked for.
+    pub(super) has_room: bool,
     /// The end was asked for when the passes were last counted.
     pub(super) ending: bool,
     /// The log has it that the mirror does not converge.
@@ -136,6 +138,7 @@ impl<'a> Body<'a> {
             sections: 0,
             section_pass: 0,
             hold_pause: HOLD_RETRY.0,
+            has_room: false,
             ending: false,
             told: false,
             hung: false,
@@ -194,6 +197,7 @@ impl<'a> Body<'a> {
                 if self.has_to_end() {
                     continue;
                 }
+                self.make_room_for_bitmaps().await;
                 // Flushed beside the guest first: the section's own flush is short.
                 let flushed = self.flush_beside_the_guest().await;
                 // What ended just now may have failed, or have paused the job; and the

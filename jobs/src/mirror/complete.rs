@@ -47,8 +47,9 @@ pub(super) async fn prepare(driver: &MirrorDriver, graph: &Rc<Graph>) -> Result<
     };
     adopt_read_only(places, graph).await;
     // Persistent bitmaps go on on the target.
+    let room = driver.take_room();
     let bitmaps = graph
-        .copy_kept_bitmaps(places.lowest(), &places.target)
+        .copy_kept_bitmaps(places.lowest(), &places.target, room.as_ref())
         .await;
     // From a cancel on, writes of the guest are not recorded: the target may be old.
     // Nothing is awaited between this look and the replacement.
@@ -126,6 +127,9 @@ async fn drain_and_copy(
     graph: &Rc<Graph>,
 ) -> Result<Held, JobFailure> {
     let state = driver.state();
+    // Before the guest is held.
+    let room = graph.make_room_for_bitmaps(places.lowest(), &places.target);
+    driver.keep_room(room.await);
     // What is dirty only becomes less from here on.
     state.set_catching_up(true);
     let mut late = Late {
@@ -309,6 +313,7 @@ pub(super) async fn leave(driver: &MirrorDriver, graph: &Rc<Graph>) {
     if !driver.leaves_now() {
         return;
     }
+    drop(driver.take_room());
     graph.detach(&places.filter_hold);
     if let Some(hold) = &places.replaces_hold {
         graph.detach(hold);

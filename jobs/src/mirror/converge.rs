@@ -197,6 +197,25 @@ impl Body<'_> {
         }
     }
 
+    /// What the target needs for the persistent bitmaps of the disk is made before the guest
+    /// is held for the pivot.
+    pub(super) async fn make_room_for_bitmaps(&mut self) {
+        let pivots = self.should_end() && !self.ctx.is_soft_cancelled();
+        if !pivots || std::mem::replace(&mut self.has_room, true) {
+            return;
+        }
+        let (from, to) = (
+            Arc::clone(self.places.lowest()),
+            Arc::clone(&self.places.target),
+        );
+        let room = self.ctx.graph().run(move |graph: Rc<Graph>| {
+            Box::pin(async move { graph.make_room_for_bitmaps(&from, &to).await })
+        });
+        if let Some(Ok(room)) = self.unless_cancelled(room).await {
+            self.driver.keep_room(room);
+        }
+    }
+
     /// `None` if the job was cancelled meanwhile.
     async fn drain_source(&self) -> Option<Result<Drained, GraphError>> {
         let source = Arc::clone(self.places.lowest());
@@ -207,10 +226,16 @@ impl Body<'_> {
                 graph.drain_within(&source, &own, HOLD_LIMIT).await
             })
         });
-        let mut drained = pin!(drained);
+        let drained = self.unless_cancelled(drained).await;
+        drained.map(|drained| drained.and_then(|drained| drained))
+    }
+
+    /// `None` if the job was cancelled meanwhile.
+    async fn unless_cancelled<T>(&self, part: impl Future<Output = T>) -> Option<T> {
+        let mut part = pin!(part);
         loop {
-            match select(&mut drained, pin!(self.ctx.kicked())).await {
-                Either::Left((drained, _)) => return Some(drained.and_then(|drained| drained)),
+            match select(&mut part, pin!(self.ctx.kicked())).await {
+                Either::Left((result, _)) => return Some(result),
                 Either::Right(_) if self.ctx.is_force_cancelled() => return None,
                 Either::Right(_) => {}
             }

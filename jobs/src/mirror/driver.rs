@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
-use block::{Backend, BoxFuture, Drained, Graph, Node};
+use block::{Backend, BitmapRoom, BoxFuture, Drained, Graph, Node};
 
 use crate::{
     CopyMode, CopyRates, ErrorAction, JobChange, JobContext, JobDetails, JobDriver, JobFailure,
@@ -110,6 +110,8 @@ pub(super) struct Held {
 struct Finish {
     ending: Ending,
     held: Option<Held>,
+    /// For the persistent bitmaps that the target gets.
+    room: Option<BitmapRoom>,
     left: bool,
 }
 
@@ -220,6 +222,17 @@ impl MirrorDriver {
     /// The drained section that was left, if one was.
     pub(super) fn take_section(&self) -> Option<Held> {
         self.finish().held.take()
+    }
+
+    /// Leaves room for bitmaps for the pivot.
+    pub(super) fn keep_room(&self, room: Option<BitmapRoom>) {
+        let before = std::mem::replace(&mut self.finish().room, room);
+        drop(before);
+    }
+
+    /// The room that was left, if there is any.
+    pub(super) fn take_room(&self) -> Option<BitmapRoom> {
+        self.finish().room.take()
     }
 
     /// Whether this is the first call: the mirror leaves the graph once.

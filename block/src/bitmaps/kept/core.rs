@@ -23,7 +23,7 @@ use std::sync::{Arc, Weak};
 
 use super::format::{Stamp, Use};
 use super::intent::{GracePeriod, Intent};
-use super::store::{BitmapState, Changed, Disk, Storage, Store};
+use super::store::{BitmapState, Changed, Disk, Storage, Store, Version};
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::error::os_text;
 
@@ -190,7 +190,11 @@ impl<S: Storage, B: Source> Core<S, B> {
         if bitmaps.is_empty() {
             return self.end();
         }
-        if self.health == Health::Removed {
+        let alive = bitmaps.iter().any(|bitmap| !bitmap.inconsistent);
+        // It was given up while one was being added, which no write would be marked for.
+        let unmarked = alive && !self.intent.is_complete();
+        if self.health == Health::Removed || unmarked {
+            self.source.spoil("they were given up before");
             return Err(KeepError::GivenUp);
         }
         match self.write(bitmaps, &[]) {
@@ -222,9 +226,9 @@ impl<S: Storage, B: Source> Core<S, B> {
         self.ended
     }
 
-    /// Which of its states the file has.
-    pub(super) fn generation(&self) -> u64 {
-        self.store.generation()
+    /// What the file has by now.
+    pub(super) fn version(&self) -> Version {
+        self.store.version()
     }
 
     /// Gives everything up, since there is nobody to do it any more.
@@ -232,30 +236,38 @@ impl<S: Storage, B: Source> Core<S, B> {
         self.give_up("the thread that keeps them has ended");
     }
 
-    /// Fails if there may be no room for all bitmaps, and one of `chunks` bits more.
+    /// Fails if there may be no room for all bitmaps, whatever they have, and one of `chunks`
+    /// bits more.
     pub(super) fn reserve(&mut self, chunks: u64) -> Result<(), KeepError> {
         if self.health == Health::Removed {
             return Err(KeepError::GivenUp);
         }
+        self.reserve_for(0, Some(chunks))
+    }
+
+    /// Room for the bitmaps of a disk of `size` bytes, if that is more than it has, and for
+    /// one of `chunks` bits.
+    fn reserve_for(&self, size: u64, chunks: Option<u64>) -> Result<(), KeepError> {
         let bitmaps = self.snapshot()?;
         let known = bitmaps.iter().map(|bitmap| {
-            let bits = &bitmap.bits;
-            (
-                bits.size().div_ceil(bits.granularity()),
-                bitmap.name.as_str(),
-            )
+            let size = bitmap.bits.size().max(size);
+            size.div_ceil(bitmap.bits.granularity())
         });
-        let all = known.chain([(chunks, "")]);
+        let all = known.chain(chunks);
         self.store.reserve(all).map_err(KeepError::Write)
     }
 
-    /// The disk's size is about to change, or has (`false`).
-    pub(super) fn resize(&mut self, begins: bool) -> Result<(), KeepError> {
-        self.resizing = begins;
-        match self.health {
-            Health::Good => self.commit(),
-            Health::Broken | Health::Removed => Ok(()),
+    /// The disk's size is about to become `to` bytes, or has changed, or not (`None`).
+    pub(super) fn resize(&mut self, to: Option<u64>) -> Result<(), KeepError> {
+        if self.health != Health::Good {
+            self.resizing = to.is_some();
+            return Ok(());
         }
+        if let Some(size) = to {
+            self.reserve_for(size, None)?;
+        }
+        self.resizing = to.is_some();
+        self.commit()
     }
 
     fn snapshot(&self) -> Result<Vec<BitmapState>, KeepError> {

@@ -47,6 +47,9 @@ const ENTRY: usize = 8;
 pub(crate) const MAX_REGIONS: usize = (BLOCK - INTENT_HEADER) * 8;
 const INTENT_HEADER: usize = 32;
 
+/// No file has been written so often, and none will be so often again.
+pub(super) const MAX_GENERATION: u64 = u64::MAX / 2;
+
 const SUPER_MAGIC: &[u8; 8] = b"DIPTYBMS";
 const INTENT_MAGIC: &[u8; 8] = b"DIPTYBMI";
 const VERSION: u32 = 1;
@@ -63,6 +66,9 @@ pub(crate) enum FormatError {
     /// The directory is damaged.
     #[error("its directory is damaged")]
     Directory,
+    /// After this one there are not enough.
+    #[error("its generation {0} cannot be right")]
+    Generation(u64),
 }
 
 /// What the image was when the file was last closed.
@@ -227,6 +233,13 @@ impl Superblock {
 }
 
 impl Directory {
+    /// Bytes of one of so many bitmaps at most.
+    pub(super) fn longest(bitmaps: u64) -> u64 {
+        let entry = super::super::MAX_NAME as u64 + 28;
+        let all = 2 * (MAX_TEXT as u64 + 4) + 16 + bitmaps * entry;
+        all.min(MAX_DIRECTORY)
+    }
+
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut out = Writer(Vec::new());
         out.text(&self.identity);

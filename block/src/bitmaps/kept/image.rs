@@ -222,11 +222,16 @@ impl SideCar {
             return Err(io::Error::other("there is something else of that name"));
         }
         file.try_lock()?;
-        file.set_len(0)?;
-        Ok(Self {
+        let this = Self {
             file,
             path: new.into(),
-        })
+        };
+        // Who made it may have given it its name, and let it go, before it was locked here.
+        if !this.is_in_place()? {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        this.file.set_len(0)?;
+        Ok(this)
     }
 
     /// Gives it its name, durably: it is found there whole or not at all.
@@ -304,11 +309,8 @@ impl Storage for SideCar {
     }
 
     fn reserve(&self, blocks: u32) -> io::Result<()> {
-        let len = place(blocks);
-        if self.file.metadata()?.len() >= len {
-            return Ok(());
-        }
-        match fallocate(&self.file, FallocateFlags::empty(), 0, len) {
+        // Whatever its length is: what was copied here by others may have holes.
+        match fallocate(&self.file, FallocateFlags::empty(), 0, place(blocks)) {
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
             result => Ok(result?),
         }

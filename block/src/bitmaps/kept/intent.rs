@@ -77,14 +77,21 @@ pub(crate) struct Intent {
     /// large that becomes.
     shift: u32,
     regions: Box<[AtomicU8]>,
-    /// Whether bitmaps are kept at all; else writers do not even look. Set before those
-    /// are added, in a drained section or with one after it; see `Keeper`.
+    /// Whether bitmaps are kept at all; else writers do not even look. Set on main, or
+    /// before the node is used; cleared by the keeper.
     armed: AtomicBool,
+    /// How often it was armed, and the number of that by which all writers that were under
+    /// way then had ended. Written by who arms.
+    armings: AtomicU64,
+    counted: AtomicU64,
+    /// Which half of `shards` newcomers count themselves in. Moved on by the keeper.
     epoch: AtomicUsize,
+    /// Writers that are counted in.
     shards: [Shard; SHARDS],
     /// A leaf lock.
     asked: Mutex<Asked>,
-    /// Rounds of the keeper in which it made regions hot, and in which it could not.
+    /// Rounds of the keeper in which it made regions hot, or nothing was to be kept any
+    /// more; and in which it could not.
     served: AtomicU64,
     refused: AtomicU64,
     /// There is no keeper.
@@ -127,6 +134,11 @@ impl Drop for Writing<'_> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Refused;
 
+/// One time at which an intent was armed.
+#[derive(Clone, Copy, Debug)]
+#[must_use = "until it is told that all are counted, nothing can rely on it"]
+pub(crate) struct Arming(u64);
+
 /// What the keeper has to wait for before regions that were idle may cool.
 #[derive(Debug)]
 pub(super) struct GracePeriod {
@@ -146,6 +158,8 @@ impl Intent {
             shift,
             regions: (0..REGIONS).map(|_| AtomicU8::new(COLD)).collect(),
             armed: AtomicBool::new(false),
+            armings: AtomicU64::new(0),
+            counted: AtomicU64::new(0),
             epoch: AtomicUsize::new(0),
             shards: Default::default(),
             asked: Mutex::default(),
@@ -255,12 +269,25 @@ impl Intent {
         self.waiters.wake();
     }
 
-    /// From now on writers wait for regions to be hot. All are cold.
-    ///
-    /// Those that are under way are not counted: the caller sees to it that they end before
-    /// a bitmap relies on this.
-    pub(super) fn arm(&self) {
-        self.armed.store(true, SeqCst);
+    /// From now on writers wait for regions to be hot. All are cold, unless it was armed
+    /// already. Gives what [`all_are_counted`](Self::all_are_counted) is to be told when
+    /// those that are under way, which are not counted, have ended.
+    pub(super) fn arm(&self) -> Arming {
+        if !self.armed.load(SeqCst) {
+            self.armings.fetch_add(1, SeqCst);
+            self.armed.store(true, SeqCst);
+        }
+        Arming(self.armings.load(SeqCst))
+    }
+
+    /// Writers that were under way when it was armed have ended.
+    pub(super) fn all_are_counted(&self, since: Arming) {
+        self.counted.fetch_max(since.0, SeqCst);
+    }
+
+    /// Whether no write can pass it by: what bitmaps rely on.
+    pub(super) fn is_complete(&self) -> bool {
+        self.is_armed() && self.counted.load(SeqCst) == self.armings.load(SeqCst)
     }
 
     /// Nothing is to be kept any more: writers do not wait.
@@ -270,6 +297,8 @@ impl Intent {
             state.store(COLD, SeqCst);
         }
         lock(&self.asked).regions.clear();
+        // If it is armed again before they look, they have to ask again.
+        self.served.fetch_add(1, SeqCst);
         self.waiters.wake();
     }
 
@@ -520,7 +549,8 @@ mod tests {
             written: AtomicU64::new(0),
         });
         disk.intent.keeper_is_there(Arc::new(|| ()));
-        disk.intent.arm();
+        let armed = disk.intent.arm();
+        disk.intent.all_are_counted(armed);
         let writers = [[0, 1], [2, 3]].map(|bits| {
             let disk = Arc::clone(&disk);
             thread::spawn(move || {

@@ -11,7 +11,7 @@ use futures_channel::oneshot;
 
 use super::core::{Core, KeepError, Source};
 use super::intent::Intent;
-use super::store::Storage;
+use super::store::{Storage, Version};
 
 /// How often it is looked which regions are not written any more. One that was not between
 /// two looks is cooled.
@@ -29,7 +29,7 @@ enum Request {
         reply: Reply,
     },
     Resize {
-        begins: bool,
+        to: Option<u64>,
         reply: Reply,
     },
     Close {
@@ -44,10 +44,10 @@ struct Queue {
     requests: Vec<Request>,
     /// A writer has asked.
     woken: bool,
-    /// Nothing is served any more.
+    /// Nothing is served any more, and the file is closed.
     ended: bool,
     /// What the file has by then.
-    generation: u64,
+    version: Option<Version>,
 }
 
 #[derive(Default)]
@@ -55,6 +55,8 @@ struct Shared {
     /// A leaf lock: held to put something in, or to take everything out.
     queue: Mutex<Queue>,
     changed: Condvar,
+    /// For those who wait until it has ended.
+    gone: Condvar,
 }
 
 impl Shared {
@@ -65,6 +67,12 @@ impl Shared {
     fn wake(&self) {
         self.lock().woken = true;
         self.changed.notify_one();
+    }
+
+    fn wait_for_end(&self) -> Option<Version> {
+        let queue = self.lock();
+        let ended = self.gone.wait_while(queue, |queue| !queue.ended);
+        ended.unwrap_or_else(PoisonError::into_inner).version
     }
 
     fn ask(&self, request: Request) {
@@ -130,8 +138,8 @@ impl Keeper {
     }
 
     /// See [`Core::resize`].
-    pub(super) async fn resize(&self, begins: bool) -> Result<(), KeepError> {
-        self.ask(|reply| Request::Resize { begins, reply }).await
+    pub(super) async fn resize(&self, to: Option<u64>) -> Result<(), KeepError> {
+        self.ask(|reply| Request::Resize { to, reply }).await
     }
 
     /// See [`Core::close`]. It goes on.
@@ -139,9 +147,11 @@ impl Keeper {
         self.ask(|reply| Request::Close { reply }).await
     }
 
-    /// Closes the file and ends the thread. Gives the generation of the file. Blocks.
-    pub(super) fn end(&self) -> u64 {
+    /// Closes the file and ends the thread. Gives what the file has then. Blocks, for each
+    /// who calls it, until that is so.
+    pub(super) fn end(&self) -> Option<Version> {
         self.shared.ask(Request::End);
+        let version = self.shared.wait_for_end();
         let thread = self
             .thread
             .lock()
@@ -151,7 +161,7 @@ impl Keeper {
             // It catches its panics.
             let _ = thread.join();
         }
-        self.shared.lock().generation
+        version
     }
 
     /// Whether it serves nobody any more: nothing was left to be kept.
@@ -181,11 +191,14 @@ fn serve<S: Storage, B: Source>(mut core: Core<S, B>, shared: &Shared, intent: &
         let _ = catch_unwind(AssertUnwindSafe(|| core.abandon()));
     }
     intent.keeper_is_gone();
+    let version = core.version();
+    drop(core);
     let mut queue = shared.lock();
     queue.ended = true;
-    queue.generation = core.generation();
+    queue.version = Some(version);
     let unserved = std::mem::take(&mut queue.requests);
     drop(queue);
+    shared.gone.notify_all();
     drop(unserved);
 }
 
@@ -223,11 +236,12 @@ fn run<S: Storage, B: Source>(core: &mut Core<S, B>, shared: &Shared, intent: &I
             queue.woken = false;
             std::mem::take(&mut queue.requests)
         };
-        for request in requests {
+        let mut requests = requests.into_iter();
+        while let Some(request) = requests.next() {
             match request {
                 Request::Commit(reply) => answer(reply, core.commit()),
                 Request::Reserve { chunks, reply } => answer(Some(reply), core.reserve(chunks)),
-                Request::Resize { begins, reply } => answer(Some(reply), core.resize(begins)),
+                Request::Resize { to, reply } => answer(Some(reply), core.resize(to)),
                 Request::Close { reply } => answer(Some(reply), core.close()),
                 Request::End => {
                     answer(None, core.close());
@@ -235,12 +249,16 @@ fn run<S: Storage, B: Source>(core: &mut Core<S, B>, shared: &Shared, intent: &I
                 }
             }
             core.serve_writers();
+            if core.has_ended() {
+                // Who has asked since is told so when the file is closed.
+                let mut queue = shared.lock();
+                let later = std::mem::take(&mut queue.requests);
+                queue.requests = requests.chain(later).collect();
+                return;
+            }
         }
         // After what was asked for before they asked.
         core.serve_writers();
-        if core.has_ended() {
-            return;
-        }
         if Instant::now() >= next_tick {
             cooling = core.tick();
             pause = POLL.0;
@@ -267,5 +285,47 @@ fn answer(reply: Option<Reply>, result: Result<(), KeepError>) {
                 );
             }
         }
+    }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::super::store::{Disk, Store};
+    use super::super::tests::{OfTestNode, Recorder};
+    use super::super::{Use, tests::sized_node};
+    use super::*;
+
+    #[test]
+    fn who_asks_when_nothing_is_kept_any_more_is_told_so_when_the_file_is_closed() {
+        let disk = Disk {
+            identity: "image".to_owned(),
+            layer: "test".to_owned(),
+            size: 1 << 20,
+            resizing: false,
+            usage: Use::Open,
+        };
+        let store = Store::create(Recorder::default(), &disk).unwrap();
+        let intent = Arc::new(Intent::new(1 << 20));
+        let core = Core::new(
+            store,
+            OfTestNode(sized_node(1 << 20)),
+            Arc::clone(&intent),
+            disk.identity.clone(),
+            disk.layer.clone(),
+        );
+        let shared = Shared::default();
+        let (commit, mut committed) = oneshot::channel();
+        let (reserve, mut reserved) = oneshot::channel();
+        shared.ask(Request::Commit(Some(commit)));
+        shared.ask(Request::Reserve {
+            chunks: 1,
+            reply: reserve,
+        });
+        // There are no bitmaps: the commit takes the file away.
+        serve(core, &shared, &intent);
+        assert!(matches!(committed.try_recv(), Ok(Some(Ok(())))));
+        // As one who asks a moment later, who then makes a new file.
+        assert!(reserved.try_recv().is_err());
+        assert!(shared.wait_for_end().is_some());
     }
 }

@@ -38,9 +38,9 @@ pub(crate) use self::core::KeepError;
 pub(crate) use self::format::{MAX_BITMAPS, MAX_BITS};
 pub(crate) use self::image::ImageFile;
 pub use self::image::bitmap_file_beside;
-pub(crate) use self::intent::{Intent, Writing};
+pub(crate) use self::intent::{Arming, Intent, Writing};
 pub(crate) use self::keeper::Keeper;
-pub(crate) use self::store::BitmapState;
+pub(crate) use self::store::{BitmapState, Version};
 
 /// Unit of the file in bytes.
 const BLOCK: usize = 4096;
@@ -204,11 +204,11 @@ impl Place {
                 why: why.to_string(),
             },
         };
-        let bitmaps = store.load().map_err(read)?;
         let hot = store
             .load_hot()
             .map_err(|error| open_error(path.clone(), error))?;
         let wrong = self.mistrust(&store, &image, hot.is_none())?;
+        let bitmaps = store.load(wrong.is_none()).map_err(read)?;
         if let Some(why) = &wrong {
             tracing::error!(
                 node = self.node,
@@ -219,7 +219,7 @@ impl Place {
         let hot = hot.unwrap_or(Hot::All).ranges(self.size);
         let bitmaps = bitmaps
             .into_iter()
-            .map(|loaded| take_over(loaded, wrong.is_some(), &hot, self.size))
+            .map(|loaded| take_over(loaded, &hot, self.size))
             .collect();
         Ok(Some(Found {
             recover: !hot.is_empty() || wrong.is_some() || store.directory().size != self.size,
@@ -326,9 +326,9 @@ impl Place {
 }
 
 /// What a bitmap of a disk of `size` bytes is, of which `hot` may have been written since its
-/// bits were saved. If the file is `wrong`, it is inconsistent.
-fn take_over(loaded: LoadedBitmap, wrong: bool, hot: &[std::ops::Range<u64>], size: u64) -> Loaded {
-    let bits = loaded.bits.filter(|_| !wrong).and_then(|bits| {
+/// bits were saved.
+fn take_over(loaded: LoadedBitmap, hot: &[std::ops::Range<u64>], size: u64) -> Loaded {
+    let bits = loaded.bits.and_then(|bits| {
         let bits = match super::fitted(&bits, size) {
             Ok(None) => bits,
             Ok(Some(fitted)) => {
@@ -440,7 +440,7 @@ impl Node {
                 loaded.bits.as_ref(),
             );
         }
-        self.named_bitmaps.set_generation(found.store.generation());
+        self.named_bitmaps.set_version(Some(found.store.version()));
         if access == Access::Write {
             self.keep(found.store, found.image, found.recover)
                 .await
@@ -467,13 +467,18 @@ impl Node {
         let Some(place) = Place::of(self) else {
             return Ok(());
         };
+        if self.keeper().is_some() {
+            // An earlier one may still be closing it.
+            let node = Arc::clone(self);
+            unblock(move || node.close_bitmaps()).await;
+        }
         let Some(found) = unblock(move || place.load(Access::Write)).await? else {
             for bitmap in self.named_bitmaps() {
                 bitmap.spoil();
             }
             return Ok(());
         };
-        if self.named_bitmaps.generation() != found.store.generation() {
+        if self.named_bitmaps.version() != Some(found.store.version()) {
             self.drop_loaded();
         }
         for loaded in &found.bitmaps {
@@ -491,8 +496,8 @@ impl Node {
         self.keep(found.store, found.image, true).await
     }
 
-    /// Starts a keeper for the bitmaps that it has.
-    async fn keep(
+    /// Starts a keeper for the bitmaps that it has, which writers do not look at yet.
+    async fn start_keeper(
         self: &Arc<Self>,
         store: Store<SideCar>,
         image: Image,
@@ -521,17 +526,45 @@ impl Node {
         };
         let keeper = Keeper::start(self.name(), core, &intent)
             .map_err(|error| failed(KeepError::Write(error)))?;
-        intent.arm();
         *lock(&self.keeper) = Some(Arc::new(keeper));
         Ok(())
     }
 
-    /// Makes sure that bitmaps with `chunks` chunks in all can be kept in addition, and gives
-    /// whether the requests of the node that are under way have to end before it is added: a
-    /// drained section.
+    /// As [`start_keeper`](Self::start_keeper), of a node that nobody writes at the moment.
+    async fn keep(
+        self: &Arc<Self>,
+        store: Store<SideCar>,
+        image: Image,
+        recover: bool,
+    ) -> Result<(), KeptError> {
+        self.start_keeper(store, image, recover).await?;
+        self.all_writes_are_marked(self.mark_writes());
+        Ok(())
+    }
+
+    /// Has writes to the node marked from now on. Those that are under way are not: once they
+    /// have ended, [`all_writes_are_marked`](Self::all_writes_are_marked), and persistent
+    /// bitmaps can be added.
+    pub(crate) fn mark_writes(&self) -> Arming {
+        self.intent_or_new().arm()
+    }
+
+    /// The requests that were under way when writes began to be marked have ended.
+    pub(crate) fn all_writes_are_marked(&self, since: Arming) {
+        self.intent_or_new().all_are_counted(since);
+    }
+
+    /// Whether writes are marked, all of them.
+    pub(crate) fn marks_all_writes(&self) -> bool {
+        self.intent_or_new().is_complete()
+    }
+
+    /// Makes sure that bitmaps with `chunks` chunks in all can be kept in addition, as soon as
+    /// [all writes are marked](Self::marks_all_writes).
     ///
     /// [`store_bitmaps`](Self::store_bitmaps) is called in the end, also if none is added.
-    pub(crate) async fn prepare_to_keep(self: &Arc<Self>, chunks: u64) -> Result<bool, KeptError> {
+    /// Cancel: the file is there or not.
+    pub(crate) async fn prepare_to_keep(self: &Arc<Self>, chunks: u64) -> Result<(), KeptError> {
         let Some(place) = Place::of(self) else {
             return Err(KeptError::NotKept(self.name().to_owned()));
         };
@@ -540,12 +573,7 @@ impl Node {
         }
         if let Some(keeper) = self.keeper() {
             match keeper.reserve(chunks).await {
-                Ok(()) if self.intent_or_new().is_armed() => return Ok(false),
-                Ok(()) => {
-                    // It was given up once, and nobody was counted since.
-                    self.intent_or_new().arm();
-                    return Ok(true);
-                }
+                Ok(()) => return Ok(()),
                 // Its last bitmap has just been removed.
                 Err(KeepError::Gone) => {}
                 Err(why) => {
@@ -557,7 +585,7 @@ impl Node {
             }
         }
         let (store, image) = unblock(move || place.create()).await?;
-        self.keep(store, image, false).await?;
+        self.start_keeper(store, image, false).await?;
         if let Some(keeper) = self.keeper() {
             keeper
                 .reserve(chunks)
@@ -567,7 +595,7 @@ impl Node {
                     why,
                 })?;
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Makes what the persistent bitmaps are by now durable: returns when that is so. Does
@@ -581,7 +609,7 @@ impl Node {
         };
         match keeper.commit().await {
             // It has ended, since nothing was left.
-            Err(KeepError::Gone) if keeper.has_ended() => Ok(()),
+            Err(KeepError::Gone) if self.kept_bitmaps().is_some_and(|all| all.is_empty()) => Ok(()),
             result => result.map_err(|why| KeptError::Store {
                 node: self.name().to_owned(),
                 why,
@@ -596,12 +624,13 @@ impl Node {
         }
     }
 
-    /// The size is about to change, or has changed (`false`). Fails if that cannot be noted.
-    pub(crate) async fn note_resize(&self, begins: bool) -> Result<(), KeptError> {
+    /// The size is about to become `to` bytes, or has changed, or not (`None`). Fails if that
+    /// cannot be noted, or there is no room for larger bitmaps.
+    pub(crate) async fn note_resize(&self, to: Option<u64>) -> Result<(), KeptError> {
         let Some(keeper) = self.keeper().filter(|keeper| !keeper.has_ended()) else {
             return Ok(());
         };
-        keeper.resize(begins).await.map_err(|why| KeptError::Store {
+        keeper.resize(to).await.map_err(|why| KeptError::Store {
             node: self.name().to_owned(),
             why,
         })
@@ -623,12 +652,19 @@ impl Node {
         }
     }
 
-    /// Saves all bits and closes the file. Blocks.
+    /// Saves all bits and closes the file. Blocks, for each who calls it, until that is so.
     pub(crate) fn close_bitmaps(&self) {
-        let keeper = lock(&self.keeper).take();
-        if let Some(keeper) = keeper {
-            let generation = keeper.end();
-            self.named_bitmaps.set_generation(generation);
+        let Some(keeper) = self.keeper() else {
+            return;
+        };
+        let version = keeper.end();
+        let mut current = lock(&self.keeper);
+        if current
+            .as_ref()
+            .is_some_and(|now| Arc::ptr_eq(now, &keeper))
+        {
+            self.named_bitmaps.set_version(version);
+            *current = None;
         }
     }
 

@@ -20,8 +20,8 @@ use std::sync::Arc;
 use super::BLOCK;
 use super::format::{
     Directory, Entry, Extent, FIRST_FREE, FormatError, Hot, INTENT, MAX_BITMAPS, MAX_BITS,
-    MAX_DIRECTORY, PAGE_BITS, PAGE_WORDS, Page, SUPERBLOCKS, Superblock, Use, decode_intent,
-    decode_table, encode_intent, encode_table, pages, table_len,
+    MAX_DIRECTORY, MAX_GENERATION, PAGE_BITS, PAGE_WORDS, Page, SUPERBLOCKS, Superblock, Use,
+    decode_intent, decode_table, encode_intent, encode_table, pages, table_len,
 };
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
 
@@ -97,6 +97,14 @@ pub(crate) struct LoadedBitmap {
     pub(crate) bits: Option<Arc<DirtyBitmap>>,
 }
 
+/// Tells one state of a file from others, and from those of a file that takes its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Version {
+    generation: u64,
+    /// The checksum of the directory, which has those of all that it leads to.
+    directory: u32,
+}
+
 /// The content of a bitmap, and where it is.
 type BitsAndTable = (Arc<DirtyBitmap>, Vec<Page>);
 
@@ -161,6 +169,9 @@ impl<S: Storage> Store<S> {
             }
         }
         let (slot, superblock) = latest.ok_or(FormatError::NoSuperblock)?;
+        if superblock.generation > MAX_GENERATION {
+            return Err(FormatError::Generation(superblock.generation).into());
+        }
         let extent = superblock.directory;
         if u64::from(extent.len) > MAX_DIRECTORY || !is_valid(extent) {
             return Err(FormatError::Directory.into());
@@ -178,8 +189,11 @@ impl<S: Storage> Store<S> {
         })
     }
 
-    pub(super) fn generation(&self) -> u64 {
-        self.superblock.generation
+    pub(super) fn version(&self) -> Version {
+        Version {
+            generation: self.superblock.generation,
+            directory: self.superblock.directory.crc,
+        }
     }
 
     pub(super) fn usage(&self) -> Use {
@@ -196,14 +210,14 @@ impl<S: Storage> Store<S> {
     }
 
     /// Reads the bitmaps. One whose table is damaged is inconsistent; all chunks of a
-    /// damaged page are dirty.
-    pub(super) fn load(&mut self) -> Result<Vec<LoadedBitmap>, LoadError> {
+    /// damaged page are dirty. If nothing is to be `trusted`, all are inconsistent.
+    pub(super) fn load(&mut self, trusted: bool) -> Result<Vec<LoadedBitmap>, LoadError> {
         let mut loaded = Vec::with_capacity(self.directory.entries.len());
         let mut memory = 0u64;
         for (index, entry) in self.directory.entries.iter().enumerate() {
-            let bits = match entry.inconsistent || self.superblock.broken {
-                true => None,
-                false => self.load_bits(entry, &mut memory)?,
+            let bits = match trusted && !entry.inconsistent && !self.superblock.broken {
+                true => self.load_bits(entry, &mut memory)?,
+                false => None,
             };
             loaded.push(LoadedBitmap {
                 name: entry.name.clone(),
@@ -348,21 +362,25 @@ impl<S: Storage> Store<S> {
         Ok(())
     }
 
-    /// Fails if there may be no room to write all of these bitmaps.
-    pub(super) fn reserve<'a>(
-        &self,
-        geometries: impl Iterator<Item = (u64, &'a str)>,
-    ) -> io::Result<()> {
-        let mut needed = MAX_DIRECTORY / BLOCK as u64;
-        for (chunks, _) in geometries {
+    /// Fails if there may be no room to write all bitmaps of so many chunks while all that
+    /// was written before is still there.
+    pub(super) fn reserve(&self, chunks: impl Iterator<Item = u64>) -> io::Result<()> {
+        let (mut all_pages, mut runs, mut bitmaps) = (0, 0, 0);
+        for chunks in chunks {
             let pages = pages(chunks);
-            needed += (pages + table_len(pages).div_ceil(BLOCK)) as u64;
+            all_pages += pages as u64;
+            runs += table_len(pages).div_ceil(BLOCK) as u64;
+            bitmaps += 1;
         }
+        runs += Directory::longest(bitmaps).div_ceil(BLOCK as u64);
+        // There are two states at a time. What has to be in a row may not find its place
+        // between others.
+        let state = all_pages + 2 * runs;
         let used = self.used();
         let highest = used.iter().max().map_or(FIRST_FREE, |block| block + 1);
-        let blocks = u32::try_from(needed)
+        let (highest, first) = (u64::from(highest), u64::from(FIRST_FREE));
+        let blocks = u32::try_from((highest + state).max(first + 2 * state))
             .ok()
-            .and_then(|needed| highest.checked_add(needed))
             .filter(|blocks| *blocks <= MAX_BLOCKS)
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EFBIG))?;
         self.storage.reserve(blocks)

@@ -12,6 +12,10 @@ use crate::buffer::IoVec;
 use crate::driver::{Extent, ExtentFlags};
 use crate::error::{IoError, IoOp};
 
+/// Most runs of clusters that one look at the block status goes through: whoever asks for
+/// the status of a large disk must not keep others waiting.
+const MAX_PLACES: usize = 4096;
+
 /// Where a range is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
@@ -221,7 +225,10 @@ impl Qcow2Driver {
         let image = self.image.read().await;
         let (place, mut found) = self.place(&image, request, offset, len).await?;
         // Places of one kind need not follow each other in the file.
-        while found < len {
+        for _ in 1..MAX_PLACES {
+            if found == len {
+                break;
+            }
             let (next, more) = self
                 .place(&image, request, offset + found, len - found)
                 .await?;

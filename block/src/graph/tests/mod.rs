@@ -20,6 +20,7 @@ use crate::test_storage::{HoldAt, Match, TestStorage};
 mod backing;
 mod change;
 mod drain;
+mod kept;
 mod node_io;
 mod open;
 mod permissions;

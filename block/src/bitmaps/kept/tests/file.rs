@@ -57,7 +57,7 @@ fn bits_and_names_come_back_from_a_file() {
     drop(store);
     let side_car = SideCar::open(&path, Access::Read).unwrap().unwrap();
     let mut store = Store::open(side_car).unwrap();
-    let loaded = store.load().unwrap();
+    let loaded = store.load(true).unwrap();
     assert_eq!(loaded.len(), 3);
     for (loaded, (saved, _)) in loaded.iter().zip(&bitmaps) {
         assert_eq!(loaded.name, saved.name);
@@ -125,7 +125,7 @@ fn no_file_content_hurts() {
         }
         match Store::open(copy) {
             Ok(mut store) => {
-                for loaded in store.load().unwrap() {
+                for loaded in store.load(true).unwrap() {
                     // Whatever was damaged counts as dirty.
                     let saved = bitmaps.iter().find(|(saved, _)| saved.name == loaded.name);
                     if let (Some(bits), Some((saved, _))) = (loaded.bits, saved) {
@@ -158,7 +158,7 @@ fn sizes_in_a_file_ask_for_no_memory() {
         store.commit(&huge, &bitmaps).unwrap();
         let mut store = Store::open(storage).unwrap();
         // Each would need 2 GiB or more.
-        let loaded = store.load().unwrap();
+        let loaded = store.load(true).unwrap();
         let bits = loaded.iter().filter_map(|bitmap| bitmap.bits.as_ref());
         assert_eq!(bits.count(), 0);
     }
@@ -191,7 +191,7 @@ fn regions_cover_a_disk_of_any_size() {
         // It is not armed.
         assert!(last.is_ok());
         drop(last);
-        intent.arm();
+        let _ = intent.arm();
         let cold = intent.try_enter(0, size).unwrap_err();
         let mut end = 0;
         for region in cold {

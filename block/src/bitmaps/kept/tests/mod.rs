@@ -2,17 +2,22 @@
 //! content.
 
 mod file;
+mod giving_up;
 mod power_cut;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::BLOCK;
 use super::core::{Snapshot, Source};
 use super::format::{INTENT, Stamp};
 use super::store::Storage;
-use crate::node::Node;
+use crate::buffer::IoVec;
+use crate::driver::{BlockDriver, BoxFuture, Extent, Limits, WriteFlags, ZeroFlags};
+use crate::error::IoError;
+use crate::node::{Node, NodeOptions};
 
 /// Numbers that look random and are the same each time.
 pub(super) struct Random(u64);
@@ -64,6 +69,10 @@ struct State {
     last_written: u32,
     /// Writes and flushes that still succeed.
     good: Option<u64>,
+    /// Blocks that cannot be written.
+    bad: HashSet<u32>,
+    /// Blocks of which it has none yet cannot be had.
+    full: bool,
 }
 
 /// A storage in memory that remembers each write and flush.
@@ -84,6 +93,16 @@ impl Recorder {
     /// Lets all but the next `good` writes and flushes fail.
     pub(super) fn fail_after(&self, good: u64) {
         self.lock().good = Some(good);
+    }
+
+    /// From now on these blocks cannot be written, and no others.
+    pub(super) fn break_blocks(&self, blocks: &[u32]) {
+        self.lock().bad = blocks.iter().copied().collect();
+    }
+
+    /// Whether there is no room for what was never written.
+    pub(super) fn set_full(&self, full: bool) {
+        self.lock().full = full;
     }
 
     pub(super) fn log_len(&self) -> usize {
@@ -158,6 +177,12 @@ impl Storage for Recorder {
         let mut state = self.lock();
         for (index, data) in from.chunks(BLOCK).enumerate() {
             let block = block + index as u32;
+            if state.bad.contains(&block) {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+            if state.full && !state.content.contains_key(&block) {
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
             state.content.insert(block, data.to_vec());
             state.log.push(Done::Write(block, data.to_vec()));
             state.last_written = block;
@@ -179,7 +204,14 @@ impl Storage for Recorder {
         Ok(())
     }
 
-    fn reserve(&self, _: u32) -> io::Result<()> {
+    fn reserve(&self, blocks: u32) -> io::Result<()> {
+        let mut state = self.lock();
+        for block in 0..blocks {
+            if state.full && !state.content.contains_key(&block) {
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
+            state.content.entry(block).or_insert_with(|| vec![0; BLOCK]);
+        }
         Ok(())
     }
 
@@ -190,6 +222,58 @@ impl Storage for Recorder {
         state.log.push(Done::Remove);
         Ok(())
     }
+}
+
+/// A disk that has a size and nothing else.
+pub(super) struct Sized(pub(super) Arc<AtomicU64>);
+
+impl BlockDriver for Sized {
+    fn name(&self) -> &'static str {
+        "test"
+    }
+    fn size(&self) -> u64 {
+        self.0.load(SeqCst)
+    }
+    fn limits(&self) -> Limits {
+        Limits::default()
+    }
+    fn filename(&self) -> String {
+        String::new()
+    }
+    fn read<'a>(&'a self, _: u64, _: IoVec) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn write<'a>(&'a self, _: u64, _: IoVec, _: WriteFlags) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn write_zeroes<'a>(
+        &'a self,
+        _: u64,
+        _: u64,
+        _: ZeroFlags,
+    ) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn discard<'a>(&'a self, _: u64, _: u64) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn flush<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn block_status<'a>(&'a self, _: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {
+        Box::pin(async move {
+            Ok(Extent {
+                len,
+                flags: Default::default(),
+            })
+        })
+    }
+}
+
+/// A node with a disk of `size` bytes.
+pub(super) fn sized_node(size: u64) -> Arc<Node> {
+    let driver = Box::new(Sized(Arc::new(AtomicU64::new(size))));
+    Node::new("disk", driver, NodeOptions::default())
 }
 
 /// The bitmaps of a node, without an image.

@@ -13,12 +13,9 @@ use super::super::format::Use;
 use super::super::intent::{Intent, Writing};
 use super::super::store::{Disk, Store};
 use super::super::take_over;
-use super::{Lie, OfTestNode, Random, Recorder};
+use super::{Lie, OfTestNode, Random, Recorder, Sized};
 use crate::bitmaps::{BitmapChange, FrozenBitmap, NamedBitmap};
-use crate::buffer::IoVec;
 use crate::dirty_bitmap::DirtyBitmap;
-use crate::driver::{BlockDriver, BoxFuture, Extent, Limits, WriteFlags, ZeroFlags};
-use crate::error::IoError;
 use crate::node::{Node, NodeOptions};
 
 /// Size of a region.
@@ -29,52 +26,6 @@ const SIZES: [u64; 3] = [
     (REGIONS - 5) << SHIFT,
     (REGIONS + 9) << SHIFT,
 ];
-
-/// A disk that has a size and nothing else.
-struct Sized(Arc<AtomicU64>);
-
-impl BlockDriver for Sized {
-    fn name(&self) -> &'static str {
-        "test"
-    }
-    fn size(&self) -> u64 {
-        self.0.load(SeqCst)
-    }
-    fn limits(&self) -> Limits {
-        Limits::default()
-    }
-    fn filename(&self) -> String {
-        String::new()
-    }
-    fn read<'a>(&'a self, _: u64, _: IoVec) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async { Ok(()) })
-    }
-    fn write<'a>(&'a self, _: u64, _: IoVec, _: WriteFlags) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async { Ok(()) })
-    }
-    fn write_zeroes<'a>(
-        &'a self,
-        _: u64,
-        _: u64,
-        _: ZeroFlags,
-    ) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async { Ok(()) })
-    }
-    fn discard<'a>(&'a self, _: u64, _: u64) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async { Ok(()) })
-    }
-    fn flush<'a>(&'a self) -> BoxFuture<'a, Result<(), IoError>> {
-        Box::pin(async { Ok(()) })
-    }
-    fn block_status<'a>(&'a self, _: u64, len: u64) -> BoxFuture<'a, Result<Extent, IoError>> {
-        Box::pin(async move {
-            Ok(Extent {
-                len,
-                flags: Default::default(),
-            })
-        })
-    }
-}
 
 /// What a bitmap has to have after a crash: the first bytes of sectors that were written,
 /// each of which some chunk has to cover.
@@ -139,13 +90,13 @@ fn load(storage: Recorder, size: u64) -> Found {
         "the file knows the disk's size: {directory_size}, not {size}"
     );
     assert!(!store.is_broken());
-    let bitmaps = store.load().expect("memory can be read");
+    let bitmaps = store.load(true).expect("memory can be read");
     let hot = store.load_hot().expect("memory can be read");
     let hot = hot.expect("the intent is not newer than the superblock");
     let hot = hot.ranges(size);
     let bitmaps = bitmaps
         .into_iter()
-        .map(|bitmap| take_over(bitmap, false, &hot, size))
+        .map(|bitmap| take_over(bitmap, &hot, size))
         .collect();
     Found { store, bitmaps }
 }
@@ -204,7 +155,7 @@ impl Life {
         if recover {
             core.recover().expect("nothing fails here");
         }
-        leaked.arm();
+        leaked.all_are_counted(leaked.arm());
         expected.in_flight.clear();
         Self {
             random,
@@ -458,10 +409,10 @@ impl Life {
             return;
         }
         let size = SIZES[self.random.below(3) as usize];
-        self.core.resize(true).expect("nothing fails here");
+        self.core.resize(Some(size)).expect("nothing fails here");
         if self.random.one_in(3) {
             // It fails.
-            self.core.resize(false).expect("nothing fails here");
+            self.core.resize(None).expect("nothing fails here");
             return;
         }
         for wanted in self.expected.bitmaps.values_mut() {
@@ -471,7 +422,7 @@ impl Life {
         self.size.store(size, SeqCst);
         self.note();
         self.node.fit_bitmaps();
-        self.core.resize(false).expect("nothing fails here");
+        self.core.resize(None).expect("nothing fails here");
     }
 
     /// What is left after a power cut behind the first `count` steps of the file; `None` if

@@ -114,6 +114,32 @@ fn status_tells_of_this_layer_only() {
 }
 
 #[test]
+fn no_look_at_the_status_goes_on_and_on() {
+    // Each second level table is looked at: there are 32 KiB of disk in one.
+    let huge = Layout {
+        cluster_bits: 9,
+        size: 1 << 30,
+        ..LAYOUT
+    };
+    on_main(|graph| async move {
+        let recorder = Recorder::new(huge.image(), 1);
+        graph
+            .add_node(Some("f"), recorder.driver(), options())
+            .unwrap();
+        let node = open_on(&graph, "disk", "f", BackingRef::None).await;
+        let node = node.unwrap();
+        let (mut at, mut looks) = (0, 0);
+        while at < huge.size {
+            let (len, flags) = status(&node, at, huge.size - at).await;
+            assert_eq!(flags, NOTHING);
+            at += len;
+            looks += 1;
+        }
+        assert_eq!(looks, 8);
+    });
+}
+
+#[test]
 fn a_part_of_a_cluster_is_copied_from_below_and_the_backing_image_stays() {
     on_main(|graph| async move {
         let (_, base) = image(&graph, "base", BackingRef::None).await;
