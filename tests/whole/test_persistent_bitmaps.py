@@ -384,3 +384,106 @@ def test_kills_at_any_moment_lose_no_write(program):
     assert acknowledged > 20 * KILLS
     assert inconsistent == 0
     print(f"{KILLS} kills, {acknowledged} writes, {backups} backups")
+
+
+class Chain:
+    """A full backup of a disk and the incremental ones after it, each of what a bitmap has
+    that lasts; and what is restored of them."""
+
+    def __init__(self, disk):
+        self.disk = disk
+        self.restored = bytearray(SIZE)
+        self.number = 0
+
+    def backup(self, sync):
+        """One more. Afterwards what is restored is the disk, as nobody writes it."""
+        disk, self.number = self.disk, self.number + 1
+        target = disk.folder / f"backup{self.number}.qcow2"
+        tool("qemu-img", "create", "-q", "-f", "qcow2", str(target), str(SIZE))
+        qmp, job = disk.qmp, f"backup{self.number}"
+        qmp.execute("blockdev-add", driver="qcow2", node_name=job,
+                    file={"driver": "file", "filename": str(target)})
+        backup = {"job-id": job, "device": disk.name, "target": job, "sync": sync}
+        if sync == "full":
+            # The bitmap begins at the instant of the backup.
+            qmp.execute("transaction", actions=[
+                {"type": "block-dirty-bitmap-clear", "data": {"node": disk.name, "name": "b"}},
+                {"type": "blockdev-backup", "data": backup}])
+        else:
+            qmp.execute("blockdev-backup", bitmap="b",
+                        **{key.replace("-", "_"): value for key, value in backup.items()})
+        ended = qmp.event("BLOCK_JOB_COMPLETED", device=job)["data"]
+        assert "error" not in ended, ended
+        qmp.execute("blockdev-del", node_name=job)
+        rows = json.loads(tool("qemu-img", "map", "--output=json", "-f", "qcow2", str(target)))
+        raw = target.with_suffix(".raw")
+        tool("qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(target), str(raw))
+        content = raw.read_bytes()
+        held = 0
+        for row in rows:
+            if row.get("present", row["data"]):
+                start, end = row["start"], row["start"] + row["length"]
+                self.restored[start:end] = content[start:end]
+                held += row["length"]
+        raw.unlink()
+        assert bytes(self.restored) == disk.image.read_bytes()
+        return held
+
+
+def end(disk, how):
+    if how == "kill":
+        disk.kill()
+    else:
+        disk.quit()
+
+
+def pivot(disk):
+    """Moves the disk to another image, and the bitmap with it."""
+    old = disk.name
+    target = disk.folder / "moved.img"
+    target.write_bytes(b"")
+    os.truncate(target, SIZE)
+    options = {"driver": "raw", "node-name": "moved", "file": {
+        "driver": "file", "filename": str(target), "bitmap-file": f"{target}.bitmaps"}}
+    disk.qmp.execute("blockdev-add", **{k.replace("-", "_"): v for k, v in options.items()})
+    disk.qmp.execute("blockdev-mirror", device=old, target="moved", sync="full", job_id="m")
+    disk.qmp.event("BLOCK_JOB_READY")
+    disk.write(30)
+    disk.qmp.execute("block-job-complete", device="m")
+    assert "error" not in disk.qmp.event("BLOCK_JOB_COMPLETED", device="m")["data"]
+    wait_until("the job has gone", lambda: not disk.qmp.execute("query-jobs"))
+    disk.options, disk.name = options, "moved"
+    disk.image, disk.file = target, disk.folder / "moved.img.bitmaps"
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("how", ["quit", "kill"])
+def test_incremental_backups_go_on_after_a_restart(program, how, moves):
+    disk = Disk(program)
+    with open(disk.image, "r+b") as image:
+        image.write(os.urandom(8 * MIB))
+    disk.start()
+    disk.bitmap("add", "b", persistent=True)
+    chain = Chain(disk)
+    chain.backup("full")
+    for life in range(4):
+        disk.write(3 + life)
+        disk.write(200 + 7 * life, 2)
+        if moves and life == 1:
+            pivot(disk)
+            disk.write(60)
+        if life == 2:
+            # What was written after a backup counts, also that of the same life.
+            chain.backup("incremental")
+            disk.write(1000)
+        end(disk, how)
+        disk.start()
+        found = disk.bitmaps()["b"]
+        assert found["recording"] and "inconsistent" not in found
+        disk.write(500 + life)
+        held = chain.backup("incremental")
+        assert held < SIZE / 2, "it is incremental"
+        if how == "quit" and not moves:
+            # Nothing else than was written: 2 and 1 granules before it ended, 1 after that.
+            assert held == {2: 2}.get(life, 4) * GRAIN
+    end(disk, "quit")
