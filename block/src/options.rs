@@ -450,6 +450,9 @@ pub struct NbdOptions {
     pub server: SocketAddress,
     /// Name of the export; empty for the server's default one.
     pub export: String,
+    /// The context that block status is asked of instead of `base:allocation`: what it has set
+    /// shows as neither data nor zeroes, and the rest as data.
+    pub dirty_bitmap: Option<String>,
     /// How long requests wait for a server that is lost to return before they fail.
     /// Zero: not at all.
     pub reconnect_delay: Duration,

@@ -1,5 +1,6 @@
 """The nbd driver against servers of other projects: copies in both directions,
 servers that are slow, fail, hang, vanish and return."""
+import json
 import pathlib
 import signal
 import socket
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from support.nbd import tool
 from support.program import QmpError
 
 MIB = 1024 * 1024
@@ -361,6 +363,40 @@ def test_a_tcp_server_is_reached_by_name(program, serve, tmp_path):
         popen.wait()
 
 
+def test_a_dirty_bitmap_shows_in_the_place_of_holes(program):
+    """What is dirty is no data, and everything else is, as with QEMU's client."""
+    disk = program.folder / "disk"
+    disk.write_bytes(bytes(MIB))
+    _, far = program.storage_daemon()
+    far.execute("blockdev-add", driver="file", node_name="f", filename=str(disk))
+    far.execute("block-dirty-bitmap-add", node="f", name="b0")
+    far.execute("nbd-server-start",
+                addr={"type": "unix", "data": {"path": str(program.folder / "far")}})
+    far.execute("block-export-add", type="nbd", id="e", node_name="f", name="e", writable=True,
+                bitmaps=["b0"])
+    tool("qemu-io", "-f", "raw", "-c", "write 65536 65536",
+         f"nbd+unix:///e?socket={program.folder}/far")
+    _, near = program.storage_daemon()
+    near.execute("nbd-server-start",
+                 addr={"type": "unix", "data": {"path": str(program.folder / "near")}})
+    options = {"driver": "nbd", "node-name": "n", "export": "e", "read-only": True,
+               "server": {"type": "unix", "path": str(program.folder / "far")},
+               "x-dirty-bitmap": "qemu:dirty-bitmap:b0"}
+    near.execute("blockdev-add", **{name.replace("-", "_"): value
+                                    for name, value in options.items()})
+    near.execute("block-export-add", type="nbd", id="n", node_name="n", name="n")
+    rows = json.loads(tool("nbdinfo", "--json", "--map=base:allocation",
+                           f"nbd+unix:///n?socket={program.folder}/near"))
+    assert [(row["length"], row["type"]) for row in rows] == [
+        (65536, 0), (65536, 1), (MIB - 131072, 0)]
+    del options["x-dirty-bitmap"]
+    with pytest.raises(QmpError, match="'x-dirty-bitmap' cannot be reset to its default"):
+        near.execute("blockdev-reopen", options=[options])
+    options["x-dirty-bitmap"] = "qemu:dirty-bitmap:other"
+    with pytest.raises(QmpError, match="Cannot change the option 'x-dirty-bitmap'"):
+        near.execute("blockdev-reopen", options=[options])
+
+
 def test_refusals_name_what_is_wrong(program, serve, tmp_path):
     server = serve("qemu-nbd", "--persistent", "--format=raw", "--export-name=there",
                    "--socket={socket}", image(tmp_path, "dst", MIB))
@@ -369,8 +405,11 @@ def test_refusals_name_what_is_wrong(program, serve, tmp_path):
         add_nbd(qmp, "n", server, export="elsewhere")
     with pytest.raises(QmpError, match="No TLS credentials with id 't'"):
         add_nbd(qmp, "n", server, export="there", tls_creds="t")
-    with pytest.raises(QmpError, match="x-dirty-bitmap"):
-        add_nbd(qmp, "n", server, export="there", x_dirty_bitmap="b")
+    for context in ("qemu:dirty-bitmap:b", "b", "", "x" * 4096):
+        with pytest.raises(QmpError, match="Requested x-dirty-bitmap '.*' not found"):
+            add_nbd(qmp, "n", server, export="there", x_dirty_bitmap=context)
+    with pytest.raises(QmpError, match="x-dirty-bitmap query too long to send to server"):
+        add_nbd(qmp, "n", server, export="there", x_dirty_bitmap="x" * 4097)
     server.kill()
     with pytest.raises(QmpError, match="Failed to connect to '.*': Connection refused"):
         add_nbd(qmp, "n", server, export="there")

@@ -13,7 +13,9 @@ use crate::driver::{
 use crate::drivers::{OpenError, ReopenError};
 use crate::error::{IoError, IoOp};
 use crate::nbd::client::{Client, Command, Export, NbdError, Status};
-use crate::nbd::protocol::{allocation_flag, command, command_flag, transmission_flag};
+use crate::nbd::protocol::{
+    BASE_ALLOCATION, DIRTY, allocation_flag, command, command_flag, transmission_flag,
+};
 use crate::options::{DriverOptions, NbdOptions, SocketAddress};
 use crate::range_lock::{RangeGuard, RangeLock};
 use crate::runtime::unblock;
@@ -37,6 +39,8 @@ pub struct NbdDriver {
     node: Arc<str>,
     client: Client,
     filename: String,
+    /// Block status is that of `base:allocation`.
+    tells_holes: bool,
     read_only: bool,
     /// Orders writes that rewrite a part of a block, where blocks are larger than
     /// sectors.
@@ -74,6 +78,7 @@ impl NbdDriver {
             node: node.into(),
             client,
             filename: filename(&options.server, &options.export),
+            tells_holes: tells_holes(options),
             read_only: read_only || fixed,
             writing: RangeLock::new(),
         })
@@ -258,7 +263,7 @@ impl NbdDriver {
 
     async fn status(&self, offset: u64, len: u64) -> Result<Extent, i32> {
         let inside = self.inside(offset, len);
-        if !self.export().has_allocation() || inside == 0 {
+        if !self.export().has_status() || inside == 0 {
             return Ok(Extent { len, flags: DATA });
         }
         let block = self.block().unwrap_or(1);
@@ -276,7 +281,14 @@ impl NbdDriver {
         let Some(Status { len: found, flags }) = found else {
             return Ok(Extent { len, flags: DATA });
         };
-        let zero = flags & u64::from(allocation_flag::ZERO) != 0;
+        // Other contexts know nothing of zeroes.
+        let zero = self.tells_holes && flags & u64::from(allocation_flag::ZERO) != 0;
+        let data = match self.tells_holes {
+            // A hole of unknown content is read, to be sure.
+            true => !zero,
+            // As QEMU has it: dirty is what is no data.
+            false => flags & u64::from(DIRTY) == 0,
+        };
         let found = found.saturating_sub(offset - start).min(inside);
         if found == 0 {
             // An extent of less than a block: no sense in it.
@@ -286,8 +298,7 @@ impl NbdDriver {
             // What the export has not of the last sector goes with its end.
             len: if found == inside { len } else { found },
             flags: ExtentFlags {
-                // A hole of unknown content is read, to be sure.
-                data: !zero,
+                data,
                 zero,
                 allocated: true,
             },
@@ -417,6 +428,7 @@ impl BlockDriver for NbdDriver {
             if let (DriverOptions::Nbd(old), DriverOptions::Nbd(new)) = (to.old, to.driver) {
                 let options = [
                     ("export", old.export == new.export),
+                    ("x-dirty-bitmap", old.dirty_bitmap == new.dirty_bitmap),
                     (
                         "reconnect-delay",
                         old.reconnect_delay == new.reconnect_delay,
@@ -482,6 +494,12 @@ impl BlockDriver for NbdDriver {
     fn close(&self) {
         self.client.close();
     }
+}
+
+/// Whether block status is that of `base:allocation`.
+fn tells_holes(options: &NbdOptions) -> bool {
+    let context = options.dirty_bitmap.as_deref();
+    context.is_none_or(|context| context == BASE_ALLOCATION)
 }
 
 /// The export as QEMU writes it: a URI, without escapes.

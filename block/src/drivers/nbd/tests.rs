@@ -91,6 +91,42 @@ fn block_status_tells_holes_where_the_server_does() {
 }
 
 #[test]
+fn another_context_tells_of_no_zeroes() {
+    for offer in styles() {
+        let offer = Offer {
+            context: "qemu:dirty-bitmap:b",
+            ..offer
+        };
+        let server = TestServer::new(offer);
+        let event_loop = EventLoop::new("test").unwrap();
+        event_loop.block_on(async {
+            server.disk(|disk| disk[8192..12288].fill(1));
+            let mut options = server.options();
+            let other = NbdDriver::open("n", &options, false, false).await.unwrap();
+            // Its own is not there: all is data.
+            let extent = other.block_status(0, 1 << 20).await.unwrap();
+            assert_eq!((extent.len, extent.flags), (1 << 20, DATA));
+            other.close();
+            options.dirty_bitmap = Some("qemu:dirty-bitmap:b".to_owned());
+            let opened = NbdDriver::open("n", &options, false, false).await;
+            if !offer.structured {
+                let error = opened.err().expect("it is not there").to_string();
+                assert!(error.contains("'qemu:dirty-bitmap:b' not found"), "{error}");
+                return;
+            }
+            let driver = opened.unwrap();
+            // The server has every flag for what is zero, of which one is of the bitmap.
+            let dirty = driver.block_status(0, 1 << 20).await.unwrap();
+            assert_eq!(dirty.len, 8192);
+            assert!(!dirty.flags.data && !dirty.flags.zero && dirty.flags.allocated);
+            let clean = driver.block_status(8192, 1 << 19).await.unwrap();
+            assert_eq!((clean.len, clean.flags), (4096, DATA));
+            driver.close();
+        });
+    }
+}
+
+#[test]
 fn parts_of_large_blocks_are_rewritten_with_what_is_around_them() {
     let offer = Offer {
         size: 64 << 10,
@@ -292,6 +328,7 @@ fn opening_waits_for_each_server_in_the_tree_as_long_as_it_may() {
                 tight: true,
             },
             export: String::new(),
+            dirty_bitmap: None,
             reconnect_delay: Duration::ZERO,
             open_timeout: Duration::from_secs(seconds),
         })

@@ -76,6 +76,15 @@ pub enum NbdError {
     /// An export name that the protocol does not allow.
     #[error("export name too long to send to server")]
     ExportNameTooLong,
+    /// A name of a context that the protocol does not allow.
+    #[error("x-dirty-bitmap query too long to send to server")]
+    ContextTooLong,
+    /// The server does not tell the block status that was asked for.
+    #[error(
+        "Requested x-dirty-bitmap '{0}' not found: the export has no such context, or the server \
+         tells no block status"
+    )]
+    NoContext(String),
     /// Something else where a reply to an option should be.
     #[error("Unexpected option reply magic")]
     ReplyMagic,

@@ -57,8 +57,8 @@ pub(crate) struct Export {
     /// Longest payload in bytes: a multiple of `min_block` and of a sector.
     pub(crate) max_payload: u32,
     pub(super) style: HeaderStyle,
-    /// Number of the `base:allocation` context, if there is one.
-    pub(super) allocation: Option<u32>,
+    /// Number of the context that block status is asked of, if there is one.
+    pub(super) context: Option<u32>,
 }
 
 impl Export {
@@ -67,9 +67,9 @@ impl Export {
         self.flags & flags == flags
     }
 
-    /// Whether the server tells what is allocated.
-    pub(crate) fn has_allocation(&self) -> bool {
-        self.allocation.is_some()
+    /// Whether the server tells the block status.
+    pub(crate) fn has_status(&self) -> bool {
+        self.context.is_some()
     }
 
     /// Longest range in bytes of a request without payload.
@@ -85,7 +85,7 @@ impl Export {
         found: ExportInfo,
         blocks: Option<BlockSizes>,
         style: HeaderStyle,
-        allocation: Option<u32>,
+        context: Option<u32>,
     ) -> Result<Self, NbdError> {
         let blocks = blocks.unwrap_or(BlockSizes {
             minimum: 1,
@@ -130,7 +130,7 @@ impl Export {
             preferred_block: preferred,
             max_payload,
             style,
-            allocation,
+            context,
         })
     }
 
@@ -160,18 +160,31 @@ impl Export {
     }
 }
 
-/// Agrees with the server at the other end of `socket` on `export`, a name of at most
-/// [`MAX_STRING`] bytes.
+/// Agrees with the server at the other end of `socket` on `export`, and on the block status of
+/// `context`, or of `base:allocation` if the server has that: names of at most [`MAX_STRING`]
+/// bytes.
 ///
 /// Takes as long as the server does: bound it. Cancel: the connection is of no
 /// more use.
-pub(super) async fn negotiate(socket: &Socket, export: &str) -> Result<Export, NbdError> {
+pub(super) async fn negotiate(
+    socket: &Socket,
+    export: &str,
+    context: Option<&str>,
+) -> Result<Export, NbdError> {
+    let agreed = agree(socket, export, context.unwrap_or(BASE_ALLOCATION)).await?;
+    match context {
+        Some(wanted) if !agreed.has_status() => Err(NbdError::NoContext(wanted.to_owned())),
+        _ => Ok(agreed),
+    }
+}
+
+async fn agree(socket: &Socket, export: &str, context: &str) -> Result<Export, NbdError> {
     let magic = read_u64(socket, "initial magic").await?;
     if magic != INIT_MAGIC {
         return Err(NbdError::InitialMagic(magic));
     }
     match read_u64(socket, "server magic").await? {
-        OPTION_MAGIC => newstyle(socket, export).await,
+        OPTION_MAGIC => newstyle(socket, export, context).await,
         OLDSTYLE_MAGIC if export.is_empty() => oldstyle(socket).await,
         OLDSTYLE_MAGIC => Err(NbdError::OldServer),
         other => Err(NbdError::ServerMagic(other)),
@@ -188,7 +201,7 @@ async fn oldstyle(socket: &Socket) -> Result<Export, NbdError> {
     Export::new(ExportInfo { size, flags }, None, HeaderStyle::Simple, None)
 }
 
-async fn newstyle(socket: &Socket, export: &str) -> Result<Export, NbdError> {
+async fn newstyle(socket: &Socket, export: &str, context: &str) -> Result<Export, NbdError> {
     let mut flags = [0; 2];
     read(socket, "server flags", &mut flags).await?;
     let flags = u16::from_be_bytes(flags);
@@ -205,13 +218,15 @@ async fn newstyle(socket: &Socket, export: &str) -> Result<Export, NbdError> {
     } else {
         HeaderStyle::Simple
     };
-    let allocation = match style {
+    let context = match style {
         HeaderStyle::Simple => None,
-        HeaderStyle::Structured | HeaderStyle::Extended => set_allocation(socket, export).await?,
+        HeaderStyle::Structured | HeaderStyle::Extended => {
+            set_context(socket, export, context).await?
+        }
     };
     match go(socket, export).await? {
-        Some((found, blocks)) => Export::new(found, blocks, style, allocation),
-        None => export_name(socket, export, no_zeroes, style, allocation).await,
+        Some((found, blocks)) => Export::new(found, blocks, style, context),
+        None => export_name(socket, export, no_zeroes, style, context).await,
     }
 }
 
@@ -235,13 +250,17 @@ async fn simple_option(socket: &Socket, asked: u32) -> Result<bool, NbdError> {
     }
 }
 
-/// Asks for `base:allocation`; gives its number if the server has it.
-async fn set_allocation(socket: &Socket, export: &str) -> Result<Option<u32>, NbdError> {
+/// Asks for a context; gives its number if the server has it.
+async fn set_context(
+    socket: &Socket,
+    export: &str,
+    context: &str,
+) -> Result<Option<u32>, NbdError> {
     const ASKED: u32 = option::SET_META_CONTEXT;
     let mut data = Vec::new();
     MetaContextRequest {
         export,
-        queries: vec![BASE_ALLOCATION],
+        queries: vec![context],
     }
     .encode(&mut data);
     send_option(socket, ASKED, &data).await?;
@@ -258,7 +277,7 @@ async fn set_allocation(socket: &Socket, export: &str) -> Result<Option<u32>, Nb
             option_reply::META_CONTEXT => {
                 let data = reply_data(socket, ASKED, reply.len).await?;
                 let (id, name) = decode_meta_context(&data)?;
-                if name == BASE_ALLOCATION {
+                if name == context {
                     number = Some(id);
                 }
             }
@@ -346,7 +365,7 @@ async fn export_name(
     export: &str,
     no_zeroes: bool,
     style: HeaderStyle,
-    allocation: Option<u32>,
+    context: Option<u32>,
 ) -> Result<Export, NbdError> {
     send_option(socket, option::EXPORT_NAME, export.as_bytes()).await?;
     let mut found = [0; ExportInfo::LEN];
@@ -355,7 +374,7 @@ async fn export_name(
     if !no_zeroes {
         read(socket, "reserved block", &mut [0; EXPORT_NAME_PADDING]).await?;
     }
-    Export::new(found, None, style, allocation)
+    Export::new(found, None, style, context)
 }
 
 async fn send_option(socket: &Socket, option: u32, data: &[u8]) -> Result<(), NbdError> {

@@ -76,6 +76,10 @@ impl Client {
         if options.export.len() > MAX_STRING {
             return Err(NbdError::ExportNameTooLong);
         }
+        let context = options.dirty_bitmap.as_deref().unwrap_or_default();
+        if context.len() > MAX_STRING {
+            return Err(NbdError::ContextTooLong);
+        }
         let name = format!("nbd-{node}");
         let thread = unblock(move || Iothread::spawn(&name)).await?;
         let queue = Arc::new(Queue::new());
@@ -182,7 +186,8 @@ impl Life {
         let options = &self.options;
         let work = async {
             let socket = Socket::new(connect(&options.server).await?);
-            let export = negotiate(&socket, &options.export).await?;
+            let context = options.dirty_bitmap.as_deref();
+            let export = negotiate(&socket, &options.export, context).await?;
             Ok(Connection::new(socket, export))
         };
         match select(pin!(work), pin!(sleep(limit))).await {

@@ -25,6 +25,8 @@ pub(crate) struct Offer {
     pub(crate) structured: bool,
     pub(crate) extended: bool,
     pub(crate) allocation: bool,
+    /// Name of its context.
+    pub(crate) context: &'static str,
 }
 
 impl Default for Offer {
@@ -40,6 +42,7 @@ impl Default for Offer {
             structured: true,
             extended: false,
             allocation: true,
+            context: "base:allocation",
         }
     }
 }
@@ -111,6 +114,7 @@ impl TestServer {
                 tight: true,
             },
             export: "disk".to_owned(),
+            dirty_bitmap: None,
             reconnect_delay: std::time::Duration::ZERO,
             open_timeout: std::time::Duration::ZERO,
         }
@@ -278,7 +282,7 @@ fn greet(offer: &Offer, stream: &mut UnixStream) -> io::Result<Agreed> {
             }
             option::SET_META_CONTEXT if offer.allocation => {
                 let mut data = Vec::new();
-                encode_meta_context(7, "base:allocation", &mut data);
+                encode_meta_context(7, offer.context, &mut data);
                 reply(option_reply::META_CONTEXT, &data);
                 reply(option_reply::ACK, &[]);
             }

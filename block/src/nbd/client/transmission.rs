@@ -186,7 +186,7 @@ impl Connection {
         let (mut count, mut bytes) = (0, 0);
         while count < MAX_BATCH && bytes < MAX_BATCH_BYTES && sent.len() < MAX_IN_FLIGHT {
             let Some(request) = queue.take() else { break };
-            if request.command.kind == command::BLOCK_STATUS && self.export.allocation.is_none() {
+            if request.command.kind == command::BLOCK_STATUS && self.export.context.is_none() {
                 // It came back without: it may all be data.
                 let len = request.command.len;
                 request.finish(Ok(Some(Status { len, flags: 0 })));
@@ -371,7 +371,7 @@ impl Connection {
                 let payload = payload(reader, header.len).await?;
                 let extended = header.kind == chunk::BLOCK_STATUS_EXT;
                 let (context, extents) = decode_block_status(extended, &payload)?;
-                if Some(context) != self.export.allocation {
+                if Some(context) != self.export.context {
                     return Err(NbdError::Violation("a context that was not asked for"));
                 }
                 let mut sent = self.sent.borrow_mut();

@@ -15,14 +15,7 @@ use crate::vm_control::{RunState, ShutdownCause, VmEvent};
 
 /// What is read only to be refused whatever it says, by the ends of paths: clients that
 /// look for it shall not find it.
-const REFUSED: &[&str] = &[
-    "encrypt",
-    "mptcp",
-    "pr-manager",
-    "tls-authz",
-    "tls-creds",
-    "x-dirty-bitmap",
-];
+const REFUSED: &[&str] = &["encrypt", "mptcp", "pr-manager", "tls-authz", "tls-creds"];
 
 /// Words that are refused always, or have no meaning where they are.
 const REFUSED_WORDS: &[(&str, &[&str])] = &[

@@ -63,7 +63,7 @@ fn meet_as(script: Vec<u8>, export: &'static str) -> Result<Export, NbdError> {
             let _ = stream.shutdown(std::net::Shutdown::Write);
             let _ = stream.read_to_end(&mut Vec::new());
         },
-        |socket| async move { negotiate(&socket, export).await },
+        |socket| async move { negotiate(&socket, export, None).await },
     )
 }
 
@@ -77,7 +77,7 @@ fn a_plain_server_is_understood() {
     assert_eq!((export.size, export.flags), (1 << 20, 5));
     assert_eq!((export.min_block, export.max_payload), (1, 32 << 20));
     assert_eq!(export.style, HeaderStyle::Simple);
-    assert!(!export.has_allocation());
+    assert!(!export.has_status());
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn all_that_a_server_offers_is_taken() {
     script.extend(go_ack());
     let export = meet(script).unwrap();
     assert_eq!(export.style, HeaderStyle::Extended);
-    assert_eq!(export.allocation, Some(9));
+    assert_eq!(export.context, Some(9));
     // A whole number of blocks.
     assert_eq!((export.min_block, export.max_payload), (4096, 69_632));
 }

@@ -266,6 +266,7 @@ fn a_server_that_only_listens_is_left_after_the_open_timeout() {
             tight: true,
         },
         export: "e".to_owned(),
+        dirty_bitmap: None,
         reconnect_delay: Duration::ZERO,
         open_timeout: Duration::from_secs(1),
     };

@@ -22,7 +22,7 @@ fn export(style: HeaderStyle) -> Export {
         preferred_block: 4096,
         max_payload: 1 << 20,
         style,
-        allocation: Some(7),
+        context: Some(7),
     }
 }
 

@@ -106,15 +106,10 @@ pub(super) fn nbd(args: &mut Args, _: &Common) -> Result<DriverOptions, QmpError
             "No TLS credentials with id '{id}'"
         )));
     }
-    if dirty_bitmap.is_some() {
-        args.refuse(QmpError::generic(
-            "Parameter 'x-dirty-bitmap' is not supported before there are dirty bitmaps here; \
-             leave it out",
-        ));
-    }
     Ok(DriverOptions::Nbd(NbdOptions {
         server,
         export,
+        dirty_bitmap,
         reconnect_delay,
         open_timeout,
     }))
