@@ -5,12 +5,14 @@
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use crate::buffer::IoVec;
 use crate::driver::{ChildRole, Extent, FileRange, WriteFlags, ZeroFlags};
 use crate::error::{IoError, IoOp};
 use crate::gate::{Gate, ShardIndex};
+use crate::latency::GuestLatency;
 use crate::node::Node;
 use crate::permissions::{Perm, Permissions};
 use crate::sync::ArcSwap;
@@ -101,6 +103,10 @@ pub struct Backend {
     kind: AttachmentKind,
     /// See [`BackendUser::serves`].
     serves: Option<u64>,
+    /// Who measures its requests. The flag says whether anybody does, and is a hint
+    /// (Relaxed); both are written on main.
+    meters: ArcSwap<Vec<Arc<GuestLatency>>>,
+    is_measured: AtomicBool,
     user: Option<Arc<dyn BackendUser>>,
 }
 
@@ -122,6 +128,8 @@ impl Backend {
                 .as_ref()
                 .map_or(AttachmentKind::Root, |user| user.kind()),
             serves: user.as_ref().and_then(|user| user.serves()),
+            meters: ArcSwap::new(Arc::default()),
+            is_measured: AtomicBool::new(false),
             user,
         };
         backend.store_permissions(permissions);
@@ -224,11 +232,37 @@ impl Backend {
     }
 
     fn in_flight_from(self: &Arc<Self>, shard: ShardIndex) -> InFlight {
+        let is_measured = self.is_measured.load(Ordering::Relaxed);
         InFlight {
             node: self.root.load_full(),
             backend: Arc::clone(self),
             shard,
+            began: is_measured.then(Instant::now),
         }
+    }
+
+    /// From now on `latency` is told how long each request takes that begins here, from
+    /// when it is counted in: for jobs that are no filter on its way. Main only.
+    pub fn measure(&self, latency: &Arc<GuestLatency>) {
+        self.set_meters(|meters| meters.push(Arc::clone(latency)));
+    }
+
+    /// `latency` is told no more. Main only.
+    pub fn measure_no_more(&self, latency: &Arc<GuestLatency>) {
+        self.set_meters(|meters| meters.retain(|meter| !Arc::ptr_eq(meter, latency)));
+    }
+
+    fn set_meters(&self, change: impl FnOnce(&mut Vec<Arc<GuestLatency>>)) {
+        let mut meters = self.meters.load_full().to_vec();
+        change(&mut meters);
+        self.is_measured
+            .store(!meters.is_empty(), Ordering::Relaxed);
+        self.meters.store(Arc::new(meters));
+    }
+
+    /// Whether anybody measures its requests.
+    pub fn is_measured(&self) -> bool {
+        self.is_measured.load(Ordering::Relaxed)
     }
 
     /// Requests in flight at this moment; those held by a section do not count.
@@ -311,6 +345,8 @@ pub struct InFlight {
     backend: Arc<Backend>,
     node: Arc<Node>,
     shard: ShardIndex,
+    /// When it was counted in, if somebody wants to know how long it takes.
+    began: Option<Instant>,
 }
 
 impl InFlight {
@@ -373,6 +409,11 @@ impl Deref for InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
+        if let Some(began) = self.began {
+            for meter in self.backend.meters.load_full().iter() {
+                meter.record(began.elapsed());
+            }
+        }
         self.backend.gate.leave(self.shard);
     }
 }

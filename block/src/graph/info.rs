@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Graph;
 use super::filename::Filenames;
 use super::topology::Topology;
-use crate::backend::AttachmentKind;
+use crate::backend::{AttachmentKind, Backend};
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::driver::{ChildRole, ImageDetails};
 use crate::node::Node;
@@ -360,6 +360,18 @@ impl Graph {
             }
         }
         dump
+    }
+
+    /// The backends of devices and exports that reach one of the nodes: those whose
+    /// requests drained sections hold back.
+    pub fn guests_of(&self, nodes: &[Arc<Node>]) -> Vec<Arc<Backend>> {
+        let topology = self.topology.borrow();
+        let reaching = |node: &Arc<Node>| topology.backends_reaching(node.id());
+        let mut guests: Vec<Arc<Backend>> = nodes.iter().flat_map(reaching).collect();
+        guests.retain(|backend| backend.gate().holds());
+        guests.sort_by_key(|backend| backend.id());
+        guests.dedup_by_key(|backend| backend.id());
+        guests
     }
 
     /// All backends, in the order in which they came.

@@ -13,7 +13,7 @@ use block::runtime;
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
-use crate::copying::{BufferPool, window_of_speed};
+use crate::copying::{BufferPool, INTERVAL, Pace, window_of_speed};
 use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, SLICE};
 
 use super::driver::{CompareDriver, Place};
@@ -24,7 +24,7 @@ use super::result::Tally;
 const OPERATIONS: usize = 4;
 /// Largest request.
 pub(super) const MAX_REQUEST: u64 = 512 << 10;
-/// Smallest request under a speed limit.
+/// Smallest request, under a speed limit or while the guest is active.
 const MIN_REQUEST: u64 = 64 << 10;
 /// Most bytes that one operation looks at, when all before were zeroes.
 const MAX_LEAP: u64 = 1 << 30;
@@ -34,6 +34,18 @@ const BATCH: u64 = 16 << 20;
 const BATCH_TIME: Duration = Duration::from_secs(1);
 /// Wait while somebody drains a node.
 const BUSY: Duration = Duration::from_millis(1);
+
+/// A window in which all operations have requests of this size.
+const fn share(request: u64) -> u64 {
+    request * OPERATIONS as u64
+}
+
+/// Size of a request under this window: several fit in it, so that the guest never waits
+/// for a long one.
+fn request_size(window: u64) -> u64 {
+    let request = (window / OPERATIONS as u64).clamp(MIN_REQUEST, MAX_REQUEST);
+    request / MIN_REQUEST * MIN_REQUEST
+}
 
 struct Done {
     range: Range<u64>,
@@ -61,6 +73,10 @@ pub(super) struct Body<'a> {
     pub(super) tally: Tally,
     /// How much to look at at once where extents are not known.
     leap: u64,
+    pace: Pace,
+    /// Bytes started since the last rest.
+    since_rest: u64,
+    /// Nothing is started before this instant (rest, failure, somebody's section).
     not_before: Option<Instant>,
     backoff: Backoff,
     pub(super) failure: Option<JobFailure>,
@@ -90,6 +106,8 @@ impl<'a> Body<'a> {
             batch: Batch::default(),
             tally: Tally::new(driver.settings().max_differences),
             leap: MAX_REQUEST,
+            pace: Pace::new(share(MIN_REQUEST), share(MAX_REQUEST), Instant::now()),
+            since_rest: 0,
             not_before: None,
             backoff: Backoff::new(),
             failure: None,
@@ -131,6 +149,7 @@ impl<'a> Body<'a> {
                     break;
                 }
             }
+            self.adapt();
             let wait = self.start_operations();
             if self.operations.is_empty() {
                 self.ctx.sleep(wait).await;
@@ -191,6 +210,14 @@ impl<'a> Body<'a> {
         }
     }
 
+    /// Lets the controller look at the guest, if it is time to.
+    fn adapt(&mut self) {
+        let now = Instant::now();
+        if self.pace.is_due(now) && !self.pace.is_settling(!self.operations.is_empty(), now) {
+            self.pace.decide(self.driver.felt(), now);
+        }
+    }
+
     /// Starts what may be started; gives the time after which there may be more to
     /// start even if nothing ends.
     fn start_operations(&mut self) -> Duration {
@@ -201,22 +228,17 @@ impl<'a> Body<'a> {
             {
                 return left.min(SLICE);
             }
+            if self.pace.is_calm() {
+                return INTERVAL;
+            }
             let limited = self.ctx.throttle_wait();
             if !limited.is_zero() {
                 return limited.min(SLICE);
             }
-            let speed = self.ctx.speed();
-            let request = match speed {
-                0 => MAX_REQUEST,
-                // Whole sectors: a power of two.
-                speed => (speed / 10)
-                    .clamp(MIN_REQUEST, MAX_REQUEST)
-                    .next_power_of_two(),
-            };
-            let window = window_of_speed(speed, request) / request;
-            if self.operations.len()
-                >= OPERATIONS.min(usize::try_from(window).unwrap_or(OPERATIONS))
-            {
+            let window = self.pace.window();
+            let window = window.min(window_of_speed(self.ctx.speed(), MIN_REQUEST));
+            let request = request_size(window);
+            if self.operations.len() as u64 >= (window / request).min(OPERATIONS as u64) {
                 return SLICE;
             }
             let Some(range) = self.next_range(request) else {
@@ -227,6 +249,14 @@ impl<'a> Body<'a> {
                 let looked = reader.look(range.clone(), request).await;
                 Done { range, looked }
             }));
+            self.since_rest += request;
+            let rest = self.pace.rest();
+            if self.since_rest >= self.pace.floor() {
+                self.since_rest = 0;
+                if !rest.is_zero() {
+                    self.not_before = Some(Instant::now() + rest);
+                }
+            }
         }
     }
 
@@ -364,5 +394,22 @@ impl<'a> Body<'a> {
             }
         }
         below
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_small_while_little_may_be_in_flight_and_are_whole_pieces() {
+        assert_eq!(request_size(1), MIN_REQUEST);
+        assert_eq!(request_size(share(MIN_REQUEST) + 4096), MIN_REQUEST);
+        assert_eq!(request_size(share(MAX_REQUEST)), MAX_REQUEST);
+        assert_eq!(request_size(u64::MAX), MAX_REQUEST);
+        for window in (0..share(MAX_REQUEST)).step_by(12_345) {
+            let request = request_size(window);
+            assert!(request % MIN_REQUEST == 0 && request <= MAX_REQUEST);
+        }
     }
 }

@@ -1,9 +1,9 @@
 //! The comparison as the job core sees it.
 
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
-use block::{Backend, BoxFuture, DirtyBitmap, Graph, Node};
+use block::{Backend, BoxFuture, DirtyBitmap, Felt, Graph, GuestLatency, Node};
 
 use crate::copying::detach_when_idle;
 use crate::{JobContext, JobDetails, JobDriver, JobFailure, JobKind, OnError, SoftCancel};
@@ -28,6 +28,35 @@ pub(super) struct Settings {
     pub(super) is_mirrored: bool,
 }
 
+/// Devices and exports that used one of the nodes when the job began, and what they feel.
+pub(super) struct Guests {
+    /// Weakly: main must not be the last to hold a node.
+    backends: Vec<Weak<Backend>>,
+    latency: Arc<GuestLatency>,
+}
+
+impl Guests {
+    /// Measures them from now on. Main only.
+    pub(super) fn measured(graph: &Graph, nodes: &[Arc<Node>]) -> Self {
+        let latency = Arc::default();
+        let guests = graph.guests_of(nodes);
+        for backend in &guests {
+            backend.measure(&latency);
+        }
+        Self {
+            backends: guests.iter().map(Arc::downgrade).collect(),
+            latency,
+        }
+    }
+
+    /// Measures them no more. Main only.
+    fn forget(&self) {
+        for backend in self.backends.iter().filter_map(Weak::upgrade) {
+            backend.measure_no_more(&self.latency);
+        }
+    }
+}
+
 /// One of the two nodes, in the graph.
 pub(super) struct Place {
     pub(super) node: Arc<Node>,
@@ -43,6 +72,8 @@ pub(super) struct CompareDriver {
     settings: Settings,
     /// Known when it starts.
     places: OnceLock<[Place; 2]>,
+    /// Known when it starts. The latency is atomic.
+    guests: OnceLock<Guests>,
     /// What was found. A leaf lock, taken for a copy only: by the body, and for
     /// queries.
     found: Mutex<Comparison>,
@@ -53,6 +84,7 @@ impl CompareDriver {
         Self {
             settings,
             places: OnceLock::new(),
+            guests: OnceLock::new(),
             found: Mutex::default(),
         }
     }
@@ -64,6 +96,16 @@ impl CompareDriver {
     pub(super) fn set_places(&self, places: [Place; 2]) {
         // Set once, before the job is started.
         let _ = self.places.set(places);
+    }
+
+    pub(super) fn set_guests(&self, guests: Guests) {
+        // Set once, before the job is started.
+        let _ = self.guests.set(guests);
+    }
+
+    /// What the guest has felt since the last call.
+    pub(super) fn felt(&self) -> Option<Felt> {
+        self.guests.get()?.latency.take()
     }
 
     fn found(&self) -> Comparison {
@@ -106,6 +148,9 @@ impl JobDriver for CompareDriver {
 
     fn clean<'a>(&'a self, graph: &'a Rc<Graph>) -> BoxFuture<'a, ()> {
         Box::pin(async move {
+            if let Some(guests) = self.guests.get() {
+                guests.forget();
+            }
             for place in self.places.get().into_iter().flatten() {
                 place.data.detach_bitmap(&place.written);
                 detach_when_idle(graph, &place.backend);

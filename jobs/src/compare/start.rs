@@ -8,7 +8,7 @@ use block::{AttachmentKind, Backend, DirtyBitmap, Graph, Node, Permissions};
 
 use crate::{JobDriver, JobKey, JobSpec, Jobs};
 
-use super::driver::{CompareDriver, KIND, Place, Settings};
+use super::driver::{CompareDriver, Guests, KIND, Place, Settings};
 use super::error::CompareError;
 use super::spec::{CompareSpec, MAX_DIFFERENCES};
 
@@ -100,6 +100,7 @@ pub fn start_compare(
         undo.backends.push(backend);
     }
     let backends = undo.disarm();
+    driver.set_guests(Guests::measured(graph, &data));
     let places = nodes.into_iter().zip(data).zip(backends).zip(bitmaps);
     let places: Vec<Place> = places
         .map(|(((node, data), backend), written)| place(node, data, backend, written))

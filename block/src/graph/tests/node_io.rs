@@ -260,3 +260,40 @@ fn a_write_threshold_is_told_once_by_the_first_write_past_it() {
         assert_eq!(told.lock().unwrap().len(), 2);
     });
 }
+
+#[test]
+fn requests_are_measured_from_their_beginning_to_their_end_while_somebody_wants_it() {
+    on_main(|graph| async move {
+        let (storage, node) = disk(&graph, "a");
+        let backend = attach(&graph, "vda", &node);
+        let meters = [(); 2].map(|()| Arc::new(crate::GuestLatency::default()));
+        backend.measure(&meters[0]);
+        backend.measure(&meters[1]);
+        storage.hold(Match::op(IoOp::Write));
+        let held = spawn_local({
+            let backend = Arc::clone(&backend);
+            async move { write(&backend, 0, 1).await }
+        });
+        storage.wait_held(1).await;
+        assert!(meters.iter().all(|meter| meter.take().is_none()));
+        backend.measure_no_more(&meters[1]);
+        storage.release_all();
+        held.await.unwrap();
+        assert_eq!(meters[0].take().map(|felt| felt.count), Some(1));
+        assert!(meters[1].take().is_none(), "it ended after that");
+        backend.measure_no_more(&meters[0]);
+        assert!(!backend.is_measured());
+        write(&backend, 0, 1).await.unwrap();
+        assert!(meters[0].take().is_none());
+        // Those of jobs are no guests.
+        let user = User {
+            holds: false,
+            ..User::new(AttachmentKind::Job)
+        };
+        graph
+            .attach("", &node, Permissions::IDLE, Some(Arc::new(user)))
+            .unwrap();
+        let guests = graph.guests_of(&[Arc::clone(&node), node]);
+        assert!(guests.len() == 1 && guests[0].id() == backend.id());
+    });
+}

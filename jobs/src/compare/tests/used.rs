@@ -133,3 +133,16 @@ fn a_comparison_of_a_mirror_that_ends_does_not_end_well() {
         assert!(error.contains("mirror"), "{error}");
     });
 }
+
+#[test]
+fn the_guest_is_measured_as_long_as_a_comparison_lasts() {
+    with_rig(|rig| async move {
+        scribble(&rig, 0..SIZE);
+        rig.target.hold(Match::op(IoOp::Read));
+        let key = rig.start(rig.spec());
+        rig.until(|| rig.target.held() > 0).await;
+        assert!(rig.disk.is_measured());
+        rig.jobs.act(|jobs| jobs.cancel(key, true)).expect("cancel");
+        rig.until(|| !rig.disk.is_measured()).await;
+    });
+}
