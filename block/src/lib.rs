@@ -72,9 +72,9 @@ pub use node::{Child, Node, NodeOptions, SECTOR_SIZE};
 pub use options::{
     BackingRef, BlkdebugOptions, BlockdevOptions, BlockdevRef, CacheChoice, CacheOptions,
     ChildChoice, CopyBeforeWriteOptions, CopyOnReadOptions, DetectZeroes, DiscardMode,
-    DriverOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions, OptionValue,
-    PreallocateOptions, Qcow2Options, RawOptions, SnapshotAccessOptions, SocketAddress,
-    ThrottleOptions, Written,
+    DriverOptions, EncryptOptions, FileOptions, InetAddress, NbdOptions, NullCoOptions,
+    OptionValue, PreallocateOptions, Qcow2Options, RawOptions, SnapshotAccessOptions,
+    SocketAddress, ThrottleOptions, Written,
 };
 pub use permissions::{Perm, PermissionError, Permissions};
 pub use range_lock::{LockRange, RangeGuard, RangeLock};

@@ -293,6 +293,21 @@ impl DriverOptions {
         }
     }
 
+    /// Whether an open node of theirs can get other options at all.
+    pub(crate) fn can_be_reopened(&self) -> bool {
+        match self {
+            Self::CopyOnRead(_) | Self::CopyBeforeWrite(_) | Self::SnapshotAccess(_) => false,
+            Self::File(_)
+            | Self::Raw(_)
+            | Self::Qcow2(_)
+            | Self::NullCo(_)
+            | Self::Nbd(_)
+            | Self::Blkdebug(_)
+            | Self::Throttle(_)
+            | Self::Preallocate(_) => true,
+        }
+    }
+
     /// Whether a reopen may leave an option of theirs out, by its path.
     fn may_reset(&self, name: &str) -> bool {
         match self {
@@ -376,6 +391,17 @@ pub struct Qcow2Options {
     pub lazy_refcounts: bool,
     /// As `lazy_refcounts`; in bytes.
     pub l2_cache_entry_size: Option<u64>,
+    /// How the image is said to be encrypted, which none is that can be used.
+    pub encrypt: Option<EncryptOptions>,
+}
+
+/// `encrypt` of `qcow2`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EncryptOptions {
+    /// `aes` or `luks`.
+    pub format: &'static str,
+    /// Id of an object with the key.
+    pub key_secret: Option<String>,
 }
 
 impl Qcow2Options {
@@ -388,6 +414,7 @@ impl Qcow2Options {
             pass_discard_request: None,
             lazy_refcounts: false,
             l2_cache_entry_size: None,
+            encrypt: None,
         }
     }
 }

@@ -487,3 +487,24 @@ def test_incremental_backups_go_on_after_a_restart(program, how, moves):
             # Nothing else than was written: 2 and 1 granules before it ended, 1 after that.
             assert held == {2: 2}.get(life, 4) * GRAIN
     end(disk, "quit")
+
+
+def test_what_was_discarded_makes_no_backup_larger(program):
+    """A guest's discards count as writes; what is a hole then is one in the backup."""
+    disk = Disk(program)
+    disk.options["discard"] = "unmap"
+    disk.options["file"]["discard"] = "unmap"
+    with open(disk.image, "r+b") as image:
+        image.write(os.urandom(SIZE))
+    disk.start()
+    disk.bitmap("add", "b", persistent=True)
+    chain = Chain(disk)
+    chain.backup("full")
+    tool("qemu-io", "-d", "unmap", "-f", "raw", "-c", f"discard 0 {SIZE // 2}",
+         f"nbd+unix:///e?socket={disk.path}")
+    disk.write(1000)
+    assert disk.bitmaps()["b"]["count"] == SIZE // 2 + GRAIN
+    chain.backup("incremental")
+    made = disk.folder / "backup2.qcow2"
+    assert made.stat().st_blocks * 512 < MIB
+    disk.quit()

@@ -304,6 +304,16 @@ def test_images_with_what_is_not_supported_are_left_as_they_are(program, tmp_pat
         with pytest.raises(QmpError, match=reason):
             add(qmp, "n", images[name])
         assert images[name].read_bytes() == before, name
+    # What is said of encryption is compared with the header first.
+    no_encryption = "No encryption in image header, but options specified format 'aes'"
+    said = [("luks", {"format": "aes"}, "Header reported 'luks' encryption format but options "
+                                        "specify 'aes'"),
+            ("luks", {"format": "luks", "key-secret": "s"}, "No secret with id 's'"),
+            ("luks", {"format": "luks"}, "Encrypted images"),
+            ("bitmaps", {"format": "aes", "key-secret": "s"}, no_encryption)]
+    for name, encrypt, reason in said:
+        with pytest.raises(QmpError, match=reason):
+            add(qmp, "n", images[name], encrypt=encrypt, read_only=True)
     for name in ("bitmaps", "dirty", "corrupt"):
         before = images[name].read_bytes()
         add(qmp, "n", images[name], read_only=True)

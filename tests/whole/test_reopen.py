@@ -220,6 +220,19 @@ def test_options_are_repeated_as_they_were_given(program, tmp_path):
         "Cannot change the option 'inject-error.0.event'"
     qmp.execute("blockdev-reopen", options=[debug | {"align": 512}])
 
+    # What a rule was made for stays: whatever else is there, or is not.
+    for other in ("disk", "nothing"):
+        assert refusal(**debug | {"align": 512, "image": other}) == \
+            "Cannot change the option 'image'"
+
+    # Who cannot be reopened says so before a child is looked for.
+    filter_ = {"driver": "copy-on-read", "node-name": "filter"}
+    qmp.execute("blockdev-add", **filter_,
+                file={"driver": "raw", "node-name": "inner", "file": "word"})
+    for child in ("inner", "nothing", {"driver": "null-co", "node-name": "inner"}):
+        assert refusal(**filter_, file=child) == \
+            "Block format 'copy-on-read' used by node 'filter' does not support reopening files"
+
     # A command line writes numbers otherwise.
     word = {"driver": "null-co", "node-name": "word"}
     qmp.execute("blockdev-reopen", options=[word | {"size": MIB}])

@@ -107,6 +107,20 @@ pub enum OpenError {
     /// `lazy-refcounts` of an image of version 2.
     #[error("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")]
     LazyRefcounts,
+    /// An image that is not encrypted is said to be.
+    #[error("No encryption in image header, but options specified format '{0}'")]
+    NotEncrypted(&'static str),
+    /// An image that is encrypted otherwise than is said.
+    #[error("Header reported '{found}' encryption format but options specify '{said}'")]
+    OtherEncryption {
+        /// By the header.
+        found: &'static str,
+        /// By the options.
+        said: &'static str,
+    },
+    /// There are no objects with keys.
+    #[error("No secret with id '{0}'")]
+    NoSecret(String),
     /// The header of an image cannot be read.
     #[error("Could not read the header of the image in node '{file}'")]
     ReadImage {

@@ -340,6 +340,13 @@ impl Wanted {
         if self.given.node_name.as_deref().is_some_and(|n| n != name) {
             return Err(changed("node-name").into());
         }
+        if !old.driver.can_be_reopened() {
+            return Err(ReopenError::NotSupported {
+                driver: self.node.driver_name(),
+                node: name.to_owned(),
+            }
+            .into());
+        }
         check_detect_zeroes(self.options.node_options())?;
         let said = self.options.driver.children();
         let has_backing = topology.child(self.node.id(), ChildRole::Backing).is_some();
@@ -354,6 +361,18 @@ impl Wanted {
             }
         }
         Ok(())
+    }
+
+    /// Whether its child in this role, or what shows in it through filters of jobs, is the
+    /// node of that name.
+    fn stands_on(&self, topology: &Topology, role: ChildRole, name: &str) -> bool {
+        let Some(child) = topology.child(self.node.id(), role) else {
+            return false;
+        };
+        let shown = topology
+            .node_named(name)
+            .is_some_and(|entry| above_inserted_filters(topology, &entry.node).id() == child.id());
+        shown || child.name() == name
     }
 
     /// Makes the change in `topology`.
@@ -389,6 +408,10 @@ impl Wanted {
         role: ChildRole,
         name: &str,
     ) -> Result<(), GraphError> {
+        if role == ChildRole::Image && !self.stands_on(topology, role, name) {
+            // What a rule was made for stays.
+            return Err(ReopenError::CannotChange(role.as_str().to_owned()).into());
+        }
         let child = topology
             .node_named(name)
             .map(|entry| Arc::clone(&entry.node));

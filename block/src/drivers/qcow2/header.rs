@@ -6,7 +6,7 @@
 
 use crate::driver::ImageDetails;
 use crate::drivers::OpenError;
-use crate::options::Qcow2Options;
+use crate::options::{EncryptOptions, Qcow2Options};
 
 /// Bytes that every header has.
 const V2_LEN: usize = 72;
@@ -262,7 +262,11 @@ pub(super) fn check_options(
     if options.lazy_refcounts && version < 3 {
         return Err(OpenError::LazyRefcounts);
     }
-    Ok(())
+    match &options.encrypt {
+        // One that is encrypted is not opened.
+        Some(said) => Err(OpenError::NotEncrypted(said.format)),
+        None => Ok(()),
+    }
 }
 
 impl Header {
@@ -393,6 +397,23 @@ impl Header {
             at += (len as usize).next_multiple_of(8);
         }
         Err(HeaderError::BadExtension("too many"))
+    }
+
+    /// Refuses what is said wrongly of an image that is encrypted: before it is refused.
+    pub(super) fn check_encryption(&self, said: &EncryptOptions) -> Result<(), OpenError> {
+        let found = match self.crypt_method {
+            1 => "aes",
+            2 => "luks",
+            _ => return Ok(()),
+        };
+        match &said.key_secret {
+            _ if found != said.format => Err(OpenError::OtherEncryption {
+                found,
+                said: said.format,
+            }),
+            Some(id) => Err(OpenError::NoSecret(id.clone())),
+            None => Ok(()),
+        }
     }
 
     /// Whether an image with this header can be served. `read_only`: it is not to

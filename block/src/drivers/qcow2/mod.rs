@@ -66,6 +66,7 @@ use crate::driver::ImageDetails;
 use crate::drivers::OpenError;
 use crate::error::IoError;
 use crate::node::{Child, Node};
+use crate::options::EncryptOptions;
 use crate::permissions::{Perm, Permissions};
 
 /// Requests that change tables at once: half of the tables that `imago` caches.
@@ -122,7 +123,11 @@ pub struct Qcow2Driver {
 }
 
 /// Reads and checks the header of the image in `file`.
-pub(crate) async fn read_header(file: &Arc<Node>, read_only: bool) -> Result<Header, OpenError> {
+pub(crate) async fn read_header(
+    file: &Arc<Node>,
+    read_only: bool,
+    encrypt: Option<&EncryptOptions>,
+) -> Result<Header, OpenError> {
     let read_error = |error| OpenError::ReadImage {
         file: file.name().to_owned(),
         error,
@@ -134,6 +139,9 @@ pub(crate) async fn read_header(file: &Arc<Node>, read_only: bool) -> Result<Hea
     let cluster_len = header::cluster_len(&first).map_err(header_error)?;
     let cluster = read_start(file, cluster_len).await.map_err(read_error)?;
     let header = Header::parse(&cluster, file.size()).map_err(header_error)?;
+    if let Some(encrypt) = encrypt {
+        header.check_encryption(encrypt)?;
+    }
     header.check_features(read_only).map_err(header_error)?;
     Ok(header)
 }

@@ -49,7 +49,7 @@ impl Qcow2Driver {
         let read_only = to.options.read_only;
         let mut image = None;
         if !read_only && !self.writable.load(Ordering::Relaxed) {
-            let header = read_header(&self.file.node(), false).await?;
+            let header = read_header(&self.file.node(), false, None).await?;
             let backing = self.backing.load_full();
             let nodes = (&self.file, self.data_file.as_ref(), backing.as_deref());
             image = Some(open_image(&header, nodes, true, &self.broken).await?);

@@ -30,7 +30,8 @@ impl Opening<'_> {
         let read_only = options.read_only.unwrap_or(false) || (may_fall_back && below.read_only());
         let rights = qcow2::file_permissions(read_only, Permissions::IDLE);
         self.hold(&name, ChildRole::File, &below, rights)?;
-        let header = qcow2::read_header(&below, read_only).await?;
+        let encrypt = image.encrypt.as_ref();
+        let header = qcow2::read_header(&below, read_only, encrypt).await?;
         header.check_options(image)?;
 
         let data_file = match &image.data_file {

@@ -48,7 +48,7 @@ fn a_cluster_that_was_copied_as_a_whole_is_durable_before_a_table_refers_to_it()
         let below = graph
             .add_node(Some("below"), recorder.driver(), options())
             .unwrap();
-        let header = read_header(&below, false).await.unwrap();
+        let header = read_header(&below, false, None).await.unwrap();
         let file = GrowingFile::new(Child::new(ChildRole::File, below));
         let order = WriteOrder::load(&header, &file, None).await.unwrap();
         let helper = CommonStorageHelper::default();

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use block::{
-    CbwPolicy, CopyBeforeWriteOptions, CopyOnReadOptions, DriverOptions, FileOptions, InetAddress,
-    NbdOptions, NullCoOptions, OnCbwError, PreallocateOptions, Qcow2Options, RawOptions,
-    SnapshotAccessOptions, SocketAddress, ThrottleOptions,
+    CbwPolicy, CopyBeforeWriteOptions, CopyOnReadOptions, DriverOptions, EncryptOptions,
+    FileOptions, InetAddress, NbdOptions, NullCoOptions, OnCbwError, PreallocateOptions,
+    Qcow2Options, RawOptions, SnapshotAccessOptions, SocketAddress, ThrottleOptions,
 };
 
 use super::{Common, backing, child, optional_child};
@@ -292,13 +292,10 @@ pub(super) fn qcow2(args: &mut Args, common: &Common) -> Result<DriverOptions, Q
     args.optional_bool("pass-discard-other")?;
     overlap_check(args)?;
     let l2_cache_entry_size = qcow2_caches(args)?;
-    if let Some(mut encrypt) = args.optional_object("encrypt")? {
-        let format = encrypt.required_enum("format", &[("aes", "aes"), ("luks", "luks")])?;
-        args.refuse(QmpError::generic(format!(
-            "Encryption format '{format}' is not supported: decrypt the image into a new one \
-             with 'qemu-img convert'"
-        )));
-    }
+    let encrypt = match args.optional_object("encrypt")? {
+        Some(args) => Some(encryption(args)?),
+        None => None,
+    };
     let data_file = optional_child(args, "data-file", common)?;
     Ok(DriverOptions::Qcow2(Qcow2Options {
         file,
@@ -307,7 +304,17 @@ pub(super) fn qcow2(args: &mut Args, common: &Common) -> Result<DriverOptions, Q
         pass_discard_request,
         lazy_refcounts,
         l2_cache_entry_size,
+        encrypt,
     }))
+}
+
+fn encryption(mut args: Args) -> Result<EncryptOptions, QmpError> {
+    let encrypt = EncryptOptions {
+        format: args.required_enum("format", &[("aes", "aes"), ("luks", "luks")])?,
+        key_secret: args.optional_str("key-secret")?,
+    };
+    args.finish()?;
+    Ok(encrypt)
 }
 
 /// What QEMU checks writes of tables against: a word, or an object.
