@@ -243,7 +243,7 @@ impl Ring {
     }
 
     /// Operations whose completion has not come.
-    #[cfg(test)]
+    #[cfg(all(test, not(shuttle)))]
     pub(crate) fn in_flight(&self) -> usize {
         self.in_flight.get()
     }

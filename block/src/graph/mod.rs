@@ -167,7 +167,8 @@ impl Graph {
     ///
     /// A [`Root`](AttachmentKind::Root) that needs to write a node under a job's filter is
     /// attached above the filter, because the job would not see its writes below:
-    /// [`Backend::root`] tells.
+    /// [`Backend::root`] tells. Not so a job (whose requests are only counted): it is
+    /// refused, since filters let nobody write past them.
     ///
     /// Fails, without any change, if the name is bad or taken, if other users of
     /// a node on the way down do not go with it, or if an image lock is refused.
@@ -181,7 +182,9 @@ impl Graph {
         self.check_device_name(name)?;
         let mut topology = self.topology.borrow().clone();
         let kind = user.as_ref().map_or(AttachmentKind::Root, |u| u.kind());
-        let target = if kind == AttachmentKind::Root && permissions.need.contains(Perm::WRITE) {
+        let is_job = user.as_ref().is_some_and(|user| !user.holds_requests());
+        let writes = kind == AttachmentKind::Root && permissions.need.contains(Perm::WRITE);
+        let target = if writes && !is_job {
             above_inserted_filters(&topology, node)
         } else {
             Arc::clone(node)

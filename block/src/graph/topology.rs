@@ -132,6 +132,8 @@ struct Parent {
     describe: String,
     role: &'static str,
     permissions: Permissions,
+    /// It is a job's, beside the edge of the filter for which it stands.
+    is_beside_edge: bool,
 }
 
 impl Topology {
@@ -421,6 +423,7 @@ impl Topology {
             describe: format!("node '{}'", parent.node.name()),
             role: edge.child.role().as_str(),
             permissions: edge.permissions,
+            is_beside_edge: false,
         });
         let backends = self.backends_of(node.id()).map(|entry| Parent {
             number: entry.number,
@@ -431,6 +434,13 @@ impl Topology {
                 AttachmentKind::Child { role, .. } => role.as_str(),
             },
             permissions: entry.permissions,
+            is_beside_edge: matches!(
+                entry.backend.kind(),
+                AttachmentKind::Child {
+                    role: ChildRole::File,
+                    ..
+                }
+            ),
         });
         let mut edges: Vec<Parent> = nodes.chain(backends).collect();
         edges.sort_by_key(|edge| edge.number);
@@ -448,6 +458,16 @@ impl Topology {
 }
 
 fn check_conflicts(node: &str, parents: &[Parent]) -> Result<(), GraphError> {
+    // What only a job's own hold requires comes last: QEMU has no such holds.
+    find_conflict(node, parents, |requires| !requires.is_beside_edge)?;
+    find_conflict(node, parents, |requires| requires.is_beside_edge)
+}
+
+fn find_conflict(
+    node: &str,
+    parents: &[Parent],
+    counts: impl Fn(&Parent) -> bool,
+) -> Result<(), GraphError> {
     // The newest first, as QEMU names them.
     for (i, unshares) in parents.iter().enumerate().rev() {
         for (j, requires) in parents.iter().enumerate().rev() {
@@ -455,7 +475,7 @@ fn check_conflicts(node: &str, parents: &[Parent]) -> Result<(), GraphError> {
                 .permissions
                 .need
                 .without(unshares.permissions.share);
-            if i != j && !perms.is_empty() {
+            if i != j && !perms.is_empty() && counts(requires) {
                 return Err(GraphError::Conflict {
                     node: node.to_owned(),
                     perms,

@@ -488,7 +488,7 @@ impl EventLoop {
     }
 
     /// How often the loop has looked at epoll.
-    #[cfg(test)]
+    #[cfg(all(test, not(shuttle)))]
     pub(super) fn polls(&self) -> u64 {
         self.core.polls.get()
     }

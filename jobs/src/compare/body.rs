@@ -409,7 +409,7 @@ mod tests {
         assert_eq!(request_size(u64::MAX), MAX_REQUEST);
         for window in (0..share(MAX_REQUEST)).step_by(12_345) {
             let request = request_size(window);
-            assert!(request % MIN_REQUEST == 0 && request <= MAX_REQUEST);
+            assert!(request.is_multiple_of(MIN_REQUEST) && request <= MAX_REQUEST);
         }
     }
 }

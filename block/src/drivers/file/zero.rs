@@ -37,7 +37,7 @@ impl Support {
     }
 
     /// As on storage that has refused everything.
-    #[cfg(test)]
+    #[cfg(all(test, not(shuttle)))]
     pub(super) fn none() -> Self {
         Self {
             punch_hole: AtomicBool::new(false),
@@ -47,7 +47,7 @@ impl Support {
         }
     }
 
-    #[cfg(test)]
+    #[cfg(all(test, not(shuttle)))]
     pub(super) fn has_zero_range(&self) -> bool {
         self.zero_range.load(Ordering::Relaxed)
     }

@@ -544,3 +544,34 @@ fn what_write_blocking_writes_put_on_the_target_is_flushed_before_the_pivot() {
         rig.assert_equal();
     });
 }
+
+#[test]
+fn the_source_of_a_backup_is_not_mirrored_to() {
+    use crate::backup::{BackupSpec, BackupSync, start_backup};
+    with_rig(|rig| async move {
+        let node = |name: &str| {
+            let driver = TestStorage::new(SIZE).driver();
+            let added = rig
+                .graph
+                .add_node(Some(name), driver, NodeOptions::default());
+            added.expect("a node")
+        };
+        let backup = BackupSpec {
+            sync: BackupSync::None,
+            filter_node_name: Some("saving".to_owned()),
+            ..BackupSpec::new("b0", rig.node("dst"), node("saved"))
+        };
+        let key = start_backup(&rig.graph, &rig.jobs, backup)
+            .await
+            .expect("the backup starts");
+        let refused = rig.try_start(rig.spec()).await.unwrap_err().to_string();
+        assert_eq!(
+            refused,
+            "Permission conflict on node 'dst': permissions 'write' are both required by an \
+             unnamed block device (uses node 'dst' as 'root' child) and unshared by node \
+             'saving' (uses node 'dst' as 'file' child)."
+        );
+        rig.act(|jobs| jobs.cancel(key, true));
+        rig.until(|| rig.graph.nodes().len() == 3).await;
+    });
+}
