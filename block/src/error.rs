@@ -84,6 +84,11 @@ pub struct IoError {
 }
 
 impl IoError {
+    /// The kernel's text of what went wrong.
+    pub(crate) fn cause(&self) -> String {
+        os_text(&io::Error::from_raw_os_error(self.errno))
+    }
+
     /// The class of this error.
     pub fn kind(&self) -> IoErrorKind {
         match self.errno {

@@ -122,14 +122,8 @@ pub enum OpenError {
     #[error("No secret with id '{0}'")]
     NoSecret(String),
     /// The header of an image cannot be read.
-    #[error("Could not read the header of the image in node '{file}'")]
-    ReadImage {
-        /// Name of the node it is in.
-        file: String,
-        /// What the storage said.
-        #[source]
-        error: IoError,
-    },
+    #[error("Could not read qcow2 header: {}", .0.cause())]
+    ReadImage(IoError),
     /// The tables of an image cannot be read, or make no sense.
     #[error("Could not open the image in node '{file}': {error}")]
     Image {

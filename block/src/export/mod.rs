@@ -19,7 +19,7 @@ use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::pin::pin;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, join, select};
@@ -120,7 +120,8 @@ pub struct ExportInfo {
     pub id: String,
     /// QMP's name of its type.
     pub kind: &'static str,
-    /// The node that requests go to at this moment.
+    /// The node that requests go to at this moment; of an export that was made on a node
+    /// under a job's filter, that node as long as the filter is there.
     pub node_name: String,
     /// It is being deleted, and waits for requests to end.
     pub shutting_down: bool,
@@ -130,12 +131,53 @@ struct Entry {
     id: String,
     kind: &'static str,
     backend: Arc<Backend>,
+    /// The name of the node that it was made on, and the filter of a job above that node
+    /// that it was attached to instead.
+    made_below: Option<(String, Weak<Node>)>,
     nbd: Arc<NbdExport>,
     /// Those that it shows, until it is gone.
     bitmaps: RefCell<Vec<BitmapHold>>,
     /// Of the thread that serves it.
     _hold: Option<Box<dyn Any>>,
     shutting_down: Cell<bool>,
+}
+
+impl Entry {
+    /// See [`ExportInfo::node_name`].
+    fn node_name(&self) -> String {
+        let root = self.backend.root();
+        match &self.made_below {
+            Some((name, filter)) if std::ptr::eq(filter.as_ptr(), Arc::as_ptr(&root)) => {
+                name.clone()
+            }
+            _ => root.name().to_owned(),
+        }
+    }
+}
+
+/// What can be told of an NBD export before it is made. Gives the server.
+fn check_nbd(
+    server: Option<Rc<NbdServer>>,
+    name: &str,
+    description: Option<&str>,
+) -> Result<Rc<NbdServer>, ExportError> {
+    let server = server.ok_or(ExportError::ServerNotRunning)?;
+    if name.len() > MAX_STRING {
+        return Err(ExportError::NameTooLong {
+            name: name.to_owned(),
+        });
+    }
+    if let Some(description) = description.filter(|text| text.len() > MAX_STRING) {
+        return Err(ExportError::DescriptionTooLong {
+            description: description.to_owned(),
+        });
+    }
+    if server.has_export(name) {
+        return Err(ExportError::NameInUse {
+            name: name.to_owned(),
+        });
+    }
+    Ok(server)
 }
 
 /// All exports of the process, and its NBD server.
@@ -269,27 +311,25 @@ impl Exports {
             allocation_depth,
             bitmaps,
         } = kind;
-        let server = server.ok_or(ExportError::ServerNotRunning)?;
         let name = name.unwrap_or(node_name);
-        if name.len() > MAX_STRING {
-            return Err(ExportError::NameTooLong { name });
-        }
-        if let Some(description) = description.as_ref().filter(|text| text.len() > MAX_STRING) {
-            return Err(ExportError::DescriptionTooLong {
-                description: description.clone(),
-            });
-        }
-        if server.has_export(&name) {
-            return Err(ExportError::NameInUse { name });
-        }
+        // As QEMU does it: who is in the way of the export's rights is told before what is
+        // wrong with the export.
         let backend = self.attach(&id, &node, permissions(writable))?;
-        let holds = match self.hold_bitmaps(&node, bitmaps, writable) {
-            Ok(holds) => holds,
+        let checked = check_nbd(server, &name, description.as_deref());
+        let prepared = checked.and_then(|server| {
+            let holds = self.hold_bitmaps(&node, bitmaps, writable)?;
+            Ok((server, holds))
+        });
+        let (server, holds) = match prepared {
+            Ok(prepared) => prepared,
             Err(error) => {
                 self.graph.detach(&backend);
                 return Err(error);
             }
         };
+        let root = backend.root();
+        let made_below =
+            (!Arc::ptr_eq(&root, &node)).then(|| (node.name().to_owned(), Arc::downgrade(&root)));
         let bitmaps = holds.iter().map(|hold| Arc::clone(hold.bitmap()));
         let nbd = server.add_export(NbdExportOptions {
             name,
@@ -305,6 +345,7 @@ impl Exports {
             id,
             kind: kind_name,
             backend,
+            made_below,
             nbd,
             bitmaps: RefCell::new(holds),
             _hold: iothread.map(|thread| thread.hold),
@@ -377,7 +418,7 @@ impl Exports {
             .map(|entry| ExportInfo {
                 id: entry.id.clone(),
                 kind: entry.kind,
-                node_name: entry.backend.root().name().to_owned(),
+                node_name: entry.node_name(),
                 shutting_down: entry.shutting_down.get(),
             })
             .collect()

@@ -275,6 +275,9 @@ pub enum GraphError {
     /// An image whose first level table cannot map so large a disk.
     #[error("Failed to grow the L1 table: File too large")]
     NoLargerL1,
+    /// The storage does not do it.
+    #[error("Could not resize file: {}", .0.cause())]
+    Resize(IoError),
     /// Resizing a read-only node.
     #[error("Image is read-only")]
     ImageReadOnly,

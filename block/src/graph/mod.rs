@@ -202,9 +202,21 @@ impl Graph {
                 "a writable user is attached above the job's filter"
             );
         }
-        let backend = Backend::new(name, target, permissions, user);
+        let below = (target.id() != node.id()).then(|| topology.clone());
+        let backend = Backend::new(name, target, permissions, user.clone());
         topology.backends.push(BackendEntry::new(&backend));
-        let _removed = self.commit(topology)?;
+        let committed = self.commit(topology);
+        if let (Err(GraphError::Conflict { .. }), Some(mut below)) = (&committed, below) {
+            // If what it needs is a conflict with the filter, which users know, that is told.
+            let needs = Permissions {
+                share: Perm::ALL,
+                ..permissions
+            };
+            let backend = Backend::new(name, Arc::clone(node), needs, user);
+            below.backends.push(BackendEntry::new(&backend));
+            below.update_permissions()?;
+        }
+        let _removed = committed?;
         Ok(backend)
     }
 

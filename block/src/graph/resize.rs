@@ -22,7 +22,7 @@ fn resize_error(node: &Arc<Node>, error: IoError) -> GraphError {
         libc::EFBIG if node.skip_filters().driver_name() == "qcow2" => GraphError::NoLargerL1,
         // Also of a node below, where it is more.
         libc::EFBIG if error.offset > MAX_SIZE => GraphError::TooLarge(error.offset),
-        _ => error.into(),
+        _ => GraphError::Resize(error),
     }
 }
 

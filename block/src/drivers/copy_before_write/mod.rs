@@ -41,6 +41,7 @@ use crate::driver::{
 };
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node};
+use crate::options::DiscardMode;
 use crate::permissions::{Perm, Permissions};
 use crate::runtime;
 use crate::sync::atomic::Ordering::SeqCst;
@@ -383,6 +384,10 @@ impl BlockDriver for CopyBeforeWriteDriver {
             let _measured = Measured::begin(&self.snapshot);
             let file = self.file.node();
             let range = self.range(IoOp::Discard, offset, len)?;
+            if file.options().discard == DiscardMode::Ignore {
+                // Nothing changes, so there is nothing to save.
+                return Ok(());
+            }
             self.change(IoOp::Discard, range, file.discard(offset, len))
                 .await
         })

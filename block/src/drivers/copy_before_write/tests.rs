@@ -8,6 +8,7 @@ use crate::buffer::AlignedBuffer;
 use crate::chain::tests::{layer, node};
 use crate::driver::ChildRole;
 use crate::drivers::snapshot_access::SnapshotAccessDriver;
+use crate::node::NodeOptions;
 use crate::runtime::{EventLoop, LocalTask, spawn_local};
 use crate::test_storage::{CHUNK, Match, TestStorage};
 
@@ -30,7 +31,11 @@ fn child(role: ChildRole, node: &Arc<Node>) -> Child {
 fn rig_with(policy: CbwPolicy, part: Option<&DirtyBitmap>) -> Rig {
     let (source, target) = (TestStorage::new(SIZE), TestStorage::new(SIZE));
     source.poke(0, &[1; SIZE as usize]);
-    let file = child(ChildRole::File, &node("src", source.driver()));
+    let unmap = NodeOptions {
+        discard: DiscardMode::Unmap,
+        ..NodeOptions::default()
+    };
+    let file = child(ChildRole::File, &Node::new("src", source.driver(), unmap));
     let kept = child(ChildRole::Target, &node("dst", target.driver()));
     let driver = CopyBeforeWriteDriver::new(file, kept, policy, part).unwrap();
     let snapshot = Arc::clone(driver.kept());
@@ -148,6 +153,20 @@ fn zero_writes_and_discards_are_preceded_by_copies_too() {
             assert_eq!(rig.target.peek(cluster * CLUSTER, 1), [1]);
             assert_eq!(rig.seen(cluster * CLUSTER).await, 1);
         }
+    });
+}
+
+#[test]
+fn a_discard_that_the_source_ignores_has_nothing_copied() {
+    run(async {
+        let (source, target) = (TestStorage::new(SIZE), TestStorage::new(SIZE));
+        source.poke(0, &[1; SIZE as usize]);
+        target.fail(Match::op(IoOp::Write), libc::ENOSPC);
+        let file = child(ChildRole::File, &node("src", source.driver()));
+        let kept = child(ChildRole::Target, &node("dst", target.driver()));
+        let driver = CopyBeforeWriteDriver::new(file, kept, CbwPolicy::default(), None).unwrap();
+        driver.discard(0, CLUSTER).await.unwrap();
+        assert!(target.ended().is_empty() && source.ended().is_empty());
     });
 }
 

@@ -128,10 +128,7 @@ pub(crate) async fn read_header(
     read_only: bool,
     encrypt: Option<&EncryptOptions>,
 ) -> Result<Header, OpenError> {
-    let read_error = |error| OpenError::ReadImage {
-        file: file.name().to_owned(),
-        error,
-    };
+    let read_error = OpenError::ReadImage;
     let header_error = |error| OpenError::Qcow2(error);
     let first = read_start(file, header::FIRST_READ)
         .await

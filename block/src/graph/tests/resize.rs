@@ -98,13 +98,15 @@ fn a_resize_is_refused_where_a_user_or_a_bitmap_forbids_it() {
         graph.detach(&backend);
         let bitmap = Arc::new(DirtyBitmap::new(SIZE, 4096).unwrap());
         node.attach_bitmap(&bitmap);
-        let Err(GraphError::Io(error)) = graph.resize(&node, 0).await else {
+        let Err(GraphError::Resize(error)) = graph.resize(&node, 0).await else {
             panic!("resized under a bitmap");
         };
         assert_eq!(error.errno, libc::EBUSY);
         node.detach_bitmap(&bitmap);
         storage.fail_once(Match::op(IoOp::Truncate), libc::ENOSPC);
-        assert!(graph.resize(&node, 2 * SIZE).await.is_err());
+        let error = graph.resize(&node, 2 * SIZE).await.unwrap_err();
+        let text = "Could not resize file: No space left on device";
+        assert_eq!(error.to_string(), text);
         assert!(graph.resize(&node, u64::MAX).await.is_err());
         assert_eq!((storage.size(), graph.backends().len()), (SIZE, 0));
     });
