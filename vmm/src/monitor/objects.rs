@@ -271,9 +271,10 @@ impl Objects {
     }
 
     fn check_new(&self, id: &str) -> Result<(), QmpError> {
-        match self.find(id) {
-            Some(_) => Err(duplicate(id)),
-            None => Ok(()),
+        // Each object has a property `type`, the one that holds them too.
+        match id == "type" || self.find(id).is_some() {
+            true => Err(duplicate(id)),
+            false => Ok(()),
         }
     }
 

@@ -254,14 +254,14 @@ impl Session {
 
     /// `qmp_capabilities`
     fn negotiate(&self, mut args: Args) -> Result<Value, QmpError> {
+        let enable = args.optional_enum_list("enable", &[("oob", ())])?;
+        args.finish()?;
         if self.negotiated.get() {
             return Err(QmpError {
                 class: ErrorClass::CommandNotFound,
                 desc: "Capabilities negotiation is already complete, command ignored".to_owned(),
             });
         }
-        let enable = args.optional_enum_list("enable", &[("oob", ())])?;
-        args.finish()?;
         self.oob
             .set(enable.is_some_and(|enable| !enable.is_empty()));
         self.negotiated.set(true);

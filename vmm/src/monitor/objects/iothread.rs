@@ -45,7 +45,7 @@ impl IothreadProperties {
     /// All together.
     pub(super) fn check(&self) -> Result<(), QmpError> {
         let [_, min, max, ..] = self.0;
-        if max == 0 || min > max {
+        if max == 0 || min > max || max > i32::MAX.into() {
             return Err(QmpError::generic(
                 "bad thread-pool-min/thread-pool-max values",
             ));

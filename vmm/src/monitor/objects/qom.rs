@@ -116,9 +116,10 @@ pub(in super::super) fn type_properties(name: &str) -> Result<Value, QmpError> {
             let base = iothread::properties().filter(|(name, _)| !name.starts_with("poll-"));
             Ok(property_rows(base).collect())
         }
-        "container" | "device" | "user-creatable" | "virtio-device" => {
+        "container" | "device" | "object" | "virtio-device" => {
             Ok(property_rows(std::iter::empty()).collect())
         }
+        "interface" | "user-creatable" => Err(QmpError::expects("typename", "a QOM type")),
         _ => Err(QmpError::device_not_found(&format!("Class '{name}'"))),
     }
 }

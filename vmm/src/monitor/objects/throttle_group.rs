@@ -112,6 +112,9 @@ impl GroupProperties {
     pub(super) fn limits(&self) -> Result<ThrottleLimits, QmpError> {
         let mut limits = ThrottleLimits::default();
         for (name, part, value) in &self.single {
+            if *value < 0 {
+                return Err(QmpError::generic("Property values cannot be negative"));
+            }
             if let Part::BurstLength(_) = part
                 && u32::try_from(*value).is_err()
             {
@@ -120,9 +123,6 @@ impl GroupProperties {
                     "{name} value must be in therange [0, {}]",
                     u32::MAX
                 )));
-            }
-            if *value < 0 {
-                return Err(QmpError::generic("Property values cannot be negative"));
             }
             set(&mut limits, *part, *value);
         }
@@ -173,7 +173,16 @@ fn merge(limits: &mut ThrottleLimits, given: &Given) -> Result<(), QmpError> {
     }
     limits
         .check()
-        .map_err(|error| QmpError::generic(error.to_string()))
+        .map_err(|error| QmpError::generic(error.to_string()))?;
+    let is_negative_length =
+        |(_, part, value): &(_, Part, i64)| matches!(part, Part::BurstLength(_)) && *value < 0;
+    match given.iter().any(is_negative_length) {
+        // There is a burst, or the check had said so.
+        true => Err(QmpError::generic(
+            "burst length too high for this burst rate",
+        )),
+        false => Ok(()),
+    }
 }
 
 /// A negative value becomes a huge one, as in QEMU, and is refused as such by the

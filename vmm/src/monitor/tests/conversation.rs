@@ -43,6 +43,10 @@ fn a_client_is_greeted_and_has_to_negotiate() {
                 client.refusal("qmp_capabilities", json!({})),
                 "Capabilities negotiation is already complete, command ignored"
             );
+            assert_eq!(
+                client.refusal("qmp_capabilities", json!({"enable": "oob"})),
+                "Invalid parameter type for 'enable', expected: array"
+            );
             assert!(client.ask("query-version")["return"]["qemu"].is_object());
         },
     );

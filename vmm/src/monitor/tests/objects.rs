@@ -71,6 +71,18 @@ fn every_mistake_with_an_object_has_qemus_text() {
             "Property values cannot be negative",
         ),
         add(
+            json!({"qom-type": "iothread", "id": "i", "thread-pool-max": 1_u64 << 31}),
+            "bad thread-pool-min/thread-pool-max values",
+        ),
+        add(
+            json!({"qom-type": "throttle-group", "id": "type"}),
+            "attempt to add duplicate property 'type' to object (type 'container')",
+        ),
+        add(
+            group(json!({"x-bps-total-max-length": -1})),
+            "Property values cannot be negative",
+        ),
+        add(
             group(json!({"x-bps-total-max-length": 1_u64 << 32})),
             "x-bps-total-max-length value must be in therange [0, 4294967295]",
         ),
@@ -90,6 +102,10 @@ fn every_mistake_with_an_object_has_qemus_text() {
         limits(
             json!({"iops-total-max-length": -1}),
             "burst length set without burst rate",
+        ),
+        limits(
+            json!({"iops-total": 5, "iops-total-max": 10, "iops-total-max-length": -1}),
+            "burst length too high for this burst rate",
         ),
         limits(
             json!({"iops-total-max-length": 1_u64 << 32}),

@@ -89,10 +89,7 @@ fn file_or_device(
 }
 
 pub(super) fn nbd(args: &mut Args, _: &Common) -> Result<DriverOptions, QmpError> {
-    let Some(server) = args.optional_object("server")? else {
-        return Err(QmpError::missing("server"));
-    };
-    let server = nbd_server(server)?;
+    let server = nbd_server(args.required_object("server")?)?;
     let export = args.optional_str("export")?.unwrap_or_default();
     let tls_creds = args.optional_str("tls-creds")?;
     // Without credentials there is no TLS, and no name to be checked.
