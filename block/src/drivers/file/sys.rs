@@ -119,6 +119,48 @@ pub(super) fn seek(file: &File, offset: u64, whence: c_int) -> io::Result<Option
     }
 }
 
+/// Whether a file on tmpfs has all the pages that `len` bytes at `offset` touch, be they
+/// written or only allocated (`cachestat(2)`). `false` also if that is not told: before
+/// Linux 6.5, or to a reader who may not write.
+pub(super) fn has_all_pages(file: &File, offset: u64, len: u64) -> bool {
+    /// The same on all architectures.
+    const SYS_CACHESTAT: libc::c_long = 451;
+    const PAGE: u64 = 4096;
+    #[repr(C)]
+    struct Range {
+        offset: u64,
+        len: u64,
+    }
+    #[repr(C)]
+    #[derive(Default)]
+    struct Stat {
+        cached: u64,
+        dirty: u64,
+        writeback: u64,
+        /// Swapped out, on tmpfs.
+        evicted: u64,
+        recently_evicted: u64,
+    }
+    // A length of 0 stands for all.
+    let Some(last) = len.checked_sub(1).and_then(|len| offset.checked_add(len)) else {
+        return false;
+    };
+    let pages = last / PAGE - offset / PAGE + 1;
+    let (range, mut stat) = (Range { offset, len }, Stat::default());
+    // SAFETY: the kernel reads one range and writes one struct, which are laid out as its
+    // own (linux/mman.h).
+    let result = unsafe {
+        libc::syscall(
+            SYS_CACHESTAT,
+            file.as_raw_fd(),
+            &raw const range,
+            &raw mut stat,
+            0,
+        )
+    };
+    result == 0 && stat.cached.saturating_add(stat.evicted) >= pages
+}
+
 /// Kind of the file system that a file is on (`fstatfs(2)`); `None` if that is not told.
 fn file_system(file: &File) -> Option<libc::__fsword_t> {
     // SAFETY: statfs is plain data, for which zeroes are a value.

@@ -449,3 +449,28 @@ impl Drop for Loop {
             .status();
     }
 }
+
+#[test]
+fn the_end_of_long_data_in_memory_is_found_wherever_it_is() {
+    for end in [MIB, 16 * MIB, 16 * MIB + 4096, 32 * MIB - 4096, 32 * MIB] {
+        for gap in [0, 4096, 17 * MIB] {
+            let image = image_in(Path::new("/dev/shm"), 0);
+            let file = image.as_file();
+            for at in (0..end).step_by(4096) {
+                file.write_all_at(&[1; 4096], at).unwrap();
+            }
+            if gap > 0 {
+                file.write_all_at(&[1; 4096], end + gap).unwrap();
+            }
+            EventLoop::new("test").unwrap().block_on(async {
+                for start in [0, 512, end - 512] {
+                    // Nothing is remembered from the last look.
+                    let driver = open_image(image.path(), false);
+                    let size = driver.size();
+                    let extent = driver.block_status(start, size - start).await.unwrap();
+                    assert_eq!((extent.len, extent.flags.data), (end - start, true));
+                }
+            });
+        }
+    }
+}
