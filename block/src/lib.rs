@@ -55,7 +55,7 @@ pub use driver::{
 };
 pub use drivers::copy_before_write::{
     CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Snapshot, SnapshotAccount,
-    SnapshotObserver, Stalls, broken_snapshot, cluster_of,
+    SnapshotObserver, Stalls, broken_snapshot, cluster_of, fine_cluster,
 };
 pub use drivers::{OpenError, ReopenError};
 pub use error::{IoError, IoErrorKind, IoOp, os_text};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use block::runtime::IothreadHandle;
-use block::{CbwPolicy, Node, cluster_of};
+use block::{CbwPolicy, Node, cluster_of, fine_cluster};
 
 use crate::{OnError, TxnKey};
 
@@ -13,11 +13,6 @@ use super::error::BackupError;
 const MAX_WORKERS: i64 = 64;
 /// Largest `min-cluster-size` in bytes.
 const MAX_CLUSTER: u64 = 1 << 30;
-/// Cluster in bytes where nobody sees it: a guest's small write copies no more.
-const FINE_CLUSTER: u64 = 4 << 10;
-/// Most clusters that a fine cluster may make: 8 MiB for each of three bitmaps.
-const MAX_FINE: u64 = 64 << 20;
-
 /// Which data is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackupSync {
@@ -215,8 +210,10 @@ impl BackupSpec {
 
     /// Bytes per cluster: of the account, and as users know it.
     ///
-    /// A full copy looks the same whatever its clusters are, if the target has none, and a
-    /// scratch file has none: so a guest's write need not wait for more than it changes.
+    /// A finished copy looks the same whatever its clusters are, if the target has none, and
+    /// a scratch file has none: so a guest's write need not wait for more than it changes.
+    /// (A copy of the topmost layer has whole clusters of that, and one of what guests change
+    /// never is finished.)
     pub(super) fn clusters(&self) -> Result<(u64, u64), BackupError> {
         let least = self.perf.min_cluster_size;
         if least > 0 && !least.is_power_of_two() {
@@ -229,19 +226,14 @@ impl BackupSpec {
             });
         }
         let cluster = cluster_of(&self.target, least);
-        let no_clusters = self.target.limits().cluster_size.is_none();
-        let unseen = self.scratch.is_some()
-            || self.sync == BackupSync::Full
-                && no_clusters
-                && self.target.backing().is_none()
-                && least == 0;
-        let fine = FINE_CLUSTER
-            .max(u64::from(self.target.limits().request_alignment))
-            .max(u64::from(self.source.limits().request_alignment))
-            .max(self.source.size().div_ceil(MAX_FINE).next_power_of_two());
-        Ok(match unseen {
-            true => (fine.next_power_of_two().min(cluster), cluster),
-            false => (cluster, cluster),
-        })
+        let whole = matches!(
+            self.sync,
+            BackupSync::Full | BackupSync::Bitmap | BackupSync::Incremental
+        );
+        let fine = match &self.scratch {
+            Some(scratch) => fine_cluster(&self.source, scratch),
+            None => fine_cluster(&self.source, &self.target).filter(|_| whole && least == 0),
+        };
+        Ok((fine.unwrap_or(cluster).min(cluster), cluster))
     }
 }

@@ -276,7 +276,10 @@ pub fn prepare_backup(
     let part = part.map(|at_end| at_end.bitmap.bits().as_ref());
     let size = spec.source.size();
     let (account, wanted) = match spec.scratch {
-        None => (SnapshotAccount::new(size, plan.cluster, part)?, None),
+        None => {
+            let (shown, cluster) = (plan.shown_cluster, plan.cluster);
+            (SnapshotAccount::fine(size, shown, cluster, part)?, None)
+        }
         Some(_) => {
             let wanted = Wanted::new(size, plan.shown_cluster, part)?;
             (wanted.snapshot(plan.cluster)?, Some(wanted))

@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 use futures_util::future::{Either, select};
 
 mod copy;
+#[cfg(all(test, not(shuttle)))]
+mod fine_tests;
 #[cfg(all(test, shuttle))]
 mod shuttle_tests;
 mod snapshot;
@@ -48,6 +50,10 @@ use crate::sync::atomic::Ordering::SeqCst;
 
 /// Smallest cluster in bytes, as QEMU's.
 pub const MIN_CLUSTER: u64 = 64 << 10;
+/// Smallest cluster in bytes where nobody sees how large it is.
+const FINE_CLUSTER: u64 = 4 << 10;
+/// Most clusters of that size: larger disks have larger ones. Their bitmaps take 24 MiB.
+const MAX_FINE: u64 = 64 << 20;
 
 /// `on-cbw-error`: what a failed copy means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,6 +91,21 @@ pub fn cluster_of(target: &Node, at_least: u64) -> u64 {
     cluster.checked_next_power_of_two().unwrap_or(1 << 63)
 }
 
+/// The smallest cluster that a snapshot of `source` may be kept in on `target`, in bytes (a
+/// power of two), so that a small write has no more copied than it must. `None`: the target
+/// has clusters of its own, or shows what others have, and takes whole clusters.
+pub fn fine_cluster(source: &Arc<Node>, target: &Arc<Node>) -> Option<u64> {
+    if target.limits().cluster_size.is_some() || target.backing().is_some() {
+        return None;
+    }
+    let alignment = |node: &Arc<Node>| u64::from(node.limits().request_alignment);
+    let cluster = FINE_CLUSTER
+        .max(alignment(target))
+        .max(alignment(source))
+        .max(source.size().div_ceil(MAX_FINE));
+    cluster.checked_next_power_of_two()
+}
+
 /// The errno of what broke the snapshot that `node` shows, if it shows one (it, or what it
 /// filters, is a `snapshot-access`) and that is broken: then it can never be read again.
 pub fn broken_snapshot(node: &Arc<Node>) -> Option<i32> {
@@ -119,6 +140,30 @@ impl CopyBeforeWriteDriver {
     ) -> Result<Self, BitmapError> {
         let cluster = cluster_of(&target.node(), 0);
         let account = SnapshotAccount::new(file.node().size(), cluster, part)?;
+        Ok(Self::with_target(
+            file,
+            Target::Child(target),
+            account,
+            policy,
+        ))
+    }
+
+    /// As `new`, but a request has no more copied than it changes, in clusters as small as
+    /// the target takes. What `part` has set counts in whole clusters all the same, and so
+    /// does what is discarded of the snapshot.
+    ///
+    /// Errors: as for `new`.
+    pub(crate) fn fine(
+        file: Child,
+        target: Child,
+        policy: CbwPolicy,
+        part: Option<&DirtyBitmap>,
+    ) -> Result<Self, BitmapError> {
+        let Some(fine) = fine_cluster(&file.node(), &target.node()) else {
+            return Self::new(file, target, policy, part);
+        };
+        let cluster = cluster_of(&target.node(), 0);
+        let account = SnapshotAccount::fine(file.node().size(), cluster, fine, part)?;
         Ok(Self::with_target(
             file,
             Target::Child(target),
@@ -298,7 +343,7 @@ impl Snapshot {
         })
     }
 
-    /// Whole clusters of the range are not needed any more: they cannot be read from now
+    /// Whole clusters (as users know them) of the range are not needed any more: they cannot be read from now
     /// on, are not copied, and their copies are discarded.
     ///
     /// Errors: as [`read`](Self::read). Cancel: they are out of the snapshot or not.
@@ -307,7 +352,7 @@ impl Snapshot {
         if self.lets_pass() {
             return Err(self.error(IoOp::Discard, &range, libc::EACCES));
         }
-        let clusters = self.round_in(&range);
+        let clusters = self.round_in_shown(&range);
         if clusters.is_empty() {
             return Ok(());
         }

@@ -57,6 +57,8 @@ pub struct SnapshotAccount {
     todo: DirtyBitmap,
     pending: DirtyBitmap,
     access: DirtyBitmap,
+    /// See [`Snapshot`].
+    shown: u64,
 }
 
 impl SnapshotAccount {
@@ -70,6 +72,7 @@ impl SnapshotAccount {
             todo: new()?,
             pending: new()?,
             access: new()?,
+            shown: cluster,
         };
         let all = [&account.access, &account.pending, &account.todo];
         match part {
@@ -86,12 +89,41 @@ impl SnapshotAccount {
         }
         Ok(account)
     }
+
+    /// As `new`, but kept in clusters of `fine` bytes (no larger ones). Users do not see
+    /// that: of the clusters that `part` touches all is in the snapshot, and they are
+    /// discarded as a whole.
+    ///
+    /// Errors: as for `new`.
+    pub fn fine(
+        size: u64,
+        cluster: u64,
+        fine: u64,
+        part: Option<&DirtyBitmap>,
+    ) -> Result<Self, BitmapError> {
+        let fine = fine.min(cluster);
+        let account = match part {
+            None => Self::new(size, fine, None)?,
+            Some(part) => {
+                let whole = DirtyBitmap::new(size, cluster)?;
+                whole.merge(part);
+                Self::new(size, fine, Some(&whole))?
+            }
+        };
+        Ok(Self {
+            shown: cluster,
+            ..account
+        })
+    }
 }
 
 /// The snapshot of a `copy-before-write` filter. Any thread.
 pub struct Snapshot {
     size: u64,
+    /// Bytes that are copied at least.
     cluster: u64,
+    /// Bytes that are discarded of it at least: a cluster as users know it.
+    shown: u64,
     pub(super) source: Child,
     pub(super) target: Target,
     /// Clusters to be copied that nobody copies. Atomic.
@@ -130,10 +162,12 @@ impl Snapshot {
             todo,
             pending,
             access,
+            shown,
         } = account;
         Self {
             size: todo.size(),
             cluster: todo.granularity(),
+            shown,
             source,
             target,
             todo,
@@ -477,11 +511,20 @@ impl Snapshot {
 
     /// The whole clusters inside the range; empty if there are none.
     pub fn round_in(&self, range: &Range<u64>) -> Range<u64> {
-        let start = range.start.checked_next_multiple_of(self.cluster);
+        self.round_in_to(range, self.cluster)
+    }
+
+    /// The same of clusters as users know them.
+    pub(super) fn round_in_shown(&self, range: &Range<u64>) -> Range<u64> {
+        self.round_in_to(range, self.shown)
+    }
+
+    fn round_in_to(&self, range: &Range<u64>, cluster: u64) -> Range<u64> {
+        let start = range.start.checked_next_multiple_of(cluster);
         let start = start.unwrap_or(self.size).min(self.size);
         let end = match range.end >= self.size {
             true => self.size,
-            false => range.end & !(self.cluster - 1),
+            false => range.end & !(cluster - 1),
         };
         start..end.max(start)
     }

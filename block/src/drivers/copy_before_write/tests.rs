@@ -16,15 +16,15 @@ const CLUSTER: u64 = MIN_CLUSTER;
 const SIZE: u64 = 32 * CLUSTER;
 const LIMIT: Duration = Duration::from_secs(60);
 
-struct Rig {
-    source: TestStorage,
-    target: TestStorage,
-    filter: Arc<Node>,
-    snapshot: Arc<Snapshot>,
-    access: Arc<Node>,
+pub(super) struct Rig {
+    pub(super) source: TestStorage,
+    pub(super) target: TestStorage,
+    pub(super) filter: Arc<Node>,
+    pub(super) snapshot: Arc<Snapshot>,
+    pub(super) access: Arc<Node>,
 }
 
-fn child(role: ChildRole, node: &Arc<Node>) -> Child {
+pub(super) fn child(role: ChildRole, node: &Arc<Node>) -> Child {
     Child::new(role, Arc::clone(node))
 }
 
@@ -54,7 +54,7 @@ fn rig() -> Rig {
     rig_with(CbwPolicy::default(), None)
 }
 
-fn run<Fut: Future<Output = ()>>(test: Fut) {
+pub(super) fn run<Fut: Future<Output = ()>>(test: Fut) {
     let test = async {
         let limit = std::pin::pin!(runtime::sleep(LIMIT));
         match select(std::pin::pin!(test), limit).await {
@@ -66,7 +66,7 @@ fn run<Fut: Future<Output = ()>>(test: Fut) {
 }
 
 impl Rig {
-    fn begin_write(&self, offset: u64, byte: u8) -> LocalTask<Result<(), IoError>> {
+    pub(super) fn begin_write(&self, offset: u64, byte: u8) -> LocalTask<Result<(), IoError>> {
         let filter = Arc::clone(&self.filter);
         spawn_local(async move {
             let iov = AlignedBuffer::new(CHUNK as usize).io_vec(CHUNK as usize);
@@ -75,11 +75,11 @@ impl Rig {
         })
     }
 
-    async fn write(&self, offset: u64, byte: u8) {
+    pub(super) async fn write(&self, offset: u64, byte: u8) {
         self.begin_write(offset, byte).await.unwrap();
     }
 
-    fn begin_read(&self, offset: u64, len: u64) -> LocalTask<Result<Vec<u8>, IoError>> {
+    pub(super) fn begin_read(&self, offset: u64, len: u64) -> LocalTask<Result<Vec<u8>, IoError>> {
         let access = Arc::clone(&self.access);
         spawn_local(async move {
             let iov = AlignedBuffer::new(len as usize).io_vec(len as usize);
@@ -91,13 +91,13 @@ impl Rig {
     }
 
     /// What the snapshot has there.
-    async fn seen(&self, offset: u64) -> u8 {
+    pub(super) async fn seen(&self, offset: u64) -> u8 {
         self.begin_read(offset, 512).await.unwrap()[0]
     }
 }
 
 /// Lets tasks go on that can.
-async fn settle() {
+pub(super) async fn settle() {
     for _ in 0..10 {
         runtime::yield_now().await;
     }

@@ -67,8 +67,8 @@ impl FileDriver {
         let in_memory = self.in_memory;
         let (mut extent, look) = runtime::unblock(move || {
             let extent = extent_at(&file, in_memory, offset, end)?;
-            let look = (more || extent.flags == DATA)
-                .then(|| look(&file, in_memory, offset, extent, end));
+            let look =
+                (more || extent.flags == DATA).then(|| look(&file, in_memory, offset, extent, end));
             io::Result::Ok((extent, look))
         })
         .await?;
