@@ -62,6 +62,8 @@ pub struct FileRange {
     /// In bytes, as the length is.
     pub(crate) offset: u64,
     pub(crate) len: u64,
+    /// The file is in memory: nothing is waited for.
+    pub(crate) in_memory: bool,
 }
 
 /// A run of bytes of one kind, from the start of the range that was asked for.

@@ -9,19 +9,24 @@
 //! byte then comes from memory twice more.
 //!
 //! It is done by threads of its own, which stand back behind those that the guest waits
-//! for.
+//! for. While one of them copies pages into a file in memory it has the lock of the file
+//! most of the time, though it may have lost its processor: so small writes to the file,
+//! which are done on the spot else, are left to it. It does them between two pieces, and
+//! whoever asked can go on with other requests.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_channel::oneshot;
 
 use super::{FileDriver, sys};
+use crate::buffer::IoVec;
 use crate::driver::FileRange;
 use crate::runtime;
 
@@ -34,9 +39,13 @@ const PAGE: usize = 4096;
 const LINGER: Duration = Duration::from_millis(500);
 /// Bytes after which what was written is sent to the storage.
 const WRITEBACK: u64 = 8 << 20;
+/// Bytes of pages that are copied before a look at the writes that wait for that.
+const PAGES: u64 = 128 << 10;
 /// Threads that copy into one file: one waits for storage while the other works. More
 /// would wait for the file system's lock of the file.
 const THREADS: usize = 2;
+/// The same where there is no storage: two would only wait for that lock.
+const THREADS_IN_MEMORY: usize = 1;
 
 thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; PIECE + PAGE].into_boxed_slice());
@@ -49,6 +58,8 @@ pub(super) struct Copies {
     queue: Mutex<Queue>,
     /// Rung when one was put in.
     more: Condvar,
+    /// `Queue::takes_writes`, for a look without the lock.
+    takes_writes: AtomicBool,
 }
 
 #[derive(Default)]
@@ -57,6 +68,10 @@ struct Queue {
     /// Threads that take from it, and those of them that have nothing to do.
     threads: usize,
     idle: usize,
+    /// A thread does what is in `writes` soon: it is copying pages, and waits for
+    /// nothing. Else there are none.
+    takes_writes: bool,
+    writes: Vec<Write>,
 }
 
 struct Copy {
@@ -64,6 +79,32 @@ struct Copy {
     into: Arc<File>,
     offset: u64,
     done: oneshot::Sender<bool>,
+}
+
+/// A write that is done by a thread that copies.
+struct Write {
+    offset: u64,
+    iov: IoVec,
+    /// Keeps the file, and its locks, as long as it may be written.
+    into: Arc<File>,
+    done: oneshot::Sender<io::Result<()>>,
+}
+
+impl Write {
+    fn run(self) {
+        let Self {
+            offset,
+            iov,
+            into,
+            done,
+        } = self;
+        if done.is_canceled() {
+            return;
+        }
+        let written = sys::write(&into, offset, &iov);
+        drop((iov, into));
+        let _ = done.send(written);
+    }
 }
 
 fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
@@ -76,6 +117,7 @@ impl FileDriver {
             file: Arc::clone(&self.file),
             offset,
             len,
+            in_memory: self.in_memory,
         })
     }
 
@@ -84,6 +126,10 @@ impl FileDriver {
         if self.direct.is_some() || self.read_only {
             return false;
         }
+        let threads = match self.in_memory && from.in_memory {
+            true => THREADS_IN_MEMORY,
+            false => THREADS,
+        };
         let (done, copied) = oneshot::channel();
         let copy = Copy {
             from,
@@ -91,7 +137,7 @@ impl FileDriver {
             offset,
             done,
         };
-        if self.copies.push(copy) {
+        if self.copies.push(copy, threads) {
             let copies = Arc::clone(&self.copies);
             let thread = std::thread::Builder::new().name("copy".to_owned());
             let started = thread.spawn(move || {
@@ -111,11 +157,74 @@ impl FileDriver {
 }
 
 impl Copies {
-    /// Whether another thread is to [`run`](Self::run).
-    fn push(&self, copy: Copy) -> bool {
+    /// Leaves a write to the thread that has the file's lock. `None`: there is none, it is
+    /// for the caller to do.
+    ///
+    /// Cancel: it is done, or not.
+    pub(super) async fn write(
+        &self,
+        into: &Arc<File>,
+        offset: u64,
+        iov: &IoVec,
+    ) -> Option<io::Result<()>> {
+        if !self.takes_writes.load(Ordering::Relaxed) {
+            return None;
+        }
+        let (done, written) = oneshot::channel();
+        {
+            let mut queue = lock(&self.queue);
+            if !queue.takes_writes {
+                return None;
+            }
+            queue.writes.push(Write {
+                offset,
+                iov: iov.clone(),
+                into: Arc::clone(into),
+                done,
+            });
+        }
+        // A thread that has gone has written nothing, or the same.
+        written.await.ok()
+    }
+
+    fn take_writes(&self, more_to_come: bool) -> Vec<Write> {
+        let mut queue = lock(&self.queue);
+        queue.takes_writes = more_to_come;
+        self.takes_writes.store(more_to_come, Ordering::Relaxed);
+        std::mem::take(&mut queue.writes)
+    }
+
+    /// Does what has gathered. Blocks.
+    fn do_writes(&self, more_to_come: bool) {
+        for write in self.take_writes(more_to_come) {
+            write.run();
+        }
+    }
+
+    /// Copies pages within memory, and does writes between them. Blocks.
+    fn copy_beside_writes(&self, from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
+        let mut done = 0;
+        let mut copied = Ok(());
+        while done < from.len && copied.is_ok() {
+            self.do_writes(true);
+            let piece = FileRange {
+                file: Arc::clone(&from.file),
+                offset: from.offset + done,
+                len: PAGES.min(from.len - done),
+                in_memory: true,
+            };
+            copied = copy_pages(&piece, into, offset + done);
+            done += piece.len;
+        }
+        self.do_writes(false);
+        copied
+    }
+
+    /// Whether another thread is to [`run`](Self::run), of `threads` at most.
+    fn push(&self, copy: Copy, threads: usize) -> bool {
         let mut queue = lock(&self.queue);
         queue.waiting.push_back(copy);
-        let another = queue.waiting.len() > queue.idle && queue.threads < THREADS;
+        let another = queue.waiting.len() > queue.idle && queue.threads < threads;
         queue.threads += usize::from(another);
         drop(queue);
         self.more.notify_one();
@@ -169,31 +278,35 @@ impl Copies {
                 done,
             } = copy;
             // Who has gone does not want it any more, or not there.
-            let copied = !done.is_canceled() && copy_range(&from, &into, offset).is_ok();
+            let copied = !done.is_canceled() && self.copy_range(&from, &into, offset).is_ok();
             // Who is told may close them, and their locks go with the last who has them.
             drop((from, into));
             let _ = done.send(copied);
         }
     }
-}
 
-/// Blocks. A range that goes past the end of its file fails.
-fn copy_range(from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
-    // All of it is on its way from the storage while the first piece is waited for.
-    sys::will_need(&from.file, from.offset, from.len);
-    if sys::copies_pages(&from.file, into) {
-        copy_pages(from, into, offset)?;
-    } else {
-        copy_bytes(from, into, offset)?;
+    /// Blocks. A range that goes past the end of its file fails.
+    fn copy_range(&self, from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
+        let pages = sys::copies_pages(&from.file, into);
+        if pages && from.in_memory {
+            return self.copy_beside_writes(from, into, offset);
+        }
+        // All of it is on its way from the storage while the first piece is waited for.
+        sys::will_need(&from.file, from.offset, from.len);
+        if pages {
+            copy_pages(from, into, offset)?;
+        } else {
+            copy_bytes(from, into, offset)?;
+        }
+        // The flush that follows such copying, and those of others on the same file
+        // system, would else wait for all of it.
+        let end = offset + from.len;
+        let whole = end - end % WRITEBACK;
+        if whole > offset {
+            sys::begin_writeback(into, whole - WRITEBACK, WRITEBACK);
+        }
+        Ok(())
     }
-    // The flush that follows such copying, and those of others on the same file
-    // system, would else wait for all of it.
-    let end = offset + from.len;
-    let whole = end - end % WRITEBACK;
-    if whole > offset {
-        sys::begin_writeback(into, whole - WRITEBACK, WRITEBACK);
-    }
-    Ok(())
 }
 
 fn copy_pages(from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
@@ -223,4 +336,47 @@ fn copy_bytes(from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
         }
         Ok(())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::task::Poll;
+
+    use futures_util::poll;
+
+    use super::*;
+    use crate::buffer::AlignedBuffer;
+    use crate::runtime::EventLoop;
+
+    #[test]
+    fn a_write_is_left_to_a_thread_as_long_as_that_takes_some() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let content = || {
+            let mut bytes = Vec::new();
+            let len = file.metadata().unwrap().len() as usize;
+            bytes.resize(len, 0);
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            bytes
+        };
+        let iov = AlignedBuffer::new(2).io_vec(2);
+        iov.fill(7);
+        EventLoop::new("test").unwrap().block_on(async {
+            let copies = Copies::default();
+            assert!(copies.write(&file, 0, &iov).await.is_none(), "no thread");
+            copies.do_writes(true);
+            let mut write = pin!(copies.write(&file, 1, &iov));
+            assert!(poll!(write.as_mut()).is_pending());
+            {
+                let mut dropped = pin!(copies.write(&file, 8, &iov));
+                assert!(poll!(dropped.as_mut()).is_pending());
+            }
+            assert!(content().is_empty());
+            // The last ones are done, too, before a thread takes none.
+            copies.do_writes(false);
+            assert!(matches!(poll!(write), Poll::Ready(Some(Ok(())))));
+            assert_eq!(content(), [0, 7, 7], "and not what nobody waits for");
+            assert!(copies.write(&file, 0, &iov).await.is_none());
+        });
+    }
 }

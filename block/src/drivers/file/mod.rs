@@ -348,7 +348,10 @@ impl FileDriver {
         hold: Option<&Rc<dyn Hold>>,
     ) -> io::Result<()> {
         if self.is_at_once(&iov) {
-            return sys::write(&self.file, offset, &iov);
+            return match self.copies.write(&self.file, offset, &iov).await {
+                Some(written) => written,
+                None => sys::write(&self.file, offset, &iov),
+            };
         }
         let ring = current_ring();
         let Some(direct) = self.direct else {

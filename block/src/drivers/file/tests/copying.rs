@@ -106,3 +106,50 @@ fn a_copied_range_counts_as_written_and_detected_zeroes_are_not_passed_by() {
         assert!(!node(DetectZeroes::On).copy_from(0, range).await);
     });
 }
+
+#[test]
+fn writes_beside_copies_all_arrive() {
+    const RANGE: u64 = 512 << 10;
+    const RANGES: u64 = 8;
+    let [memory, _] = places();
+    let source = image_in(&memory, 0);
+    std::fs::write(source.path(), pattern((RANGES * RANGE) as usize)).unwrap();
+    let target = image_in(&memory, 2 * RANGES * RANGE);
+    let (from, into) = (
+        open_image(source.path(), false),
+        open_image(target.path(), false),
+    );
+    EventLoop::new("test").unwrap().block_on(async {
+        let copies = (0..RANGES).map(|n| {
+            let range = from.file_range(n * RANGE, RANGE).unwrap();
+            into.copy_from(n * RANGE, range)
+        });
+        let copies = futures_util::future::join_all(copies);
+        let into = &into;
+        let writes = async {
+            for at in (RANGES * RANGE..2 * RANGES * RANGE).step_by(16384) {
+                let write = |at: u64| {
+                    let iov = AlignedBuffer::new(4096).io_vec(4096);
+                    iov.fill((at / 4096) as u8);
+                    into.write(at, iov, WriteFlags::default())
+                };
+                let pair = futures_util::future::join(write(at), write(at + 4096));
+                let (one, other) = pair.await;
+                one.and(other).unwrap();
+                crate::runtime::yield_now().await;
+            }
+        };
+        let (copied, ()) = futures_util::future::join(copies, writes).await;
+        assert!(copied.iter().all(|copied| *copied));
+    });
+    let after = std::fs::read(target.path()).unwrap();
+    let half = (RANGES * RANGE) as usize;
+    assert_eq!(after[..half], pattern(half));
+    for at in (half..2 * half).step_by(4096) {
+        let byte = match at / 4096 % 4 {
+            0 | 1 => (at / 4096) as u8,
+            _ => 0,
+        };
+        assert!(after[at..at + 4096].iter().all(|it| *it == byte), "{at}");
+    }
+}
