@@ -14,8 +14,8 @@ use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::copying::{
-    BufferPool, Carrier, Copied, CopyError, Entered, INTERVAL, Look, PATIENCE, Pace, Rules, Side,
-    enter, let_target_go, window_of_speed,
+    BACKUP_TOLERANCE, BufferPool, Carrier, Copied, CopyError, Entered, INTERVAL, Look, PATIENCE,
+    Pace, Rules, Side, enter, let_target_go, window_of_speed,
 };
 use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, OnError, SLICE};
 
@@ -96,7 +96,8 @@ impl<'a> Body<'a> {
             carrier: Rc::new(Carrier::new(rules, pool, || ())),
             operations: FuturesUnordered::new(),
             window_used: 0,
-            pace: Pace::new(floor, ceiling.max(floor), Instant::now()),
+            pace: Pace::new(floor, ceiling.max(floor), Instant::now())
+                .with_tolerance(BACKUP_TOLERANCE),
             cursor: 0,
             data: 0..0,
             leap: request,

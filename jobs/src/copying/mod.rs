@@ -17,5 +17,5 @@ pub(crate) use hold::FilterHold;
 pub(crate) use leave::{
     LEAVE_DRAIN, PATIENCE, detach_when_idle, let_target_go, take_out, take_out_some_time,
 };
-pub(crate) use pace::{INTERVAL, LITTLE, Pace, window_of_speed};
+pub(crate) use pace::{BACKUP_TOLERANCE, INTERVAL, LITTLE, Pace, window_of_speed};
 pub(crate) use pool::{BufferPool, PooledBuffer};

@@ -38,6 +38,10 @@ pub(crate) const INTERVAL: Duration = Duration::from_millis(10);
 /// How many times the baseline's latency, and what part of its rate, is put up with
 /// without pressure, in eighths: the guest keeps two thirds.
 const TOLERANCE: u64 = 12;
+/// The same for a backup: what it costs is over the sooner the more is copied, since each
+/// of the guest's writes to what is not copied yet costs a copy of its own. The guest keeps
+/// half of what it gets done beside those.
+pub(crate) const BACKUP_TOLERANCE: u64 = 16;
 /// The same when the mirror is ready: the guest keeps eight ninths.
 const READY_TOLERANCE: u64 = 9;
 /// Latency over the baseline that is never held against the copier; and when the
@@ -89,6 +93,8 @@ pub(crate) struct Pace {
     baseline: Option<Baseline>,
     /// Requests of the guest per second, smoothed.
     rate: u64,
+    /// See [`TOLERANCE`].
+    tolerance: u64,
     pressure: u32,
     ready: bool,
     hurries: bool,
@@ -112,6 +118,7 @@ impl Pace {
             rest: Duration::ZERO,
             baseline: None,
             rate: 0,
+            tolerance: TOLERANCE,
             pressure: 0,
             ready: false,
             hurries: false,
@@ -121,6 +128,12 @@ impl Pace {
             next_decision: now + INTERVAL,
             calm_began: now,
         }
+    }
+
+    /// Puts up with as many eighths of the baseline's latency.
+    pub(crate) fn with_tolerance(mut self, eighths: u64) -> Self {
+        self.tolerance = eighths;
+        self
     }
 
     /// Whether nothing is to be started, so that the guest can be measured alone.
@@ -300,7 +313,7 @@ impl Pace {
         };
         let (eighths, slack) = match self.ready && !self.hurries {
             true => (READY_TOLERANCE, READY_SLACK_NS),
-            false => (TOLERANCE << self.pressure, SLACK_NS),
+            false => (self.tolerance << self.pressure, SLACK_NS),
         };
         let limit_ns = (baseline.mean_ns / 8)
             .saturating_mul(eighths)
@@ -366,6 +379,23 @@ mod tests {
         run(&mut pace, 10, |_| None);
         assert_eq!(pace.window(), 16384 * KIB);
         assert_eq!(pace.rest(), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_backup_puts_up_with_more_than_a_mirror() {
+        let felt = |pace: &mut Pace| {
+            // As fast alone, and almost twice as slow as long as anything is copied.
+            run(pace, 3, |_| Some(1_000_000));
+            run(pace, 150, |in_flight| {
+                Some(if in_flight > 0 { 1_900_000 } else { 1_000_000 })
+            });
+            pace.window()
+        };
+        let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
+        assert_eq!(felt(&mut pace), 256 * KIB);
+        let mut pace =
+            Pace::new(256 * KIB, 16384 * KIB, Instant::now()).with_tolerance(BACKUP_TOLERANCE);
+        assert_eq!(felt(&mut pace), 16384 * KIB);
     }
 
     #[test]
