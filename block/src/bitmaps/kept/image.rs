@@ -208,6 +208,11 @@ impl SideCar {
     /// A new file that is to be at `path`, where nothing is yet: see
     /// [`put_in_place`](Self::put_in_place).
     pub(super) fn create(path: &Path) -> io::Result<Self> {
+        Self::open_new(path)?.claimed()
+    }
+
+    /// The file before it is ours.
+    pub(super) fn open_new(path: &Path) -> io::Result<Self> {
         let mut new = path.to_owned().into_os_string();
         new.push(NEW_SUFFIX);
         let file = File::options()
@@ -221,17 +226,21 @@ impl SideCar {
         if !file.metadata()?.is_file() {
             return Err(io::Error::other("there is something else of that name"));
         }
-        file.try_lock()?;
-        let this = Self {
+        Ok(Self {
             file,
             path: new.into(),
-        };
+        })
+    }
+
+    /// Takes the file for ours, and empties it.
+    pub(super) fn claimed(self) -> io::Result<Self> {
+        self.file.try_lock()?;
         // Who made it may have given it its name, and let it go, before it was locked here.
-        if !this.is_in_place()? {
+        if !self.is_in_place()? {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        this.file.set_len(0)?;
-        Ok(this)
+        self.file.set_len(0)?;
+        Ok(self)
     }
 
     /// Gives it its name, durably: it is found there whole or not at all.

@@ -68,6 +68,22 @@ fn bits_and_names_come_back_from_a_file() {
 }
 
 #[test]
+fn a_file_that_got_its_name_meanwhile_is_not_emptied() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.bitmaps");
+    // Opened by one who comes late.
+    let late = SideCar::open_new(&path).unwrap();
+    let side_car = SideCar::create(&path).unwrap();
+    let mut store = Store::create(side_car, &disk()).unwrap();
+    store.storage.put_in_place(&path).unwrap();
+    drop(store);
+    let before = std::fs::read(&path).unwrap();
+    let error = late.claimed().unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+    assert!(std::fs::read(&path).unwrap() == before && !before.is_empty());
+}
+
+#[test]
 fn a_second_name_or_a_link_leads_to_no_other_file() {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("disk");
