@@ -7,13 +7,12 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use block::{
-    AttachmentKind, Backend, BackendUser, ChildRole, CopyBeforeWriteDriver, Drained, FrozenBitmap,
-    Graph, GraphError, NamedBitmap, Node, Perm, Permissions, Snapshot, SnapshotAccount,
-    SnapshotObserver,
+    AttachmentKind, BackendUser, ChildRole, CopyBeforeWriteDriver, Drained, FrozenBitmap, Graph,
+    GraphError, NamedBitmap, Perm, Permissions, Snapshot, SnapshotAccount, SnapshotObserver,
 };
 
 use crate::context::WeakJobNotifier;
-use crate::copying::FilterHold;
+use crate::copying::{FilterHold, Undo};
 use crate::drain::DrainUser;
 use crate::{JobDriver, JobKey, JobSpec, Jobs, Progress};
 
@@ -217,42 +216,6 @@ impl AtEnd {
     }
 }
 
-/// Takes back what was done, when dropped before [`Undo::disarm`].
-struct Undo<'a> {
-    graph: &'a Rc<Graph>,
-    jobs: &'a Jobs,
-    drained: &'a Drained,
-    filter: Option<Arc<Node>>,
-    job: Option<JobKey>,
-    backends: Vec<Arc<Backend>>,
-}
-
-impl Undo<'_> {
-    fn disarm(mut self) {
-        self.filter = None;
-        self.job = None;
-        self.backends.clear();
-    }
-}
-
-impl Drop for Undo<'_> {
-    fn drop(&mut self) {
-        for backend in self.backends.drain(..) {
-            self.graph.detach(&backend);
-        }
-        if let Some(filter) = self.filter.take()
-            && let Err(error) = self.graph.remove_filter(&filter, self.drained)
-        {
-            // It was put in within the same section, and has copied nothing.
-            tracing::error!(%error, "backup: the filter could not be taken out again");
-        }
-        if let Some(key) = self.job.take() {
-            let effects = self.jobs.lock().set_up_failed(key);
-            self.jobs.run(effects);
-        }
-    }
-}
-
 /// Prepares a backup in a drained section of its source (at least): the source is copied
 /// as it is in that section.
 ///
@@ -305,14 +268,7 @@ pub fn prepare_backup(
             GraphError::FrozenAbove { .. } => BackupError::Replace(error),
             error => BackupError::Filter(error),
         })?;
-    let mut undo = Undo {
-        graph,
-        jobs,
-        drained,
-        filter: Some(Arc::clone(&filter)),
-        job: None,
-        backends: Vec::new(),
-    };
+    let mut undo = Undo::new(graph, jobs, drained, &filter);
     let Some(snapshot) = snapshot else {
         // The filter is made by whoever inserts it.
         return Err(GraphError::NotFilter(filter.name().to_owned()).into());
@@ -342,29 +298,24 @@ pub fn prepare_backup(
     let as_driver: Arc<dyn JobDriver> = Arc::clone(&driver) as _;
     let (key, effects) = jobs.lock().create(job, &as_driver)?;
     jobs.run(effects);
-    undo.job = Some(key);
+    undo.created(key);
     if spec.speed != 0 {
         // A bad one is found out this late by QEMU too, and seen: created, null.
         let effects = jobs.lock().set_speed(key, spec.speed)?;
         jobs.run(effects);
     }
 
-    let mut attach = |node: &Arc<Node>, permissions, user: Arc<dyn BackendUser>| {
-        let backend = graph.attach("", node, permissions, Some(user))?;
-        undo.backends.push(Arc::clone(&backend));
-        Ok::<_, GraphError>(backend)
-    };
     // The filter stands for the job there.
     let as_source = jobs.backend_user_of_filter(key, &filter, ChildRole::File);
     let as_source = Arc::new(as_source.beside_others());
-    let source_backend = attach(&spec.source, READ_SOURCE, as_source)?;
+    let source_backend = undo.attach(&spec.source, READ_SOURCE, as_source)?;
     let as_target = jobs.backend_user_of_filter(key, &filter, ChildRole::Target);
     let as_target = match spec.scratch {
         // Guests' requests never get there.
         Some(_) => as_target,
         None => as_target.serving(&filter),
     };
-    let target_backend = attach(&spec.target, WRITE_TARGET, Arc::new(as_target))?;
+    let target_backend = undo.attach(&spec.target, WRITE_TARGET, Arc::new(as_target))?;
     let hold = Arc::new(FilterHold {
         job_id: spec.job_id.clone(),
         job_type: KIND.name,
@@ -373,15 +324,15 @@ pub fn prepare_backup(
         true => NO_WRITERS,
         false => Permissions::IDLE,
     };
-    let filter_hold = attach(&filter, hold_permissions, hold)?;
+    let filter_hold = undo.attach(&filter, hold_permissions, hold)?;
 
     let (mut scratch, mut reader) = (None, Arc::clone(&source_backend));
     if let Some(node) = &spec.scratch {
         let user = DrainUser::new(jobs.clone(), key, AttachmentKind::Job).serving(&filter);
-        scratch = Some(attach(node, WRITE_TARGET, Arc::new(user))?);
+        scratch = Some(undo.attach(node, WRITE_TARGET, Arc::new(user))?);
         let user = jobs.backend_user(key, AttachmentKind::Job);
         reader = graph.attach_snapshot(&filter, READ_SNAPSHOT, user)?;
-        undo.backends.insert(0, Arc::clone(&reader));
+        undo.attached_on_top(&reader);
     }
 
     snapshot.set_target(Arc::clone(scratch.as_ref().unwrap_or(&target_backend)));

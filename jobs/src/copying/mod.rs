@@ -3,7 +3,8 @@
 //! - `carry`, `plan`, `pool`: carrying a range over;
 //! - `hold`: who keeps others off the filter;
 //! - `pace`: why the guest does not suffer from it;
-//! - `leave`: taking a job's filter and its attachments off the graph.
+//! - `leave`: taking a job's filter and its attachments off the graph;
+//! - `undo`: the same for a start that fails.
 
 mod carry;
 mod hold;
@@ -11,6 +12,7 @@ mod leave;
 mod pace;
 mod plan;
 mod pool;
+mod undo;
 
 pub(crate) use carry::{Carrier, Copied, CopyError, Entered, Look, Rules, Side, enter};
 pub(crate) use hold::FilterHold;
@@ -19,3 +21,4 @@ pub(crate) use leave::{
 };
 pub(crate) use pace::{BACKUP_TOLERANCE, INTERVAL, LITTLE, Pace, window_of_speed};
 pub(crate) use pool::{BufferPool, PooledBuffer};
+pub(crate) use undo::Undo;

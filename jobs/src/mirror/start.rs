@@ -5,8 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use block::{
-    AttachmentKind, Backend, BackendUser, DetectZeroes, DiscardMode, Drained, Graph, GraphError,
-    Node, Perm, Permissions,
+    AttachmentKind, DetectZeroes, DiscardMode, Drained, Graph, GraphError, Node, Perm, Permissions,
 };
 
 use crate::{JobDriver, JobKey, JobSpec, Jobs};
@@ -18,7 +17,7 @@ use super::init::Initial;
 use super::spec::{MirrorSpec, Sizes, SyncMode, sizes};
 use super::state::{MirrorState, TargetRules};
 use super::user::ReplacesHold;
-use crate::copying::FilterHold;
+use crate::copying::{FilterHold, Undo};
 
 /// Default granularity in bytes of a mirror of new writes only.
 const NONE_GRANULARITY: u32 = 64 << 10;
@@ -191,42 +190,6 @@ fn initial(spec: &MirrorSpec) -> (bool, Initial) {
     }
 }
 
-/// Takes back what was done, when dropped before [`Undo::disarm`].
-struct Undo<'a> {
-    graph: &'a Rc<Graph>,
-    jobs: &'a Jobs,
-    drained: &'a Drained,
-    filter: Option<Arc<Node>>,
-    job: Option<JobKey>,
-    backends: Vec<Arc<Backend>>,
-}
-
-impl Undo<'_> {
-    fn disarm(mut self) {
-        self.filter = None;
-        self.job = None;
-        self.backends.clear();
-    }
-}
-
-impl Drop for Undo<'_> {
-    fn drop(&mut self) {
-        for backend in self.backends.drain(..) {
-            self.graph.detach(&backend);
-        }
-        if let Some(filter) = self.filter.take()
-            && let Err(error) = self.graph.remove_filter(&filter, self.drained)
-        {
-            // It was put in within the same section, and passes everything on.
-            tracing::error!(%error, "mirror: the filter could not be taken out again");
-        }
-        if let Some(key) = self.job.take() {
-            let effects = self.jobs.lock().set_up_failed(key);
-            self.jobs.run(effects);
-        }
-    }
-}
-
 fn set_up(
     graph: &Rc<Graph>,
     jobs: &Jobs,
@@ -247,14 +210,7 @@ fn set_up(
         drained,
         |source| Box::new(MirrorTop::new(source, Arc::clone(&state))),
     )?;
-    let mut undo = Undo {
-        graph,
-        jobs,
-        drained,
-        filter: Some(Arc::clone(&filter)),
-        job: None,
-        backends: Vec::new(),
-    };
+    let mut undo = Undo::new(graph, jobs, drained, &filter);
     let driver = Arc::new(MirrorDriver::new(
         Settings {
             buf_size: plan.sizes.buf_size,
@@ -279,34 +235,29 @@ fn set_up(
     let as_driver: Arc<dyn JobDriver> = Arc::clone(&driver) as _;
     let (key, effects) = jobs.lock().create(job, &as_driver)?;
     jobs.run(effects);
-    undo.job = Some(key);
+    undo.created(key);
     if spec.speed != 0 {
         // A bad one is found out this late by QEMU too, and seen: created, null.
         let effects = jobs.lock().set_speed(key, spec.speed)?;
         jobs.run(effects);
     }
 
-    let mut attach = |node: &Arc<Node>, permissions, user: Arc<dyn BackendUser>| {
-        let backend = graph.attach("", node, permissions, Some(user))?;
-        undo.backends.push(Arc::clone(&backend));
-        Ok::<_, GraphError>(backend)
-    };
     let as_source = jobs.backend_user(key, AttachmentKind::Job);
-    let source_backend = attach(&spec.source, READ_SOURCE, as_source)?;
+    let source_backend = undo.attach(&spec.source, READ_SOURCE, as_source)?;
     let as_target = jobs.backend_user(key, AttachmentKind::Root);
-    let target_backend = attach(&spec.target, WRITE_TARGET, as_target)?;
+    let target_backend = undo.attach(&spec.target, WRITE_TARGET, as_target)?;
     let hold = Arc::new(FilterHold {
         job_id: spec.job_id.clone(),
         job_type: KIND.name,
     });
-    let filter_hold = attach(&filter, Permissions::IDLE, hold)?;
+    let filter_hold = undo.attach(&filter, Permissions::IDLE, hold)?;
 
     let replaces_hold = match &plan.replaces {
         Some(node) => {
             let hold = Arc::new(ReplacesHold {
                 job_id: spec.job_id.clone(),
             });
-            Some(attach(node, Permissions::IDLE, hold)?)
+            Some(undo.attach(node, Permissions::IDLE, hold)?)
         }
         None => None,
     };

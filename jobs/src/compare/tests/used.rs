@@ -1,6 +1,7 @@
 //! Nodes that are written while they are compared.
 
 use super::*;
+use crate::backup::{BackupSpec, start_backup};
 
 #[test]
 fn what_is_written_between_the_two_reads_is_no_difference() {
@@ -144,5 +145,62 @@ fn the_guest_is_measured_as_long_as_a_comparison_lasts() {
         assert!(rig.disk.is_measured());
         rig.jobs.act(|jobs| jobs.cancel(key, true)).expect("cancel");
         rig.until(|| !rig.disk.is_measured()).await;
+    });
+}
+
+impl Rig {
+    /// Makes a backup of all, and waits for its end.
+    async fn back_up(&self) {
+        let spec = BackupSpec::new("b0", self.node("src"), self.node("dst"));
+        start_backup(&self.graph, &self.jobs, spec)
+            .await
+            .expect("the backup starts");
+        self.until(|| self.jobs.query().is_empty()).await;
+        let history = self.jobs.history();
+        assert_eq!(history.last().expect("it").outcome, JobOutcome::Completed);
+    }
+}
+
+#[test]
+fn a_finished_backup_differs_exactly_where_the_guest_has_written_since() {
+    with_rig(|rig| async move {
+        scribble(&rig, 0..SIZE);
+        // The target had something else.
+        rig.target.poke(0, &vec![3; SIZE as usize]);
+        rig.back_up().await;
+        let key = rig.start(rig.spec());
+        rig.concluded().await;
+        assert_eq!((rig.found().differences, rig.error()), (0, None));
+        rig.jobs.act(|jobs| jobs.dismiss(key)).expect("dismiss");
+        rig.until(|| rig.jobs.query().is_empty()).await;
+
+        // Written before, and written again and again while it is compared.
+        rig.begin_write(MIB, 4096, 0).await;
+        let writer = {
+            let (rig, mut byte) = (Rc::clone(&rig), 0u8);
+            runtime::spawn_local(async move {
+                while rig.status() != Some(JobStatus::Concluded) {
+                    // Never what the backup has there.
+                    byte = byte.wrapping_add(2);
+                    rig.begin_write(3 * MIB, 4096, byte).await;
+                }
+            })
+        };
+        rig.begin_write(3 * MIB, 4096, 0).await;
+        rig.start(rig.spec());
+        rig.concluded().await;
+        writer.await;
+        let found = rig.found();
+        assert_eq!(found.ranges.first(), Some(&(MIB..MIB + 4096)));
+        // On a machine under load a place that is always written may stay undecided.
+        let decided = found.differing_bytes + found.undecided_bytes;
+        assert_eq!(decided, 2 * 4096);
+        assert!(
+            found
+                .ranges
+                .iter()
+                .all(|it| it.start == MIB || it.start >= 3 * MIB)
+        );
+        assert_eq!(rig.error().is_none(), found.undecided_bytes == 0);
     });
 }
