@@ -407,6 +407,57 @@ def test_mistakes_change_nothing(server):
                "--qmp", f"unix:{server.client}").returncode == FAILED
 
 
+@pytest.mark.skipif(not shutil.which("qemu-storage-daemon"), reason="no qemu-storage-daemon")
+def test_qemus_daemon_is_backed_up_and_told_from_one_that_can_fleece(tmp_path):
+    disk, sock, backups = (tmp_path / name for name in ("disk", "qmp", "backups"))
+    disk.write_bytes(os.urandom(MIB))
+    daemon = subprocess.Popen(
+        ["qemu-storage-daemon", "--chardev", f"socket,path={sock},server=on,wait=off,id=c",
+         "--monitor", "c", "--blockdev",
+         f"driver=raw,node-name=one,file.driver=file,file.filename={disk}"],
+        stdin=subprocess.DEVNULL)
+    try:
+        wait_until("the daemon listens", sock.exists)
+        words = ["job", "backup", "one", "--to", backups, "--qmp", f"unix:{sock}"]
+        refused = run(*words, "--fleecing", tmp_path)
+        assert refused.returncode == FAILED, refused.stderr
+        assert "leave out --fleecing" in refused.stderr
+        assert not backups.exists()
+        made = run(*words)
+        assert made.returncode == DONE, made.stderr
+        restored = run("restore", backups, tmp_path / "restored")
+        assert restored.returncode == DONE, restored.stderr
+        assert (tmp_path / "restored").read_bytes() == disk.read_bytes()
+    finally:
+        daemon.kill()
+        daemon.wait()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/loop-control"),
+                    reason="needs root and loop devices")
+def test_a_block_device_is_written_when_asked_for(server):
+    assert server.backup("one").returncode == DONE
+    backing = server.folder / "backing"
+    backing.write_bytes(os.urandom(SIZE + MIB))
+    made = subprocess.run(["losetup", "-f", "--show", str(backing)],
+                          capture_output=True, text=True, check=False)
+    if made.returncode != 0:
+        pytest.skip(f"no loop device: {made.stderr}")
+    device = made.stdout.strip()
+    try:
+        kept = server.folder / "one.img"
+        refused = server.restore(device)
+        assert refused.returncode == FAILED and "--force" in refused.stderr, refused.stderr
+        restored = server.restore(device, "--force")
+        assert restored.returncode == DONE, restored.stderr
+        with open(device, "rb") as opened:
+            assert opened.read(SIZE) == kept.read_bytes()
+            # What is behind the disk is not the backup's.
+            assert len(opened.read()) == MIB
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+
+
 def test_a_server_that_dies_leaves_what_is_whole(server):
     assert server.backup("one").returncode == DONE
     instant = server.image("one")

@@ -25,6 +25,11 @@ pub enum JobError {
     /// A command that the server does not have.
     #[error("The server cannot do this: it has no command '{}'", .0.join("' or '"))]
     NoCommand(Vec<&'static str>),
+    /// A server that is not diptych, and `--fleecing`.
+    #[error(
+        "The server cannot save what guests overwrite in a file of its own: leave out --fleecing"
+    )]
+    NoFleecing,
     /// An answer that makes no sense.
     #[error("The server's answer to {command} is not understood")]
     Answer {
@@ -117,6 +122,7 @@ impl JobError {
             Self::BackupSet(SetError::Interrupted) => status::CANCELLED,
             Self::Client(ClientError::Refused { .. })
             | Self::NoCommand(_)
+            | Self::NoFleecing
             | Self::NoJob(_)
             | Self::NoSource(_)
             | Self::NoTarget(_)

@@ -152,6 +152,10 @@ pub fn run(args: &BackupArgs, server: &mut Server, report: &mut Report) -> Resul
     if args.incremental && !server.has(disks::RANGES) {
         return Err(JobError::NoCommand(vec![disks::RANGES]));
     }
+    // Both are diptych's own; an argument cannot be asked for as a command can.
+    if args.fleecing.is_some() && !server.has(disks::RANGES) {
+        return Err(JobError::NoFleecing);
+    }
     let directory = Directory::lock(&args.to)?;
     if directory.path().to_str().is_none() {
         return Err(JobError::Usage(format!(
