@@ -182,13 +182,18 @@ impl IoVec {
     ///
     /// If it does not fit.
     pub fn copy_from_iov(&self, offset: usize, from: &Self) {
-        let mut block = [0; BLOCK];
         let mut done = 0;
-        while done < from.len {
-            let n = BLOCK.min(from.len - done);
-            from.copy_to(done, &mut block[..n]);
-            self.copy_from(offset + done, &block[..n]);
-            done += n;
+        for part in &from.segments {
+            let mut at = part.base;
+            self.walk(offset + done, part.len, |segment| {
+                // SAFETY: both segments are alive (owners), this one is writable, and no
+                // more is taken than is left of the other.
+                unsafe {
+                    shared::copy(segment.base, at, segment.len);
+                    at = at.add(segment.len);
+                }
+            });
+            done += part.len;
         }
     }
 
@@ -263,6 +268,46 @@ mod shared {
             unsafe {
                 *byte = AtomicU8::from_ptr(at.as_ptr()).load(Ordering::Relaxed);
                 at = at.add(1);
+            }
+        }
+    }
+
+    /// Copies `len` bytes from one place to another.
+    ///
+    /// # Safety
+    ///
+    /// They must stay readable there and writable here meanwhile.
+    pub(super) unsafe fn copy(into: NonNull<u8>, from: NonNull<u8>, len: usize) {
+        let first = unaligned(into, len);
+        if first != unaligned(from, len) {
+            // No word is aligned on both sides.
+            let mut block = [0; super::BLOCK];
+            for at in (0..len).step_by(block.len()) {
+                let block = &mut block[..super::BLOCK.min(len - at)];
+                // SAFETY: `at` and what follows of the block are less than `len`.
+                unsafe {
+                    load(from.add(at), block);
+                    store(into.add(at), block);
+                }
+            }
+            return;
+        }
+        let words = (len - first) / WORD;
+        let rest = first + words * WORD;
+        for at in (0..first).chain(rest..len) {
+            // SAFETY: `at` is less than `len`; bytes need no alignment.
+            unsafe {
+                let value = AtomicU8::from_ptr(from.add(at).as_ptr()).load(Ordering::Relaxed);
+                AtomicU8::from_ptr(into.add(at).as_ptr()).store(value, Ordering::Relaxed);
+            }
+        }
+        for word in 0..words {
+            let at = first + word * WORD;
+            // SAFETY: as above, for eight bytes, and both are aligned from `first` on.
+            unsafe {
+                let value =
+                    AtomicU64::from_ptr(from.add(at).as_ptr().cast()).load(Ordering::Relaxed);
+                AtomicU64::from_ptr(into.add(at).as_ptr().cast()).store(value, Ordering::Relaxed);
             }
         }
     }
@@ -403,6 +448,17 @@ mod tests {
         expected[0] = 0;
         expected.push(0);
         assert_eq!(back[..], expected);
+        for (skip, len) in (0..20).flat_map(|skip| (0..12).map(move |len| (skip, len))) {
+            into.fill(0);
+            into.copy_from_iov(skip, &from.slice(5, len));
+            let mut back = [0; 40];
+            into.copy_to(0, &mut back);
+            let mut expected = [0; 40];
+            for (i, byte) in expected[skip..skip + len].iter_mut().enumerate() {
+                *byte = i as u8 + 6;
+            }
+            assert_eq!(back, expected, "{len} bytes to {skip}");
+        }
     }
 
     #[test]

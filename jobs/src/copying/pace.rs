@@ -19,7 +19,9 @@
 //! doubles up to its limit.
 //!
 //! A mirror that is ready has time: it is to be felt hardly at all
-//! ([`READY_TOLERANCE`]), rests longer, and knows no pressure, until it is to end.
+//! ([`READY_TOLERANCE`]), rests longer, and knows no pressure, until it is to end. Nor is
+//! one in a hurry whose guest writes the target as well: what is left only becomes less,
+//! and the guest pays for that already. Such a copier is *gentle*.
 //!
 //! Copying still ends: the floor moves data at a rate of its own, and each pass
 //! over the disk that leaves about as much dirty as it found doubles the
@@ -36,14 +38,16 @@ pub(crate) const LITTLE: u64 = 256 << 10;
 /// Time between two decisions.
 pub(crate) const INTERVAL: Duration = Duration::from_millis(10);
 /// How many times the baseline's latency, and what part of its rate, is put up with
-/// without pressure, in eighths: the guest keeps two thirds.
-const TOLERANCE: u64 = 12;
+/// without pressure, in sixteenths: the guest keeps two thirds.
+const TOLERANCE: u64 = 24;
 /// The same for a backup: what it costs is over the sooner the more is copied, since each
 /// of the guest's writes to what is not copied yet costs a copy of its own. The guest keeps
 /// half of what it gets done beside those.
-pub(crate) const BACKUP_TOLERANCE: u64 = 16;
-/// The same when the mirror is ready: the guest keeps eight ninths.
-const READY_TOLERANCE: u64 = 9;
+pub(crate) const BACKUP_TOLERANCE: u64 = 32;
+/// The same for a gentle copier: the guest keeps eight ninths.
+const GENTLE_TOLERANCE: u64 = 18;
+/// The same when the mirror is ready: the guest keeps sixteen seventeenths.
+const READY_TOLERANCE: u64 = 17;
 /// Latency over the baseline that is never held against the copier; and when the
 /// mirror is ready.
 const SLACK_NS: u64 = 50_000;
@@ -56,9 +60,10 @@ const CALM_MEASURED: u32 = 2;
 const CALM_PATIENCE: Duration = Duration::from_millis(300);
 /// Requests per second weigh a quarter of what they were before.
 const RATE_WEIGHT: u64 = 4;
-/// Longest rest between two requests at the floor when the mirror is ready, which leaves
-/// it 32 MiB/s. Before that it is the shortest one.
-const MAX_READY_REST: Duration = Duration::from_millis(8);
+/// Longest rest after a floor's worth of requests when the mirror is ready, which leaves it
+/// 32 MiB/s of what is long; and for a gentle copier. For others it is the shortest one.
+const MAX_READY_REST: Duration = Duration::from_millis(16);
+const MAX_GENTLE_REST: Duration = Duration::from_millis(4);
 /// Shortest rest that is worth a timer.
 const MIN_REST: Duration = Duration::from_millis(1);
 /// Pressure when somebody waits for the copier: 16 times the tolerance.
@@ -97,6 +102,7 @@ pub(crate) struct Pace {
     tolerance: u64,
     pressure: u32,
     ready: bool,
+    gentle: bool,
     hurries: bool,
     calm: Option<Calm>,
     next_calm: Instant,
@@ -121,6 +127,7 @@ impl Pace {
             tolerance: TOLERANCE,
             pressure: 0,
             ready: false,
+            gentle: false,
             hurries: false,
             calm: None,
             next_calm: now,
@@ -130,9 +137,9 @@ impl Pace {
         }
     }
 
-    /// Puts up with as many eighths of the baseline's latency.
-    pub(crate) fn with_tolerance(mut self, eighths: u64) -> Self {
-        self.tolerance = eighths;
+    /// Puts up with as many sixteenths of the baseline's latency.
+    pub(crate) fn with_tolerance(mut self, sixteenths: u64) -> Self {
+        self.tolerance = sixteenths;
         self
     }
 
@@ -234,7 +241,7 @@ impl Pace {
         if !self.is_fine(felt.mean_ns) {
             self.give_way();
         } else if !self.rest.is_zero() {
-            let rest = match self.ready {
+            let rest = match self.ready || self.gentle {
                 // There is time: it is felt out slowly.
                 true => self.rest / 8 * 7,
                 false => Duration::ZERO,
@@ -253,7 +260,11 @@ impl Pace {
         if self.window > self.floor {
             self.window = (self.window / 2).max(self.floor);
         } else {
-            let most = if self.ready { MAX_READY_REST } else { MIN_REST };
+            let most = match (self.ready, self.gentle) {
+                (true, _) => MAX_READY_REST,
+                (false, true) => MAX_GENTLE_REST,
+                (false, false) => MIN_REST,
+            };
             self.rest = (self.rest * 2).clamp(MIN_REST, most);
         }
     }
@@ -261,6 +272,11 @@ impl Pace {
     fn grow(&mut self) {
         let step = (self.window / 8).max(self.floor / 4);
         self.window = self.window.saturating_add(step).min(self.ceiling);
+    }
+
+    /// Whether what is left becomes less however slowly it is copied.
+    pub(crate) fn set_gentle(&mut self, gentle: bool) {
+        self.gentle = gentle;
     }
 
     /// The mirror is ready: what the way there took is over, and what the guest feels
@@ -311,14 +327,15 @@ impl Pace {
         let Some(baseline) = self.baseline else {
             return true;
         };
-        let (eighths, slack) = match self.ready && !self.hurries {
-            true => (READY_TOLERANCE, READY_SLACK_NS),
-            false => (self.tolerance << self.pressure, SLACK_NS),
+        let (sixteenths, slack) = match (self.ready && !self.hurries, self.gentle) {
+            (true, _) => (READY_TOLERANCE, READY_SLACK_NS),
+            (false, true) => (GENTLE_TOLERANCE << self.pressure, SLACK_NS),
+            (false, false) => (self.tolerance << self.pressure, SLACK_NS),
         };
-        let limit_ns = (baseline.mean_ns / 8)
-            .saturating_mul(eighths)
+        let limit_ns = (baseline.mean_ns / 16)
+            .saturating_mul(sixteenths)
             .saturating_add(slack);
-        let least = baseline.rate.saturating_mul(8) / eighths;
+        let least = baseline.rate.saturating_mul(16) / sixteenths;
         mean_ns <= limit_ns && self.rate >= least
     }
 }

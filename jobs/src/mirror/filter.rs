@@ -64,14 +64,10 @@ impl MirrorTop {
         }
     }
 
-    /// Waits for the target's part of a request, as long as the guest is to wait for
-    /// the target. Then it goes on by itself, and its range is copied again.
+    /// Waits for the target's part of a request, which is counted as on its way, as long
+    /// as the guest is to wait for the target. Then it goes on by itself, and its range is
+    /// copied again.
     async fn wait_for_target(&self, part: LocalBoxFuture<'static, ()>, range: Range<u64>) {
-        let counted = self.state.send_active();
-        let part = Box::pin(async move {
-            part.await;
-            drop(counted);
-        });
         if let Either::Right((_, part)) = select(part, self.state.released()).await {
             // The copier waits for the range, and so for what is under way, before
             // anybody takes the target for equal.
@@ -82,28 +78,38 @@ impl MirrorTop {
 
     async fn write_pieces(
         &self,
-        offset: u64,
-        iov: IoVec,
+        source: &Node,
+        range: Range<u64>,
+        iov: &IoVec,
         flags: WriteFlags,
     ) -> Result<(), IoError> {
-        let source = self.source.node();
-        let len = iov.len() as u64;
-        let mut done = 0;
-        while self.state.holds_guest() && done < len {
-            let piece_len = (len - done).min(ACTIVE_PIECE);
-            let piece = offset + done..offset + done + piece_len;
-            let part = iov.slice(done as usize, piece_len as usize);
-            self.write_actively(&source, piece, part, flags).await?;
-            done += piece_len;
+        let mut at = range.start;
+        while self.state.holds_guest() && at < range.end {
+            let piece = at..range.end.min(at + ACTIVE_PIECE);
+            at = piece.end;
+            let skip = (piece.start - range.start) as usize;
+            let part = iov.slice(skip, (piece.end - piece.start) as usize);
+            self.write_actively(source, piece, part, flags).await?;
         }
-        // A write of no bytes still goes to the source, which may refuse it.
-        if done < len || len == 0 {
-            let rest = iov.slice(done as usize, (len - done) as usize);
-            let range = offset + done..offset + len;
-            self.record(range.clone(), source.write(range.start, rest, flags))
+        if at < range.end {
+            let rest = iov.slice((at - range.start) as usize, (range.end - at) as usize);
+            self.record(at..range.end, source.write(at, rest, flags))
                 .await?;
         }
         Ok(())
+    }
+
+    /// What it takes to mirror a write here and now; `None` leaves it to the copier.
+    async fn begin_write(&self, range: &Range<u64>) -> Option<(CopyBudget, Claim, Range<u64>)> {
+        let state = &self.state;
+        let budget = CopyBudget::reserve(state, range.end - range.start)?;
+        let lock = self.lock(range).await?;
+        let mirrored = ActivePart::of(state, range);
+        if mirrored.is_empty() {
+            return None;
+        }
+        let claim = mirrored.begin(state, range, lock);
+        Some((budget, claim, mirrored.range()))
     }
 
     async fn write_actively(
@@ -114,41 +120,29 @@ impl MirrorTop {
         flags: WriteFlags,
     ) -> Result<(), IoError> {
         let state = &self.state;
-        let Some(budget) = CopyBudget::reserve(state, range.end - range.start) else {
+        let Some((budget, claim, part)) = self.begin_write(&range).await else {
             return self
                 .record(range.clone(), source.write(range.start, iov, flags))
                 .await;
         };
-        let Some(lock) = self.lock(&range).await else {
-            return self
-                .record(range.clone(), source.write(range.start, iov, flags))
-                .await;
-        };
-        let mirrored = ActivePart::of(state, &range);
-        if mirrored.is_empty() {
-            return self
-                .record(range.clone(), source.write(range.start, iov, flags))
-                .await;
-        }
         let copy = PrivateCopy::of(&iov);
         drop(iov);
-        let claim = mirrored.begin(state, &range, lock);
         source.write(range.start, copy.io_vec(), flags).await?;
         let Some(target) = state.try_enter_target() else {
             // It is being drained: the copier does it, later.
             return Ok(());
         };
-        let part = mirrored.range();
-        let skip = (part.start - range.start) as usize;
-        let data = copy.io_vec().slice(skip, (part.end - part.start) as usize);
         let request = ActiveRequest::begin(state, part.end - part.start);
-        let written = async move {
+        let counted = state.send_active();
+        let skip = (part.start - range.start) as usize;
+        let written = Box::pin(async move {
+            let data = copy.part(skip, (part.end - part.start) as usize);
             let written = target.write(part.start, data, WriteFlags::default()).await;
             claim.finish(written, request);
             copy.give_back();
-            drop((target, budget));
-        };
-        self.wait_for_target(Box::pin(written), range).await;
+            drop((target, budget, counted));
+        });
+        self.wait_for_target(written, range).await;
         Ok(())
     }
 
@@ -185,12 +179,13 @@ impl MirrorTop {
         };
         let len = part.end - part.start;
         let request = ActiveRequest::begin(state, len);
-        let written = async move {
+        let counted = state.send_active();
+        let written = Box::pin(async move {
             let written = target.write_zeroes(part.start, len, zero).await;
             claim.finish(written, request);
-            drop(target);
-        };
-        self.wait_for_target(Box::pin(written), range).await;
+            drop((target, counted));
+        });
+        self.wait_for_target(written, range).await;
         Ok(())
     }
 
@@ -230,12 +225,13 @@ impl MirrorTop {
         let len = part.end - part.start;
         // As in QEMU, discards are no work that progress shows.
         let request = ActiveRequest::begin(state, 0);
-        let written = async move {
+        let counted = state.send_active();
+        let written = Box::pin(async move {
             let written = target.write_zeroes(part.start, len, zero).await;
             claim.finish(written, request);
-            drop(target);
-        };
-        self.wait_for_target(Box::pin(written), range).await;
+            drop((target, counted));
+        });
+        self.wait_for_target(written, range).await;
         Ok(())
     }
 }
@@ -367,7 +363,16 @@ impl BlockDriver for MirrorTop {
     ) -> BoxFuture<'a, Result<(), IoError>> {
         Box::pin(async move {
             let started = Instant::now();
-            let result = self.write_pieces(offset, iov, flags).await;
+            let source = self.source.node();
+            let len = iov.len() as u64;
+            let range = offset..offset.saturating_add(len);
+            let result = if len == 0 || !self.state.holds_guest() {
+                self.record(range, source.write(offset, iov, flags)).await
+            } else if len <= ACTIVE_PIECE {
+                self.write_actively(&source, range, iov, flags).await
+            } else {
+                self.write_pieces(&source, range, &iov, flags).await
+            };
             self.state.latency.record(started.elapsed());
             result
         })

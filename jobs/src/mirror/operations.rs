@@ -16,13 +16,18 @@ use futures_util::future::{Either, LocalBoxFuture, join3, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::copying::{Copied, CopyError, Entered, INTERVAL, Look, PATIENCE, window_of_speed};
-use crate::{JobContext, JobNotifier, SLICE};
+use crate::{CopyMode, JobContext, JobNotifier, SLICE};
 
 use super::body::Body;
 use super::sweep::Sweep;
 
 /// Smallest request while the guest is active (the granularity may be larger).
 const MIN_REQUEST: u64 = 256 << 10;
+/// What a short request takes, as bytes of a long one.
+const LEAST_EFFORT: u64 = 32 << 10;
+/// Longest range that is read without asking for its extents in the first pass, which
+/// finds holes.
+const SHORT_AT_FIRST: u64 = 16 << 10;
 /// Most bytes that one operation looks at, when all before were zeroes.
 const MAX_LEAP: u64 = 1 << 30;
 
@@ -43,6 +48,8 @@ impl Body<'_> {
     pub(super) fn adapt(&mut self) {
         let now = Instant::now();
         if self.pace.is_due(now) {
+            self.pace
+                .set_gentle(self.state.copy_mode() == CopyMode::WriteBlocking);
             self.pace.decide(self.state.latency.take(), now);
         }
     }
@@ -80,7 +87,7 @@ impl Body<'_> {
             };
             self.cursor = range.end;
             self.start(range, look, cost, nodes);
-            self.since_rest += cost;
+            self.since_rest += cost.max(LEAST_EFFORT);
             if self.since_rest >= self.pace.floor() {
                 self.since_rest = 0;
                 let rest = self.pace.rest();
@@ -143,8 +150,10 @@ impl Body<'_> {
                 range.end = range.end.min(until).min(range.start + request);
                 Look::Data
             }
-            // Before the first pass has ended, a short range may be all sorts.
-            None if self.passes == 0 && !self.ready => Look::Probe { request },
+            // Before the first pass has ended, a range may be all sorts.
+            None if self.passes == 0 && !self.ready && range.end - range.start > SHORT_AT_FIRST => {
+                Look::Probe { request }
+            }
             None => self.copier.look_at_written(&range, request),
         };
         Some((range, look))

@@ -31,21 +31,21 @@ impl PrivateCopy {
         };
         let buffer = used.unwrap_or_else(|| AlignedBuffer::new(len.max(STOCK_BUFFER)));
         let copy = Self { buffer, len };
-        let into = copy.io_vec();
-        let mut block = [0; 4096];
-        let mut offset = 0;
-        while offset < len {
-            let block = &mut block[..(len - offset).min(4096)];
-            payload.copy_to(offset, block);
-            into.copy_from(offset, block);
-            offset += block.len();
-        }
+        copy.io_vec().copy_from_iov(0, payload);
         copy
     }
 
     /// The copy.
     pub(crate) fn io_vec(&self) -> IoVec {
         self.buffer.io_vec(self.len)
+    }
+
+    /// `len` bytes of the copy from `skip` on.
+    pub(crate) fn part(&self, skip: usize, len: usize) -> IoVec {
+        match skip == 0 && len == self.len {
+            true => self.io_vec(),
+            false => self.io_vec().slice(skip, len),
+        }
     }
 
     /// Returns the buffer to the stock of this thread. Without this call it is
