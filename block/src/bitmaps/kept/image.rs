@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 
 use super::BLOCK;
 use super::format::Stamp;
@@ -245,13 +246,24 @@ impl SideCar {
 
     /// Gives it its name, durably: it is found there whole or not at all.
     pub(super) fn put_in_place(&mut self, path: &Path) -> io::Result<()> {
-        rustix::fs::renameat_with(
+        let renamed = rustix::fs::renameat_with(
             rustix::fs::CWD,
             &self.path,
             rustix::fs::CWD,
             path,
             rustix::fs::RenameFlags::NOREPLACE,
-        )?;
+        );
+        match renamed {
+            // A file system that cannot tell (NFS). Whoever makes such a file has to hold the
+            // lock of the unfinished one, which is ours.
+            Err(Errno::INVAL | Errno::NOSYS) => {
+                if std::fs::symlink_metadata(path).is_ok() {
+                    return Err(io::ErrorKind::AlreadyExists.into());
+                }
+                std::fs::rename(&self.path, path)?;
+            }
+            renamed => renamed?,
+        }
         self.path = path.to_owned();
         sync_directory(path)
     }
