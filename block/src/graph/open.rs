@@ -370,9 +370,8 @@ impl<'a> Opening<'a> {
                     }
                     None => None,
                 };
-                let driver =
-                    CopyBeforeWriteDriver::fine(file, target, copy.policy, part.as_deref())
-                        .map_err(OpenError::from)?;
+                let driver = CopyBeforeWriteDriver::new(file, target, copy.policy, part.as_deref())
+                    .map_err(OpenError::from)?;
                 let children = vec![file_entry, target_entry];
                 Ok(Opened::new(name, read_only, Box::new(driver), children))
             }

@@ -1,10 +1,11 @@
-//! Where the target has no clusters of its own, a request has no more copied than it
-//! changes. What users see of clusters stays as it is.
+//! A snapshot of a job whose target has no clusters of its own: a request has no more
+//! copied than it changes. What users see of clusters stays as it is.
 
 use super::tests::{Rig, child, run, settle};
 use super::*;
 use crate::chain::tests::node;
 use crate::drivers::snapshot_access::SnapshotAccessDriver;
+use crate::node::NodeOptions;
 use crate::test_storage::{CHUNK, Match, TestStorage};
 
 const CLUSTER: u64 = MIN_CLUSTER;
@@ -13,9 +14,17 @@ const SIZE: u64 = 4 * CLUSTER + CHUNK + 512;
 
 fn rig_with(source: TestStorage, target: TestStorage, part: Option<&DirtyBitmap>) -> Rig {
     source.poke(0, &[1; SIZE as usize]);
-    let file = child(ChildRole::File, &node("src", source.driver()));
+    let unmap = NodeOptions {
+        discard: DiscardMode::Unmap,
+        ..NodeOptions::default()
+    };
+    let file = child(ChildRole::File, &Node::new("src", source.driver(), unmap));
     let kept = child(ChildRole::Target, &node("dst", target.driver()));
-    let driver = CopyBeforeWriteDriver::fine(file, kept, CbwPolicy::default(), part).unwrap();
+    let cluster = cluster_of(&kept.node(), 0);
+    let fine = fine_cluster(&file.node(), &kept.node()).unwrap_or(cluster);
+    let account = SnapshotAccount::fine(SIZE, cluster, fine, part).unwrap();
+    let kept = Target::Child(kept);
+    let driver = CopyBeforeWriteDriver::with_target(file, kept, account, CbwPolicy::default());
     let snapshot = Arc::clone(driver.kept());
     let filter = node("cbw", Box::new(driver));
     let access = SnapshotAccessDriver::new(child(ChildRole::File, &filter));

@@ -148,30 +148,6 @@ impl CopyBeforeWriteDriver {
         ))
     }
 
-    /// As `new`, but a request has no more copied than it changes, in clusters as small as
-    /// the target takes. What `part` has set counts in whole clusters all the same, and so
-    /// does what is discarded of the snapshot.
-    ///
-    /// Errors: as for `new`.
-    pub(crate) fn fine(
-        file: Child,
-        target: Child,
-        policy: CbwPolicy,
-        part: Option<&DirtyBitmap>,
-    ) -> Result<Self, BitmapError> {
-        let Some(fine) = fine_cluster(&file.node(), &target.node()) else {
-            return Self::new(file, target, policy, part);
-        };
-        let cluster = cluster_of(&target.node(), 0);
-        let account = SnapshotAccount::fine(file.node().size(), cluster, fine, part)?;
-        Ok(Self::with_target(
-            file,
-            Target::Child(target),
-            account,
-            policy,
-        ))
-    }
-
     /// As `new`, for a job that attaches the target by itself and then says
     /// so ([`Snapshot::set_target`]).
     pub fn for_job(file: Child, account: SnapshotAccount, policy: CbwPolicy) -> Self {
