@@ -184,11 +184,15 @@ impl<W: Watch> Client<W> {
             next_id: 0,
             patience,
         };
-        let greeting = client.message(Instant::now() + patience)?;
-        match greeting {
-            Some(greeting) if greeting.get("QMP").is_some() => {}
-            Some(other) => return Err(not_qmp(&other.to_string())),
-            None => return Err(no_greeting()),
+        let deadline = Instant::now() + patience;
+        loop {
+            match client.message(deadline)? {
+                Some(greeting) if greeting.get("QMP").is_some() => break,
+                // One that came after the last client had gone: QEMU keeps it for the next.
+                Some(event) if event.get("event").is_some() && Instant::now() < deadline => {}
+                Some(other) => return Err(not_qmp(&other.to_string())),
+                None => return Err(no_greeting()),
+            }
         }
         client.execute("qmp_capabilities", json!({}))?;
         Ok(client)

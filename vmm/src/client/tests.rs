@@ -54,6 +54,33 @@ fn events_before_a_reply_are_kept_in_order() {
 }
 
 #[test]
+fn an_event_that_comes_before_the_greeting_is_passed_by() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    let thread = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream
+            .write_all(b"{\"event\": \"OLD\", \"data\": {}}\r\n{\"QMP\": {}}\r\n")
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(stream.try_clone().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        stream
+            .write_all(b"{\"return\": {}, \"id\": 1}\r\n")
+            .unwrap();
+    });
+    let mut client = Client::connect(&path, PATIENCE, ()).unwrap();
+    thread.join().unwrap();
+    // It is not told as one of now, either.
+    assert!(matches!(
+        client.next_event(PATIENCE),
+        Err(ClientError::Closed)
+    ));
+}
+
+#[test]
 fn a_refusal_tells_class_and_text() {
     let (_dir, path, _thread) = peer(&[
         "{\"return\": {}, \"id\": 1}\r\n",
