@@ -32,11 +32,20 @@ pub struct BitmapRoom {
     node: Arc<Node>,
     /// What there is room for.
     chunks: u64,
+    /// Another one stands for it.
+    superseded: bool,
+}
+
+impl BitmapRoom {
+    /// Leaves the room to another one, of the same node, that was made after it.
+    pub fn leave_to(mut self, _newer: &Self) {
+        self.superseded = true;
+    }
 }
 
 impl Drop for BitmapRoom {
     fn drop(&mut self) {
-        if self.node.kept_bitmaps().is_none_or(|all| all.is_empty()) {
+        if !self.superseded && self.node.kept_bitmaps().is_none_or(|all| all.is_empty()) {
             self.node.store_bitmaps_soon();
         }
     }
@@ -157,6 +166,7 @@ impl Graph {
         Some(BitmapRoom {
             node: Arc::clone(to),
             chunks,
+            superseded: false,
         })
     }
 

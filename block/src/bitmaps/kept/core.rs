@@ -221,6 +221,16 @@ impl<S: Storage, B: Source> Core<S, B> {
         Ok(())
     }
 
+    /// Bitmaps that came while it ended are kept by nobody, and say so.
+    pub(super) fn disown_latecomers(&self) {
+        if let Snapshot::Bitmaps(bitmaps) = self.source.bitmaps()
+            && !bitmaps.is_empty()
+        {
+            self.source
+                .spoil("their file was taken away when they came");
+        }
+    }
+
     /// Whether nothing was left to be kept.
     pub(super) fn has_ended(&self) -> bool {
         self.ended

@@ -191,6 +191,11 @@ fn serve<S: Storage, B: Source>(mut core: Core<S, B>, shared: &Shared, intent: &
         let _ = catch_unwind(AssertUnwindSafe(|| core.abandon()));
     }
     intent.keeper_is_gone();
+    if core.has_ended() {
+        // Who has armed it since then has nobody to mark writes, and does not need it.
+        intent.disarm();
+        core.disown_latecomers();
+    }
     let version = core.version();
     drop(core);
     let mut queue = shared.lock();

@@ -203,6 +203,16 @@ impl Copies {
 
     /// Copies pages within memory, and does writes between them. Blocks.
     fn copy_beside_writes(&self, from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
+        /// Does what waits for a thread that leaves, whatever makes it leave.
+        struct Leaving<'a>(&'a Copies);
+
+        impl Drop for Leaving<'_> {
+            fn drop(&mut self) {
+                self.0.do_writes(false);
+            }
+        }
+
+        let _leaving = Leaving(self);
         let mut done = 0;
         let mut copied = Ok(());
         while done < from.len && copied.is_ok() {
@@ -216,7 +226,6 @@ impl Copies {
             copied = copy_pages(&piece, into, offset + done);
             done += piece.len;
         }
-        self.do_writes(false);
         copied
     }
 

@@ -214,6 +214,29 @@ fn a_file_that_took_the_place_of_another_one_is_loaded_again() {
 }
 
 #[test]
+fn room_that_is_left_to_a_newer_one_does_not_go_with_the_older() {
+    on_main(async |graph| {
+        let images = Images::new();
+        let from = images.open(&graph, "from").await;
+        let to = images.open(&graph, "to").await;
+        add(&graph, &from, "b").await;
+        let side_car = images.side_car("to");
+        let older = graph.make_room_for_bitmaps(&from, &to).await.unwrap();
+        let newer = graph.make_room_for_bitmaps(&from, &to).await.unwrap();
+        older.leave_to(&newer);
+        // Answered in turn: what the older one had asked for would be done before this.
+        graph.store_bitmaps(&[Arc::clone(&from)]).await.unwrap();
+        assert!(side_car.exists() && to.keeps_bitmaps());
+        let copied = graph.copy_kept_bitmaps(&from, &to, Some(&newer));
+        let copied = copied.now_or_never().expect("there is nothing to wait for");
+        copied.commit();
+        drop(newer);
+        graph.store_bitmaps(&[Arc::clone(&to)]).await.unwrap();
+        assert!(side_car.exists() && to.named_bitmap("b").unwrap().is_recording());
+    });
+}
+
+#[test]
 fn nothing_is_awaited_in_a_section_where_room_was_made_before() {
     on_main(async |graph| {
         let images = Images::new();
