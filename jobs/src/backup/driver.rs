@@ -3,16 +3,21 @@
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use block::{Backend, BoxFuture, Drained, Graph, GraphError, Node, Snapshot, Stalls, runtime};
 
-use crate::copying::{LEAVE_DRAIN, detach_when_idle, let_target_go, take_out, take_out_some_time};
+use crate::copying::{
+    detach_when_idle, let_target_go, take_out, take_out_some_time, wait_until_idle,
+};
 use crate::{JobContext, JobDetails, JobDriver, JobFailure, JobKind, OnError, SoftCancel};
 
 use super::account::Account;
 use super::body::Body;
 use super::start::AtEnd;
+
+/// How often is looked whether discards of the source have ended.
+const DISCARD_LOOK: Duration = Duration::from_millis(10);
 
 /// Backups as the job core knows them.
 pub(super) const KIND: JobKind = JobKind {
@@ -167,6 +172,13 @@ impl BackupDriver {
         if self.left.swap(true, Ordering::Relaxed) {
             return;
         }
+        if self.settings().discard_source {
+            // Nobody may write the source before the last discard has ended, however long
+            // that takes: it would take the new data away.
+            while places.source_backend.in_flight() > 0 {
+                runtime::sleep(DISCARD_LOOK).await;
+            }
+        }
         graph.detach(&places.filter_hold);
         if places.scratch.is_some() {
             // It stands on the filter.
@@ -174,10 +186,7 @@ impl BackupDriver {
         }
         let removed = take_out(graph, &places.filter).await;
         // Copies that guests' requests began end soon, unless the target hangs.
-        let patience = Instant::now() + LEAVE_DRAIN;
-        while places.others().any(|it| it.in_flight() > 0) && Instant::now() < patience {
-            runtime::sleep(Duration::from_millis(1)).await;
-        }
+        wait_until_idle(&places.others().collect::<Vec<_>>()).await;
         for backend in places.others() {
             detach_when_idle(graph, backend);
         }

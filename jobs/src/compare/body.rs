@@ -203,6 +203,7 @@ impl<'a> Body<'a> {
 
     /// Stops waiting for what is in flight: it ends by itself, and counts until then.
     fn leave_operations(&mut self) {
+        self.reader.stop();
         let mut operations = std::mem::take(&mut self.operations);
         if !operations.is_empty() {
             self.ctx

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use block::{Backend, BoxFuture, DirtyBitmap, Felt, Graph, GuestLatency, Node};
 
-use crate::copying::detach_when_idle;
+use crate::copying::{detach_when_idle, wait_until_idle};
 use crate::{JobContext, JobDetails, JobDriver, JobFailure, JobKind, OnError, SoftCancel};
 
 use super::body::Body;
@@ -151,7 +151,10 @@ impl JobDriver for CompareDriver {
             if let Some(guests) = self.guests.get() {
                 guests.forget();
             }
-            for place in self.places.get().into_iter().flatten() {
+            let places = || self.places.get().into_iter().flatten();
+            // Who hears that it has ended may use the nodes, unless one hangs.
+            wait_until_idle(&places().map(|place| &place.backend).collect::<Vec<_>>()).await;
+            for place in places() {
                 place.data.detach_bitmap(&place.written);
                 detach_when_idle(graph, &place.backend);
             }

@@ -3,6 +3,7 @@
 //! Each request counts by itself, for one node: a node whose storage hangs does not
 //! hold up a drained section of the other.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -61,16 +62,27 @@ pub(super) struct Looked {
 pub(super) struct Reader {
     sides: [Side; 2],
     pool: BufferPool,
+    /// Nothing more is to be read: the job may have left its nodes.
+    stopped: Cell<bool>,
 }
 
 impl Reader {
     pub(super) fn new(sides: [Side; 2], pool: BufferPool) -> Self {
-        Self { sides, pool }
+        Self {
+            sides,
+            pool,
+            stopped: Cell::new(false),
+        }
     }
 
     /// Size of the larger one in bytes.
     pub(super) fn size(&self) -> u64 {
         self.sides[0].size.max(self.sides[1].size)
+    }
+
+    /// Has operations that go on by themselves begin no further requests.
+    pub(super) fn stop(&self) {
+        self.stopped.set(true);
     }
 
     /// Frees buffers, for times when nothing is read.
@@ -158,6 +170,9 @@ impl Reader {
 
     /// Counts a request in.
     fn enter(&self, side: usize) -> Result<InFlight, Stop> {
+        if self.stopped.get() {
+            return Err(Stop::Drained);
+        }
         let Side { backend, node, .. } = &self.sides[side];
         let in_flight = backend.try_enter().ok_or(Stop::Drained)?;
         // Counted before this look, so that a section sees it or is seen. The job's

@@ -3,7 +3,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block::{Backend, CancelReach, Graph, GraphError, Node, runtime};
 
@@ -18,7 +18,7 @@ const IDLE_LOOK: Duration = Duration::from_millis(100);
 /// and time without an answer after which a node counts as hung.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 /// Longest that the guest is held to take the filter out.
-pub(crate) const LEAVE_DRAIN: Duration = Duration::from_secs(1);
+const LEAVE_DRAIN: Duration = Duration::from_secs(1);
 
 /// Holds the guest for a short time only: the filter passes everything on.
 pub(crate) async fn take_out(graph: &Graph, filter: &Arc<Node>) -> Result<(), GraphError> {
@@ -68,6 +68,14 @@ pub(crate) fn let_target_go(target: &Arc<Backend>) {
         }
     })
     .detach();
+}
+
+/// Waits for what is in flight, as long as that may take unless something hangs.
+pub(crate) async fn wait_until_idle(backends: &[&Arc<Backend>]) {
+    let patience = Instant::now() + PATIENCE;
+    while backends.iter().any(|it| it.in_flight() > 0) && Instant::now() < patience {
+        runtime::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 /// Detaches at once if nothing is in flight, else as soon as nothing is. Until then

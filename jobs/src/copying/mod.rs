@@ -17,7 +17,7 @@ mod undo;
 pub(crate) use carry::{Carrier, Copied, CopyError, Entered, Look, Rules, Side, enter};
 pub(crate) use hold::FilterHold;
 pub(crate) use leave::{
-    LEAVE_DRAIN, PATIENCE, detach_when_idle, let_target_go, take_out, take_out_some_time,
+    PATIENCE, detach_when_idle, let_target_go, take_out, take_out_some_time, wait_until_idle,
 };
 pub(crate) use pace::{BACKUP_TOLERANCE, INTERVAL, LITTLE, Pace, window_of_speed};
 pub(crate) use pool::{BufferPool, PooledBuffer};

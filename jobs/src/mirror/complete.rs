@@ -10,7 +10,7 @@ use futures_util::future::{Either, select};
 
 use crate::JobFailure;
 use crate::copying::{
-    CopyError, LEAVE_DRAIN, PATIENCE, detach_when_idle, take_out, take_out_some_time,
+    CopyError, PATIENCE, detach_when_idle, take_out, take_out_some_time, wait_until_idle,
 };
 
 use super::body::with_patience;
@@ -331,11 +331,8 @@ pub(super) async fn leave(driver: &MirrorDriver, graph: &Rc<Graph>) {
         None => take_out(graph, &places.filter).await,
     };
     // The guest's last writes of the target end soon, unless it hangs.
-    let patience = Instant::now() + LEAVE_DRAIN;
     let backends = [&places.target_backend, &places.source_backend];
-    while backends.iter().any(|it| it.in_flight() > 0) && Instant::now() < patience {
-        runtime::sleep(Duration::from_millis(1)).await;
-    }
+    wait_until_idle(&backends).await;
     for backend in backends {
         detach_when_idle(graph, backend);
     }

@@ -78,6 +78,8 @@ impl Copier {
         self.state.clear_dirty(range.clone());
         async move {
             let _guard = claim.lock.await;
+            // What was written while it waited is copied with the rest.
+            copier.state.clear_dirty(range.clone());
             let dirty = claim.dirty;
             // The guest waits for the whole range or for none of it.
             let leave = |_| ();

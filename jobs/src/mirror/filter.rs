@@ -99,17 +99,18 @@ impl MirrorTop {
         Ok(())
     }
 
-    /// What it takes to mirror a write here and now; `None` leaves it to the copier.
-    async fn begin_write(&self, range: &Range<u64>) -> Option<(CopyBudget, Claim, Range<u64>)> {
+    /// What it takes to mirror a write here and now. Else it is left to the copier, who has
+    /// to wait for it if there is a guard.
+    async fn begin_write(&self, range: &Range<u64>) -> Result<Begun, Option<RangeGuard>> {
         let state = &self.state;
-        let budget = CopyBudget::reserve(state, range.end - range.start)?;
-        let lock = self.lock(range).await?;
+        let budget = CopyBudget::reserve(state, range.end - range.start).ok_or(None)?;
+        let lock = self.lock(range).await.ok_or(None)?;
         let mirrored = ActivePart::of(state, range);
         if mirrored.is_empty() {
-            return None;
+            return Err(Some(lock));
         }
         let claim = mirrored.begin(state, range, lock);
-        Some((budget, claim, mirrored.range()))
+        Ok((budget, claim, mirrored.range()))
     }
 
     async fn write_actively(
@@ -120,10 +121,14 @@ impl MirrorTop {
         flags: WriteFlags,
     ) -> Result<(), IoError> {
         let state = &self.state;
-        let Some((budget, claim, part)) = self.begin_write(&range).await else {
-            return self
-                .record(range.clone(), source.write(range.start, iov, flags))
-                .await;
+        let (budget, claim, part) = match self.begin_write(&range).await {
+            Ok(begun) => begun,
+            Err(guard) => {
+                let write = source.write(range.start, iov, flags);
+                let written = self.record(range, write).await;
+                drop(guard);
+                return written;
+            }
         };
         let copy = PrivateCopy::of(&iov);
         drop(iov);
@@ -235,6 +240,10 @@ impl MirrorTop {
         Ok(())
     }
 }
+
+/// What a write to both sides has: its share of memory, what becomes of the range, and
+/// what of it goes to the target.
+type Begun = (CopyBudget, Claim, Range<u64>);
 
 /// A range that a request mirrors. Dropped, it is dirty first, and free then.
 struct Claim {
