@@ -17,7 +17,7 @@ use super::body::Body;
 use super::start::AtEnd;
 
 /// How often is looked whether discards of the source have ended.
-const DISCARD_LOOK: Duration = Duration::from_millis(10);
+const DISCARD_LOOK: Duration = Duration::from_millis(100);
 
 /// Backups as the job core knows them.
 pub(super) const KIND: JobKind = JobKind {
@@ -173,10 +173,10 @@ impl BackupDriver {
             return;
         }
         if self.settings().discard_source {
-            // Nobody may write the source before the last discard has ended, however long
-            // that takes: it would take the new data away.
-            while places.source_backend.in_flight() > 0 {
-                runtime::sleep(DISCARD_LOOK).await;
+            wait_until_idle(&[&places.source_backend]).await;
+            if places.source_backend.in_flight() > 0 {
+                leave_after_discards(graph, places);
+                return;
             }
         }
         graph.detach(&places.filter_hold);
@@ -210,6 +210,28 @@ impl BackupDriver {
         );
         Some(JobFailure::new(errno, message))
     }
+}
+
+/// Takes a backup off the graph some time: nobody may write the source before the last
+/// discard has ended, however long that takes, since it would take the new data away.
+fn leave_after_discards(graph: &Rc<Graph>, places: &Places) {
+    let filter = Arc::clone(&places.filter);
+    let [source, hold] = [&places.source_backend, &places.filter_hold].map(Arc::clone);
+    tracing::warn!(
+        filter = filter.name(),
+        "backup: the filter stays until requests to the source end that hang"
+    );
+    detach_when_idle(graph, &places.target_backend);
+    let graph = Rc::clone(graph);
+    runtime::spawn_local(async move {
+        while source.in_flight() > 0 {
+            runtime::sleep(DISCARD_LOOK).await;
+        }
+        graph.detach(&hold);
+        graph.detach(&source);
+        take_out_some_time(&graph, &filter);
+    })
+    .detach();
 }
 
 impl JobDriver for BackupDriver {

@@ -129,6 +129,39 @@ fn a_snapshot_that_breaks_ends_the_job_though_the_target_hangs() {
 }
 
 #[test]
+fn nobody_writes_the_source_before_a_discard_that_was_left_behind_has_ended() {
+    with_rig(|rig| async move {
+        let mut spec = rig.spec();
+        spec.discard_source = true;
+        spec.sync = BackupSync::Full;
+        rig.graph.detach(&rig.disk);
+        rig.source.hold(Match::op(IoOp::Discard));
+        let key = rig.start(spec).await;
+        rig.source.wait_held(1).await;
+        rig.act(|jobs| jobs.cancel(key, true));
+        rig.wait_for(JobStatus::Null).await;
+        let writer = || {
+            let src = rig.node("src");
+            rig.graph
+                .attach("writer", &src, device(), None)
+                .map(|writer| rig.graph.detach(&writer))
+        };
+        assert!(writer().is_err(), "the discard would take its data away");
+        rig.source.release_all();
+        rig.source.stop_holding();
+        rig.until(|| rig.is_free("src") && rig.is_free("dst")).await;
+        rig.until(|| writer().is_ok()).await;
+        rig.graph
+            .add_node(
+                None,
+                TestStorage::new(SIZE).driver(),
+                NodeOptions::default(),
+            )
+            .expect("a node");
+    });
+}
+
+#[test]
 fn what_is_left_behind_does_not_discard_the_source() {
     with_rig(|rig| async move {
         let mut spec = rig.spec();
