@@ -177,6 +177,86 @@ def test_a_snapshot_is_compared_with_a_copy_while_the_disk_is_written(program):
     assert pair.compare("a", "b")["comparison"]["differences"] > 0
 
 
+def test_a_finished_backup_is_compared_while_its_disk_is_written(program):
+    pair = Pair(program, data_of(8), bytes(SIZE))
+    path = program.folder / "nbd"
+    pair.export("a", path)
+    writer = Writer(path)
+    nbd.wait_until("something is written", lambda: writer.written > 100)
+    pair.qmp.execute("transaction", actions=[
+        {"type": "block-dirty-bitmap-add",
+         "data": {"node": "a", "name": "since", "granularity": 4096}},
+        {"type": "blockdev-backup",
+         "data": {"job-id": "b", "device": "a", "target": "b", "sync": "full"}}])
+    assert "error" not in pair.qmp.event("BLOCK_JOB_COMPLETED", device="b")["data"]
+    for _ in range(3):
+        job = pair.compare(bitmap="since")
+        assert "error" not in job, job
+        found = job["comparison"]
+        assert found["differences"] == found["undecided-bytes"] == 0, found
+        assert 0 < found["skipped-bytes"] <= SIZE - QUIET, found
+    # Without it what was written since differs.
+    assert pair.compare()["comparison"]["differences"] > 0
+    text = pair.job("compare", "--source", "a", "--target", "b", "--bitmap", "since")
+    assert text.returncode == SAME, text.stderr
+    assert "The nodes are the same, not counting" in text.stdout
+    # Damage of the backup is found beside the guest's writes, where those are not: also
+    # between places that it writes.
+    for offset in (0, QUIET - 512):
+        with open(pair.files[1], "r+b") as file:
+            file.seek(offset)
+            was = file.read(512)
+            file.seek(offset)
+            file.write(bytes(byte ^ 255 for byte in was))
+    found = pair.compare(bitmap="since")["comparison"]
+    assert found["ranges"] == [{"offset": 0, "length": 512}, {"offset": QUIET - 512, "length": 512}]
+    other = pair.job("compare", "--source", "a", "--target", "b", "--bitmap", "since")
+    assert other.returncode == DIFFERS
+    writer.stop()
+    # The bitmap has all that was written, and was never changed by somebody else.
+    [bitmap] = [bitmap for node in pair.qmp.execute("query-named-block-nodes")
+                for bitmap in node.get("dirty-bitmaps", [])]
+    assert bitmap["recording"] and not bitmap["busy"] and bitmap["count"] > 0
+
+
+def test_a_bitmap_that_cannot_tell_what_was_written_since_is_refused(program):
+    pair = Pair(program, bytes(MIB), bytes(MIB))
+
+    def refused(**arguments):
+        with pytest.raises(QmpError) as error:
+            pair.qmp.execute("blockdev-compare", **{
+                "job_id": "c", "device": "a", "target": "b", "bitmap": "x", **arguments})
+        assert all(job["id"] != "c" for job in pair.qmp.execute("query-jobs"))
+        return str(error.value)
+
+    assert "Bitmap 'x' could not be found" in refused()
+    assert "Bitmap '' could not be found" in refused(bitmap="")
+    assert "string" in refused(bitmap={"node": "a", "name": "x"})
+    pair.qmp.execute("block-dirty-bitmap-add", node="b", name="x")
+    assert "could not be found" in refused()
+    pair.qmp.execute("block-dirty-bitmap-add", node="a", name="x", disabled=True)
+    assert "does not record" in refused()
+    pair.qmp.execute("block-dirty-bitmap-enable", node="a", name="x")
+    pair.qmp.execute("nbd-server-start", addr={
+        "type": "unix", "data": {"path": str(program.folder / "nbd")}})
+    pair.qmp.execute("block-export-add", type="nbd", id="e", node_name="a", writable=True,
+                     bitmaps=["x"])
+    assert "in use" in refused()
+    pair.qmp.execute("block-export-del", id="e")
+    pair.qmp.event("BLOCK_EXPORT_DELETED")
+    # Nobody changes it as long as it says what is left out.
+    pair.qmp.execute("blockdev-compare", job_id="c", device="a", target="b", bitmap="x",
+                     auto_finalize=False)
+    for change in ("clear", "disable", "remove"):
+        with pytest.raises(QmpError) as error:
+            pair.qmp.execute(f"block-dirty-bitmap-{change}", node="a", name="x")
+        assert "in use" in str(error.value)
+    pair.qmp.event("BLOCK_JOB_PENDING")
+    pair.qmp.execute("job-finalize", id="c")
+    pair.qmp.status("c", "null")
+    pair.qmp.execute("block-dirty-bitmap-remove", node="a", name="x")
+
+
 def test_what_cannot_be_compared_is_refused(program):
     pair = Pair(program, bytes(MIB), bytes(MIB))
     for arguments, text in [

@@ -19,6 +19,7 @@ use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, SLICE};
 use super::driver::{CompareDriver, Place};
 use super::look::{Looked, Reader, Side, Stop};
 use super::result::Tally;
+use super::skip::{Piece, Skip};
 
 /// Most operations in flight; each has a request to each node.
 const OPERATIONS: usize = 4;
@@ -66,6 +67,8 @@ pub(super) struct Body<'a> {
     pub(super) driver: &'a CompareDriver,
     pub(super) places: &'a [Place; 2],
     pub(super) reader: Rc<Reader>,
+    /// What is not to be compared.
+    pub(super) skip: Option<Skip>,
     operations: FuturesUnordered<Pin<Box<dyn Future<Output = Done>>>>,
     /// What is still to be read, lowest last.
     todo: Vec<Range<u64>>,
@@ -96,15 +99,19 @@ impl<'a> Body<'a> {
         let pool = BufferPool::new(MAX_REQUEST as usize, 2 * OPERATIONS);
         let reader = Reader::new([side(&places[0]), side(&places[1])], pool);
         let whole = 0..reader.size();
+        let skip = driver.skip();
+        let mut tally = Tally::new(driver.settings().max_differences);
+        tally.found.skipped_bytes = skip.as_ref().map(|_| 0);
         Self {
             ctx,
             driver,
             places,
             reader: Rc::new(reader),
+            skip,
             operations: FuturesUnordered::new(),
             todo: Vec::from_iter((!whole.is_empty()).then_some(whole)),
             batch: Batch::default(),
-            tally: Tally::new(driver.settings().max_differences),
+            tally,
             leap: MAX_REQUEST,
             pace: Pace::new(share(MIN_REQUEST), share(MAX_REQUEST), Instant::now()),
             since_rest: 0,
@@ -263,13 +270,27 @@ impl<'a> Body<'a> {
 
     /// Takes the lowest range that is to be read.
     fn next_range(&mut self, request: u64) -> Option<Range<u64>> {
-        let range = self.todo.pop()?;
-        let len = self.leap.max(request).min(range.end - range.start);
-        let end = range.start + len;
-        if end < range.end {
-            self.todo.push(end..range.end);
+        loop {
+            let range = self.todo.pop()?;
+            let most = self.leap.max(request);
+            let piece = match &self.skip {
+                Some(skip) => skip.first_piece(&range, most),
+                None => Piece::Read(range.start..range.end.min(range.start.saturating_add(most))),
+            };
+            let (Piece::Read(taken) | Piece::LeaveOut(taken)) = &piece;
+            let rest = taken.end..range.end;
+            if !rest.is_empty() {
+                self.todo.push(rest);
+            }
+            match piece {
+                Piece::Read(taken) => return Some(taken),
+                Piece::LeaveOut(taken) => {
+                    let len = taken.end - taken.start;
+                    self.tally.skipped(len);
+                    self.ctx.progress().add_done(len);
+                }
+            }
         }
-        Some(range.start..end)
     }
 
     fn put_back(&mut self, range: Range<u64>) {
@@ -292,7 +313,8 @@ impl<'a> Body<'a> {
     }
 
     fn ended(&mut self, done: Done) {
-        let Done { range, looked } = done;
+        let Done { range, mut looked } = done;
+        self.leave_out_of(&(range.start..looked.end), &mut looked.differing);
         self.ctx.progress().add_done(looked.end - range.start);
         self.ctx.notifier().charge(looked.charged);
         if self.batch.since.is_some() {
@@ -324,7 +346,7 @@ impl<'a> Body<'a> {
                     self.put_back(rest);
                 } else {
                     // The user does not mind: the rest is compared all the same.
-                    self.tally.found.undecided_bytes += range.end - range.start;
+                    self.undecided([range.clone()]);
                     self.ctx.progress().add_done(range.end - range.start);
                     self.put_back(range.end..rest.end);
                     self.show();
@@ -334,6 +356,31 @@ impl<'a> Body<'a> {
                 self.put_back(rest);
                 self.moved();
             }
+        }
+    }
+
+    /// Leaves out of what differs in a range that was read what is not to be compared.
+    fn leave_out_of(&mut self, read: &Range<u64>, differing: &mut Vec<Range<u64>>) {
+        if self.skip.is_some() {
+            // What becomes dirty after this is left out when candidates are settled.
+            let mut compared = Vec::from_iter((!read.is_empty()).then(|| read.clone()));
+            self.leave_out(&mut compared);
+            *differing = overlaps(differing, &compared);
+        }
+    }
+
+    /// Counts what cannot be compared, in order; but for what is not to be.
+    pub(super) fn undecided(&mut self, ranges: impl IntoIterator<Item = Range<u64>>) {
+        let mut ranges = Vec::from_iter(ranges);
+        self.leave_out(&mut ranges);
+        let lengths = ranges.iter().map(|range| range.end - range.start);
+        self.tally.found.undecided_bytes += lengths.sum::<u64>();
+    }
+
+    /// Leaves out what is not to be compared, as it is known by now.
+    pub(super) fn leave_out(&mut self, ranges: &mut Vec<Range<u64>>) {
+        if let Some(skip) = &self.skip {
+            self.tally.skipped(skip.leave_out(ranges));
         }
     }
 
@@ -398,9 +445,38 @@ impl<'a> Body<'a> {
     }
 }
 
+/// What two lists of ranges have in common; both are in order.
+fn overlaps(first: &[Range<u64>], second: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut common = Vec::new();
+    let (mut first, mut second) = (first.iter().peekable(), second.iter().peekable());
+    while let (Some(one), Some(other)) = (first.peek(), second.peek()) {
+        let (start, end) = (one.start.max(other.start), one.end.min(other.end));
+        if start < end {
+            common.push(start..end);
+        }
+        match one.end <= other.end {
+            true => first.next(),
+            false => second.next(),
+        };
+    }
+    common
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_two_lists_have_in_common_is_found() {
+        let first = [0..10, 20..30, 40..41];
+        let second = [5..22, 24..26, 29..100];
+        assert_eq!(
+            overlaps(&first, &second),
+            [5..10, 20..22, 24..26, 29..30, 40..41]
+        );
+        assert_eq!(overlaps(&first, &[]), []);
+        assert_eq!(overlaps(&[], &second), []);
+    }
 
     #[test]
     fn requests_are_small_while_little_may_be_in_flight_and_are_whole_pieces() {

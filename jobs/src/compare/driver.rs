@@ -1,15 +1,16 @@
 //! The comparison as the job core sees it.
 
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
-use block::{Backend, BoxFuture, DirtyBitmap, Felt, Graph, GuestLatency, Node};
+use block::{Backend, BitmapHold, BoxFuture, DirtyBitmap, Felt, Graph, GuestLatency, Node};
 
 use crate::copying::{detach_when_idle, wait_until_idle};
 use crate::{JobContext, JobDetails, JobDriver, JobFailure, JobKind, OnError, SoftCancel};
 
 use super::body::Body;
 use super::result::Comparison;
+use super::skip::Skip;
 
 /// Comparisons as the job core knows them.
 pub(super) const KIND: JobKind = JobKind {
@@ -74,6 +75,10 @@ pub(super) struct CompareDriver {
     places: OnceLock<[Place; 2]>,
     /// Known when it starts. The latency is atomic.
     guests: OnceLock<Guests>,
+    /// What is not to be compared. Known when it starts.
+    skip: OnceLock<Skip>,
+    /// Keeps the bitmap of `skip` as it is. A leaf lock: moved in and out on main.
+    hold: Mutex<Option<BitmapHold>>,
     /// What was found. A leaf lock, taken for a copy only: by the body, and for
     /// queries.
     found: Mutex<Comparison>,
@@ -85,6 +90,8 @@ impl CompareDriver {
             settings,
             places: OnceLock::new(),
             guests: OnceLock::new(),
+            skip: OnceLock::new(),
+            hold: Mutex::default(),
             found: Mutex::default(),
         }
     }
@@ -101,6 +108,23 @@ impl CompareDriver {
     pub(super) fn set_guests(&self, guests: Guests) {
         // Set once, before the job is started.
         let _ = self.guests.set(guests);
+    }
+
+    /// What is dirty in this bitmap is not compared. Main only.
+    pub(super) fn set_skip(&self, hold: BitmapHold) {
+        // Set once, before the job is started.
+        let _ = self.skip.set(Skip::new(hold.bitmap()));
+        *self.lock_hold() = Some(hold);
+    }
+
+    pub(super) fn skip(&self) -> Option<Skip> {
+        self.skip.get().cloned()
+    }
+
+    fn lock_hold(&self) -> MutexGuard<'_, Option<BitmapHold>> {
+        self.hold
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// What the guest has felt since the last call.
@@ -158,6 +182,9 @@ impl JobDriver for CompareDriver {
                 place.data.detach_bitmap(&place.written);
                 detach_when_idle(graph, &place.backend);
             }
+            let hold = self.lock_hold().take();
+            // Not under the lock: it takes the bitmap's.
+            drop(hold);
         })
     }
 

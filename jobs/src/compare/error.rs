@@ -1,6 +1,6 @@
 //! Why a comparison cannot be started.
 
-use block::{BitmapError, GraphError};
+use block::{BitmapError, GraphError, NamedBitmapError};
 
 use crate::JobError;
 
@@ -19,6 +19,15 @@ pub enum CompareError {
     /// `max-differences` is too large.
     #[error("Parameter 'max-differences' expects at most {most}", most = super::MAX_DIFFERENCES)]
     MaxDifferences,
+    /// `device` has no bitmap of that name.
+    #[error("Bitmap '{0}' could not be found")]
+    NoSuchBitmap(String),
+    /// What the guest writes meanwhile would not be in the bitmap.
+    #[error("Bitmap '{0}' is disabled and does not record what is written: enable it")]
+    NotRecording(String),
+    /// The bitmap is in use, or good for nothing.
+    #[error(transparent)]
+    NamedBitmap(#[from] NamedBitmapError),
     /// The bitmaps would be too large.
     #[error("Cannot track the writes to the nodes")]
     Bitmap(#[from] BitmapError),

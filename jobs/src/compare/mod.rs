@@ -4,6 +4,7 @@
 //! - `spec`, `error`, `start`: what is asked for, and how it begins;
 //! - `look`: reading a range of both;
 //! - `body`: which range is next, how many at a time;
+//! - `skip`: what a bitmap leaves out;
 //! - `settle`: whether what was read is a difference, or was written meanwhile;
 //! - `result`: what is told;
 //! - `driver`: the job as the job core sees it.
@@ -22,6 +23,11 @@
 //! candidate that is in neither was different all the time. The others are read again,
 //! later; what is written all the time is at last read while the requests are held, a
 //! little at a time.
+//!
+//! A bitmap that has recorded what was written to one node since the other was made of it (a
+//! backup) leaves that out. It is looked at before something is read, to read less, after
+//! that, and again in the moment in which requests are held: by then it has every write that
+//! a candidate could come from, so what is clean in it differs for another reason.
 
 mod body;
 mod driver;
@@ -29,6 +35,7 @@ mod error;
 mod look;
 mod result;
 mod settle;
+mod skip;
 mod spec;
 mod start;
 #[cfg(all(test, not(shuttle)))]

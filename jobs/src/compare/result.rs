@@ -16,6 +16,8 @@ pub struct Comparison {
     /// Bytes that could not be compared: they could not be read and the error was
     /// ignored, or were written all the time.
     pub undecided_bytes: u64,
+    /// With a bitmap: bytes that are not compared, since they are dirty in it.
+    pub skipped_bytes: Option<u64>,
     /// All has been looked at.
     pub is_complete: bool,
 }
@@ -36,6 +38,13 @@ impl Tally {
             found: Comparison::default(),
             list: list as usize,
             last_end: None,
+        }
+    }
+
+    /// Bytes that a bitmap leaves out.
+    pub(super) fn skipped(&mut self, bytes: u64) {
+        if let Some(skipped) = &mut self.found.skipped_bytes {
+            *skipped += bytes;
         }
     }
 

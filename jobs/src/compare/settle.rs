@@ -64,6 +64,7 @@ impl Body<'_> {
             if attempt > 0 && !settled.open.is_empty() {
                 self.ctx.sleep(pause).await;
                 pause = (pause * 2).min(PAUSE.1);
+                self.leave_out(&mut settled.open);
                 self.read_again(&mut settled.open).await;
             }
             if settled.open.is_empty() || self.has_to_end() {
@@ -71,6 +72,12 @@ impl Body<'_> {
             }
             match self.hold().await {
                 Ok(Some(held)) => {
+                    // All that was written is in the bitmap by now.
+                    self.leave_out(&mut settled.open);
+                    self.check_recording();
+                    if self.has_to_end() {
+                        break;
+                    }
                     self.sort_out(&held, &mut settled);
                     if let Some(doublings) = attempt.checked_sub(TRIES_BESIDE) {
                         let limit = HELD_TIME * (1 << doublings.min(HELD_DOUBLINGS));
@@ -85,6 +92,7 @@ impl Body<'_> {
         if self.has_to_end() {
             return;
         }
+        self.leave_out(&mut settled.open);
         for range in &settled.open {
             tracing::info!(
                 job = self.ctx.id(),
@@ -92,13 +100,27 @@ impl Body<'_> {
                 end = range.end,
                 "compare: not decided, since it is written all the time"
             );
-            self.tally.found.undecided_bytes += range.end - range.start;
         }
+        self.undecided(settled.open);
         settled.differ.sort_by_key(|range| range.start);
         for range in settled.differ {
             self.tally.add(range);
         }
         self.show();
+    }
+
+    /// Fails if the bitmap may lack something that was written.
+    fn check_recording(&mut self) {
+        if let Some(skip) = self.skip.as_ref().filter(|skip| !skip.is_recording()) {
+            let failure = JobFailure::new(
+                libc::ECANCELED,
+                format!(
+                    "Bitmap '{}' has stopped recording: what was written since is not known",
+                    skip.name()
+                ),
+            );
+            self.failure.get_or_insert(failure);
+        }
     }
 
     /// Decides by what was written since the candidates were read.
@@ -202,8 +224,8 @@ impl Body<'_> {
             Some(Stop::Failed { side, range, error }) => {
                 let again = self.read_failed(side, &error);
                 if !again {
-                    self.tally.found.undecided_bytes += range.end - range.start;
                     *at = range.end;
+                    self.undecided([range]);
                 }
             }
         }

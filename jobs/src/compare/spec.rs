@@ -21,6 +21,9 @@ pub struct CompareSpec {
     pub source: Arc<Node>,
     /// The other one.
     pub target: Arc<Node>,
+    /// Name of a bitmap of the source, or of a node that it filters, that records: what is
+    /// dirty in it is not compared. It is busy meanwhile.
+    pub bitmap: Option<String>,
     /// Speed limit in bytes per second, of each side; 0: none.
     pub speed: i64,
     /// What a failed read of the source does.
@@ -44,6 +47,7 @@ impl CompareSpec {
             job_id: job_id.into(),
             source,
             target,
+            bitmap: None,
             speed: 0,
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,

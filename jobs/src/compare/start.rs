@@ -1,10 +1,11 @@
 //! Starting a comparison: attached to both nodes, their writes recorded, job running;
 //! or nothing at all.
 
+use std::iter::successors;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use block::{AttachmentKind, Backend, DirtyBitmap, Graph, Node, Permissions};
+use block::{AttachmentKind, Backend, BitmapHold, DirtyBitmap, Graph, Node, Permissions};
 
 use crate::{JobDriver, JobKey, JobSpec, Jobs};
 
@@ -41,6 +42,10 @@ pub fn start_compare(
     }
     let mut pairs = jobs.pairs().into_iter();
     let pair = pairs.find(|active| active.pair.joins(ids));
+    let hold = match &spec.bitmap {
+        Some(name) => Some(hold_bitmap(&spec.source, name)?),
+        None => None,
+    };
     let mut nodes = [spec.source, spec.target];
     if let Some(active) = &pair {
         if !active.ready {
@@ -101,6 +106,9 @@ pub fn start_compare(
     }
     let backends = undo.disarm();
     driver.set_guests(Guests::measured(graph, &data));
+    if let Some(hold) = hold {
+        driver.set_skip(hold);
+    }
     let places = nodes.into_iter().zip(data).zip(backends).zip(bitmaps);
     let places: Vec<Place> = places
         .map(|(((node, data), backend), written)| place(node, data, backend, written))
@@ -115,6 +123,18 @@ pub fn start_compare(
     let effects = jobs.lock().start(key);
     jobs.run(effects);
     Ok(key)
+}
+
+/// Has a bitmap of the node, or of one that it filters, left as it is.
+fn hold_bitmap(node: &Arc<Node>, name: &str) -> Result<BitmapHold, CompareError> {
+    let below = |node: &Arc<Node>| node.driver().filtered();
+    let bitmap = successors(Some(Arc::clone(node)), below).find_map(|node| node.named_bitmap(name));
+    let bitmap = bitmap.ok_or_else(|| CompareError::NoSuchBitmap(name.to_owned()))?;
+    let hold = bitmap.hold()?;
+    match bitmap.is_recording() {
+        true => Ok(hold),
+        false => Err(CompareError::NotRecording(name.to_owned())),
+    }
 }
 
 fn place(

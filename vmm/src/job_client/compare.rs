@@ -24,6 +24,11 @@ pub struct CompareArgs {
     #[arg(long, value_name = "NODE")]
     target: String,
 
+    /// A dirty bitmap of the source that has recorded what was written to it since it was
+    /// the same as the target: since a backup was made, say. What is dirty in it is left out
+    #[arg(long, value_name = "NAME")]
+    bitmap: Option<String>,
+
     /// Do not wait. The job stays listed at its end, until `job dismiss`
     #[arg(long)]
     detach: bool,
@@ -65,6 +70,7 @@ impl CompareArgs {
         });
         let text = |value: &Option<String>| value.clone().map(Value::from);
         let optional = [
+            ("bitmap", text(&self.bitmap)),
             ("speed", self.speed.map(|Size(size)| Value::from(size))),
             ("on-source-error", text(&self.on_source_error)),
             ("on-target-error", text(&self.on_target_error)),
@@ -127,14 +133,20 @@ fn tell(found: &Value, report: &mut Report) -> Result<u8, JobError> {
             command: "query-jobs",
         });
     };
+    let skipped = match found["skipped-bytes"].as_u64() {
+        Some(bytes) if bytes > 0 => {
+            format!(", not counting {} that the bitmap leaves out", size(bytes))
+        }
+        _ => String::new(),
+    };
     if differences == 0 {
-        report.line("The nodes are the same")?;
+        report.line(&format!("The nodes are the same{skipped}"))?;
         return Ok(status::DONE);
     }
     let bytes = found["differing-bytes"].as_u64().unwrap_or(0);
     let first = found["first-difference"].as_u64().unwrap_or(0);
     report.line(&format!(
-        "The nodes differ in {differences} {} of {} in all, the first at byte {first}",
+        "The nodes differ in {differences} {} of {} in all, the first at byte {first}{skipped}",
         if differences == 1 { "range" } else { "ranges" },
         size(bytes),
     ))?;
@@ -175,6 +187,7 @@ mod tests {
             })
         );
         let args = parse(&[
+            "--bitmap=b0",
             "--speed=1M",
             "--on-source-error=stop",
             "--on-target-error=ignore",
@@ -185,7 +198,7 @@ mod tests {
             args.command_arguments("j"),
             json!({
                 "job-id": "j", "device": "#block3", "target": "t", "auto-dismiss": false,
-                "speed": 1 << 20, "on-source-error": "stop", "on-target-error": "ignore",
+                "bitmap": "b0", "speed": 1 << 20, "on-source-error": "stop", "on-target-error": "ignore",
                 "max-differences": 0,
             })
         );

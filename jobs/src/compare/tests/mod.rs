@@ -23,6 +23,7 @@ use crate::mirror::{MirrorSpec, start_mirror};
 use crate::{JobEvent, JobEventKind, JobKey, JobOutcome, JobStatus, Jobs, MainJobs, OnError};
 
 mod hang;
+mod since;
 mod used;
 
 const KIB: u64 = 1024;

@@ -15,6 +15,7 @@ pub(super) async fn blockdev_compare(monitor: Rc<Monitor>, mut args: Args) -> Ou
     let job_id = args.optional_str("job-id")?;
     let device = args.required_str("device")?;
     let target = args.required_str("target")?;
+    let bitmap = args.optional_str("bitmap")?;
     let speed = args.optional_i64("speed")?;
     let on_source_error = args.optional_enum("on-source-error", ON_ERROR)?;
     let on_target_error = args.optional_enum("on-target-error", ON_ERROR)?;
@@ -28,6 +29,7 @@ pub(super) async fn blockdev_compare(monitor: Rc<Monitor>, mut args: Args) -> Ou
     let job_id = job_id.unwrap_or_else(|| device_on(graph, &source));
     let spec = CompareSpec::new(job_id, source, graph.find(&target)?);
     let spec = CompareSpec {
+        bitmap,
         speed: speed.unwrap_or(spec.speed),
         on_source_error: on_source_error.unwrap_or(spec.on_source_error),
         on_target_error: on_target_error.unwrap_or(spec.on_target_error),
@@ -56,6 +58,9 @@ pub(super) fn comparison(found: &Comparison) -> Value {
     });
     if let Some(first) = found.first {
         shown["first-difference"] = Value::from(first);
+    }
+    if let Some(bytes) = found.skipped_bytes {
+        shown["skipped-bytes"] = Value::from(bytes);
     }
     shown
 }
