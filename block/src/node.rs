@@ -14,7 +14,7 @@ use std::sync::{Arc, OnceLock};
 use arc_swap::{ArcSwap, ArcSwapOption};
 
 use crate::bitmaps::NamedBitmaps;
-use crate::bitmaps::kept::{Intent, Keeper, Writing};
+use crate::bitmaps::kept::{Intent, Keeping, Writing};
 use crate::buffer::{AlignedBuffer, IoVec};
 use crate::debug_event::DebugEvent;
 use crate::dirty_bitmap::DirtyBitmap;
@@ -23,7 +23,6 @@ use crate::driver::{
 };
 use crate::error::{IoError, IoOp};
 use crate::options::{DetectZeroes, DiscardMode};
-use crate::sync::Mutex;
 
 mod child;
 mod options;
@@ -81,9 +80,8 @@ pub struct Node {
     pub(crate) named_bitmaps: NamedBitmaps,
     /// Where writes may go at the moment; there is one once bitmaps have been kept.
     pub(crate) intent: OnceLock<Arc<Intent>>,
-    /// Who keeps the persistent bitmaps, if there are any. A leaf lock. Changed on main, or
-    /// when nobody uses the node any more.
-    pub(crate) keeper: Mutex<Option<Arc<Keeper>>>,
+    /// Who keeps the persistent bitmaps, if there are any.
+    pub(crate) keeping: Keeping,
     /// Taken out by the first write that goes past it.
     write_threshold: ArcSwapOption<WriteThreshold>,
 }
@@ -101,7 +99,7 @@ impl Node {
             bitmaps: ArcSwap::default(),
             named_bitmaps: NamedBitmaps::default(),
             intent: OnceLock::new(),
-            keeper: Mutex::default(),
+            keeping: Keeping::default(),
             write_threshold: ArcSwapOption::empty(),
         })
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::kept::{BitmapState, MAX_BITMAPS, MAX_BITS, Version};
+use super::kept::{BitmapState, MAX_BITMAPS, MAX_BITS};
 use super::{MAX_NAME, NamedBitmap, NamedBitmapError, NewBitmap, Usage, default_granularity};
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
 use crate::graph::Graph;
@@ -19,18 +19,6 @@ pub(crate) struct NamedBitmaps {
     /// read by the keeper, which does not store what is not settled.
     unsettled: AtomicU64,
     begun: AtomicU64,
-    /// What the side-car file had when it was last read or closed. A leaf lock.
-    version: Mutex<Option<Version>>,
-}
-
-impl NamedBitmaps {
-    pub(super) fn version(&self) -> Option<Version> {
-        *lock(&self.version)
-    }
-
-    pub(super) fn set_version(&self, version: Option<Version>) {
-        *lock(&self.version) = version;
-    }
 }
 
 /// A change that may still be undone, of the bitmaps of a node.
@@ -61,15 +49,19 @@ impl Node {
     /// Makes a bitmap. What is written from now on is recorded in it, if it is enabled.
     ///
     /// Fails if the name is bad or taken, if the granularity is no power of two of at
-    /// least 512, if it is to be kept and cannot be, or for lack of memory.
+    /// least 512, if it is to be kept and nobody has [room](crate::BitmapRoom) for it, or for
+    /// lack of memory.
     pub fn add_bitmap(
         self: &Arc<Self>,
         new: &NewBitmap<'_>,
     ) -> Result<Arc<NamedBitmap>, NamedBitmapError> {
         let granularity = self.check_new_bitmap(new)?;
-        if new.persistent && !self.keeps_bitmaps() {
-            return Err(NamedBitmapError::NotKept(self.name().to_owned()));
-        }
+        // What is added while the file is closed is there when that looks, or is refused.
+        let _unsettled = new.persistent.then(|| Unsettled::new(self));
+        let _room = match new.persistent.then(|| self.share_room()) {
+            Some(None) => return Err(NamedBitmapError::NotKept(self.name().to_owned())),
+            room => room,
+        };
         let bitmap = NamedBitmap::new(self, new, granularity)?;
         lock(&self.named_bitmaps.all).push(Arc::clone(&bitmap));
         bitmap.attach(&bitmap.lock());

@@ -54,7 +54,7 @@ pub struct NewBitmap<'a> {
     /// node's clusters, at least 4 KiB; 64 KiB without clusters.
     pub granularity: Option<u32>,
     /// Whether it is to be kept when the node is closed, and after a crash: what
-    /// [`Graph::prepare_bitmap`](crate::Graph::prepare_bitmap) has made possible.
+    /// [`Graph::prepare_bitmap`](crate::Graph::prepare_bitmap) makes possible.
     pub persistent: bool,
     /// Whether it records from the beginning.
     pub enabled: bool,

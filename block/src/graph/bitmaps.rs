@@ -10,7 +10,7 @@ use futures_channel::oneshot;
 use futures_util::future::{Either, join_all, select};
 
 use super::{Graph, GraphError};
-use crate::bitmaps::kept::BitmapState;
+use crate::bitmaps::kept::{BitmapState, Room};
 use crate::bitmaps::{BitmapChange, NamedBitmapError, NewBitmap};
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::error::IoOp;
@@ -24,30 +24,22 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// while the guest is held.
 const ROOM: Duration = Duration::from_secs(2);
 
-/// Room for the bitmaps of another node, made before they come. Dropped, it goes if there
-/// are none.
+/// Room for persistent bitmaps of a node, made before they come. As long as there is one they
+/// can be added, and the file does not go. Dropped, on any thread, it goes if there are none.
 #[derive(Debug)]
 #[must_use = "dropped, the room goes again"]
 pub struct BitmapRoom {
-    node: Arc<Node>,
-    /// What there is room for.
-    chunks: u64,
-    /// Another one stands for it.
-    superseded: bool,
+    /// `None`: there is none, and it was waited for.
+    room: Option<Room>,
+    /// What each bitmap has that there is room for, the largest first.
+    chunks: Vec<u64>,
 }
 
 impl BitmapRoom {
-    /// Leaves the room to another one, of the same node, that was made after it.
-    pub fn leave_to(mut self, _newer: &Self) {
-        self.superseded = true;
-    }
-}
-
-impl Drop for BitmapRoom {
-    fn drop(&mut self) {
-        if !self.superseded && self.node.kept_bitmaps().is_none_or(|all| all.is_empty()) {
-            self.node.store_bitmaps_soon();
-        }
+    /// Whether there is room for bitmaps of so many `chunks` each, the largest first.
+    fn is_enough_for(&self, chunks: &[u64]) -> bool {
+        let mut pairs = chunks.iter().zip(&self.chunks);
+        chunks.len() <= self.chunks.len() && pairs.all(|(wanted, there)| wanted <= there)
     }
 }
 
@@ -57,6 +49,8 @@ impl Drop for BitmapRoom {
 pub struct CopiedBitmaps {
     node: Arc<Node>,
     changes: Vec<BitmapChange>,
+    /// That was made for them, and is not needed any more once they are settled.
+    room: Option<Room>,
 }
 
 impl CopiedBitmaps {
@@ -74,8 +68,9 @@ impl Drop for CopiedBitmaps {
         while let Some(change) = self.changes.pop() {
             drop(change);
         }
-        // What was made for them goes if there are none.
         self.node.store_bitmaps_soon();
+        // What was made for them goes if there are none.
+        drop(self.room.take());
     }
 }
 
@@ -84,11 +79,13 @@ fn bitmaps_to_copy(from: &Node) -> impl Iterator<Item = BitmapState> {
     bitmaps.into_iter().filter(|bitmap| !bitmap.inconsistent)
 }
 
-fn chunks_to_copy(from: &Node) -> u64 {
+/// The chunks of each, the most first.
+fn chunks_to_copy(from: &Node) -> Vec<u64> {
     let chunks = |bits: &DirtyBitmap| bits.size().div_ceil(bits.granularity());
-    bitmaps_to_copy(from)
-        .map(|bitmap| chunks(&bitmap.bits))
-        .sum()
+    let all = bitmaps_to_copy(from).map(|bitmap| chunks(&bitmap.bits));
+    let mut all: Vec<_> = all.collect();
+    all.sort_unstable_by(|one, other| other.cmp(one));
+    all
 }
 
 /// Lets `to` have these bits: in a new bitmap, or in the persistent one that it has of that
@@ -116,24 +113,25 @@ fn copy_bitmap(bitmap: &BitmapState, to: &Arc<Node>) -> Result<BitmapChange, Nam
 }
 
 /// As [`Node::prepare_to_keep`]. Cancel: what was made goes again.
-fn room_for(node: &Arc<Node>, chunks: u64) -> impl Future<Output = Result<(), GraphError>> + use<> {
+fn room_for(
+    node: &Arc<Node>,
+    chunks: Vec<u64>,
+) -> impl Future<Output = Result<Room, GraphError>> + use<> {
     let (done, prepared) = oneshot::channel();
     let node = Arc::clone(node);
     runtime::spawn_local(async move {
-        let result = node.prepare_to_keep(chunks).await;
-        if done.send(result).is_err() {
-            node.store_bitmaps_soon();
-        }
+        // If nobody waits for it, it goes again.
+        let _ = done.send(node.prepare_to_keep(&chunks).await);
     })
     .detach();
     async move { Ok(prepared.await.map_err(|_| GraphError::MainGone)??) }
 }
 
-async fn within(
+async fn within<T>(
     limit: Duration,
     node: &Node,
-    part: impl Future<Output = Result<(), GraphError>>,
-) -> Result<(), GraphError> {
+    part: impl Future<Output = Result<T, GraphError>>,
+) -> Result<T, GraphError> {
     match select(pin!(part), pin!(runtime::sleep(limit))).await {
         Either::Left((result, _)) => result,
         Either::Right(_) => Err(node.error(IoOp::Flush, 0, 0, libc::ETIMEDOUT).into()),
@@ -143,7 +141,8 @@ async fn within(
 impl Graph {
     /// Makes room for the persistent bitmaps of `from`, which `to` is to get soon: its file.
     /// Requests go on. Waits 2 s at most; then, or after an error, which is logged, there is
-    /// room for none. `None` if there is nothing to get.
+    /// room for none. `None` if there is nothing to get. While the result is held the file does
+    /// not go.
     ///
     /// Cancel: there is no room.
     pub async fn make_room_for_bitmaps(
@@ -152,22 +151,18 @@ impl Graph {
         to: &Arc<Node>,
     ) -> Option<BitmapRoom> {
         let chunks = chunks_to_copy(from);
-        if chunks == 0 {
+        if chunks.is_empty() {
             return None;
         }
-        let chunks = match within(ROOM, to, room_for(to, chunks)).await {
-            Ok(()) => chunks,
+        let room = match within(ROOM, to, room_for(to, chunks.clone())).await {
+            Ok(room) => Some(room),
             Err(error) => {
                 let (from, to) = (from.name(), to.name());
                 tracing::warn!(from, to, %error, "there is no place for persistent bitmaps");
-                0
+                None
             }
         };
-        Some(BitmapRoom {
-            node: Arc::clone(to),
-            chunks,
-            superseded: false,
-        })
+        Some(BitmapRoom { room, chunks })
     }
 
     /// Gives `to` the persistent bitmaps of `from`, of which it is about to take the place with
@@ -186,31 +181,41 @@ impl Graph {
         let mut copied = CopiedBitmaps {
             node: Arc::clone(to),
             changes: Vec::new(),
+            room: None,
         };
         let chunks = chunks_to_copy(from);
-        if chunks == 0 {
+        if chunks.is_empty() {
             return copied;
         }
         let failed = |error: &dyn std::fmt::Display| {
             let (from, to) = (from.name(), to.name());
             tracing::error!(from, to, %error, "persistent bitmaps stay with the old image only");
         };
-        match room {
-            Some(room) if room.chunks >= chunks && to.keeps_bitmaps() => {}
+        let room = match room {
             // It was waited for already.
-            Some(room) if room.chunks == 0 => {
+            Some(BitmapRoom { room: None, .. }) => {
                 failed(&"there is no place for them");
                 return copied;
             }
-            _ => {
-                if let Err(error) = within(ROOM, to, room_for(to, chunks)).await {
+            Some(BitmapRoom {
+                room: Some(enough), ..
+            }) if room.is_some_and(|room| room.is_enough_for(&chunks)) => enough,
+            _ => match within(ROOM, to, room_for(to, chunks)).await {
+                Ok(room) => copied.room.insert(room),
+                Err(error) => {
                     failed(&error);
                     return copied;
                 }
+            },
+        };
+        match to.mark_writes(room) {
+            // Its requests are those of the job, and have ended.
+            Ok(since) => to.all_writes_are_marked(since),
+            Err(error) => {
+                failed(&error);
+                return copied;
             }
         }
-        // Its requests are those of the job, and have ended.
-        to.all_writes_are_marked(to.mark_writes());
         // Nothing is awaited from here on: what is not settled cannot be stored.
         for bitmap in bitmaps_to_copy(from) {
             match copy_bitmap(&bitmap, to) {
@@ -227,9 +232,11 @@ impl Graph {
         copied
     }
 
-    /// Makes sure that `new` can be kept, if it is to be: its file is there, and has room.
-    /// Afterwards it can be added, and [`store_bitmaps`](Self::store_bitmaps) makes that
-    /// durable, or takes back what was made if it was not added.
+    /// Makes sure that `new` can be kept, if it is to be: its file is there, and has room. As
+    /// long as the result is held it can be added, and
+    /// [`store_bitmaps`](Self::store_bitmaps) makes that durable. What was made goes with the
+    /// result, if it was not added; `store_bitmaps` called after that returns when it has gone.
+    /// `None` if it is not to be kept.
     ///
     /// If these are the first bitmaps that the node keeps, requests are held back until those
     /// under way have ended: they were not looked at.
@@ -240,18 +247,22 @@ impl Graph {
         &self,
         node: &Arc<Node>,
         new: &NewBitmap<'_>,
-    ) -> Result<(), GraphError> {
+    ) -> Result<Option<BitmapRoom>, GraphError> {
         let granularity = node.check_new_bitmap(new)?;
         if !new.persistent {
-            return Ok(());
+            return Ok(None);
         }
-        room_for(node, node.size().div_ceil(granularity)).await?;
+        let chunks = vec![node.size().div_ceil(granularity)];
+        let room = room_for(node, chunks.clone()).await?;
         if !node.marks_all_writes() {
-            let since = node.mark_writes();
+            let since = node.mark_writes(&room)?;
             drop(self.drain_within(node, &[], DRAIN).await?);
             node.all_writes_are_marked(since);
         }
-        Ok(())
+        Ok(Some(BitmapRoom {
+            room: Some(room),
+            chunks,
+        }))
     }
 
     /// Makes durable what the persistent bitmaps of `nodes` are by now. Does nothing for

@@ -226,18 +226,8 @@ impl MirrorDriver {
 
     /// Leaves room for bitmaps for the pivot.
     pub(super) fn keep_room(&self, room: Option<BitmapRoom>) {
-        let mut finish = self.finish();
-        let before = finish.room.take();
-        // What an earlier room would take away with it is the file of this one.
-        let before = match (before, &room) {
-            (Some(before), Some(room)) => {
-                before.leave_to(room);
-                None
-            }
-            (before, _) => before,
-        };
-        finish.room = room;
-        drop(finish);
+        let before = std::mem::replace(&mut self.finish().room, room);
+        // What both are for stays: the newer one is there by now.
         drop(before);
     }
 

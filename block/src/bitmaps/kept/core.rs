@@ -23,6 +23,7 @@ use std::sync::{Arc, Weak};
 
 use super::format::{Stamp, Use};
 use super::intent::{GracePeriod, Intent};
+use super::room::Rooms;
 use super::store::{BitmapState, Changed, Disk, Storage, Store, Version};
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::error::os_text;
@@ -58,6 +59,9 @@ pub enum KeepError {
     /// The file cannot be written.
     #[error("the file of the bitmaps cannot be written: {}", os_text(.0))]
     Write(io::Error),
+    /// There is no room in it.
+    #[error("there is no room for them in their file: {}", os_text(.0))]
+    Room(io::Error),
     /// It could not be written before.
     #[error("they were given up when their file could not be written; remove them first")]
     GivenUp,
@@ -96,6 +100,7 @@ pub(super) struct Core<S, B> {
     store: Store<S>,
     source: B,
     intent: Arc<Intent>,
+    rooms: Arc<Rooms>,
     identity: String,
     layer: String,
     /// A change of the disk's size is under way.
@@ -120,6 +125,7 @@ impl<S: Storage, B: Source> Core<S, B> {
             store,
             source,
             intent,
+            rooms: Arc::default(),
             identity,
             layer,
             resizing: false,
@@ -128,6 +134,11 @@ impl<S: Storage, B: Source> Core<S, B> {
             health: Health::Good,
             ended: false,
         }
+    }
+
+    /// Who has room in the file.
+    pub(super) fn rooms(&self) -> &Arc<Rooms> {
+        &self.rooms
     }
 
     /// Marks the regions that writers have asked for, and lets them go on.
@@ -182,13 +193,18 @@ impl<S: Storage, B: Source> Core<S, B> {
     }
 
     /// Makes what the bitmaps are by now durable, and the list of them. If there are none
-    /// any more, the file goes.
+    /// any more, and none are to come, the file goes.
     ///
     /// Fails if it cannot: then they are inconsistent, here and there.
     pub(super) fn commit(&mut self) -> Result<(), KeepError> {
+        // In this order: see `room`.
+        let may_end = self.rooms.none_left();
         let bitmaps = self.snapshot()?;
-        if bitmaps.is_empty() {
-            return self.end();
+        if bitmaps.is_empty() && (may_end || self.health == Health::Removed) {
+            return match may_end {
+                true => self.end(),
+                false => Ok(()),
+            };
         }
         let alive = bitmaps.iter().any(|bitmap| !bitmap.inconsistent);
         // It was given up while one was being added, which no write would be marked for.
@@ -221,13 +237,15 @@ impl<S: Storage, B: Source> Core<S, B> {
         Ok(())
     }
 
-    /// Bitmaps that came while it ended are kept by nobody, and say so.
-    pub(super) fn disown_latecomers(&self) {
-        if let Snapshot::Bitmaps(bitmaps) = self.source.bitmaps()
-            && !bitmaps.is_empty()
-        {
-            self.source
-                .spoil("their file was taken away when they came");
+    /// Somebody had room and has none any more: if there are no bitmaps, and none are to come,
+    /// the file goes.
+    pub(super) fn tidy(&mut self) -> Result<(), KeepError> {
+        let may_end = self.rooms.none_left();
+        match self.snapshot() {
+            Ok(bitmaps) if bitmaps.is_empty() && may_end => self.end(),
+            // Its file is closed in a moment.
+            Err(KeepError::Gone) => Ok(()),
+            result => result.map(|_| ()),
         }
     }
 
@@ -246,25 +264,26 @@ impl<S: Storage, B: Source> Core<S, B> {
         self.give_up("the thread that keeps them has ended");
     }
 
-    /// Fails if there may be no room for all bitmaps, whatever they have, and one of `chunks`
-    /// bits more.
-    pub(super) fn reserve(&mut self, chunks: u64) -> Result<(), KeepError> {
+    /// Fails if there may be no room for all bitmaps, whatever they have, those that there is
+    /// to be room for already, and new ones of so many `chunks` each.
+    pub(super) fn reserve(&mut self, chunks: &[u64]) -> Result<(), KeepError> {
         if self.health == Health::Removed {
             return Err(KeepError::GivenUp);
         }
-        self.reserve_for(0, Some(chunks))
+        self.reserve_for(0, chunks)
     }
 
     /// Room for the bitmaps of a disk of `size` bytes, if that is more than it has, and for
-    /// one of `chunks` bits.
-    fn reserve_for(&self, size: u64, chunks: Option<u64>) -> Result<(), KeepError> {
+    /// new ones of so many `chunks` each.
+    fn reserve_for(&self, size: u64, chunks: &[u64]) -> Result<(), KeepError> {
+        let to_come = self.rooms.chunks();
         let bitmaps = self.snapshot()?;
         let known = bitmaps.iter().map(|bitmap| {
             let size = bitmap.bits.size().max(size);
             size.div_ceil(bitmap.bits.granularity())
         });
-        let all = known.chain(chunks);
-        self.store.reserve(all).map_err(KeepError::Write)
+        let all = known.chain(to_come).chain(chunks.iter().copied());
+        self.store.reserve(all).map_err(KeepError::Room)
     }
 
     /// The disk's size is about to become `to` bytes, or has changed, or not (`None`).
@@ -274,7 +293,7 @@ impl<S: Storage, B: Source> Core<S, B> {
             return Ok(());
         }
         if let Some(size) = to {
-            self.reserve_for(size, None)?;
+            self.reserve_for(size, &[])?;
         }
         self.resizing = to.is_some();
         self.commit()
@@ -419,8 +438,9 @@ impl<S: Storage, B: Source> Core<S, B> {
         if self.health != Health::Good {
             return Ok(());
         }
+        let may_end = self.rooms.none_left();
         let bitmaps = self.snapshot()?;
-        if bitmaps.is_empty() {
+        if bitmaps.is_empty() && may_end {
             return self.end();
         }
         self.cooling = None;

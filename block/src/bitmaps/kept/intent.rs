@@ -77,8 +77,10 @@ pub(crate) struct Intent {
     /// large that becomes.
     shift: u32,
     regions: Box<[AtomicU8]>,
-    /// Whether bitmaps are kept at all; else writers do not even look. Set on main, or
-    /// before the node is used; cleared by the keeper.
+    /// Whether bitmaps are kept at all; else writers do not even look. Set by who has room
+    /// for bitmaps, on main, or before the node is used; cleared by the keeper's thread when
+    /// nothing is to be kept any more, and, while there is none, by who starts one or finds
+    /// nothing to be kept.
     armed: AtomicBool,
     /// How often it was armed, and the number of that by which all writers that were under
     /// way then had ended. Written by who arms.

@@ -11,6 +11,7 @@ use futures_channel::oneshot;
 
 use super::core::{Core, KeepError, Source};
 use super::intent::Intent;
+use super::room::{Room, Rooms};
 use super::store::{Storage, Version};
 
 /// How often it is looked which regions are not written any more. One that was not between
@@ -25,9 +26,11 @@ type Reply = oneshot::Sender<Result<(), KeepError>>;
 enum Request {
     Commit(Option<Reply>),
     Reserve {
-        chunks: u64,
-        reply: Reply,
+        /// Of each bitmap.
+        chunks: Vec<u64>,
+        reply: oneshot::Sender<Result<Room, KeepError>>,
     },
+    Tidy,
     Resize {
         to: Option<u64>,
         reply: Reply,
@@ -89,6 +92,7 @@ impl Shared {
 /// thread closes the file and ends by itself.
 pub(crate) struct Keeper {
     shared: Arc<Shared>,
+    rooms: Arc<Rooms>,
     /// Taken by who waits for its end.
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -109,6 +113,9 @@ impl Keeper {
         let shared = Arc::new(Shared::default());
         let waker = Arc::clone(&shared);
         intent.keeper_is_there(Arc::new(move || waker.wake()));
+        let rooms = Arc::clone(core.rooms());
+        let asked = Arc::clone(&shared);
+        rooms.keeper_is_there(Arc::new(move || asked.ask(Request::Tidy)));
         let (theirs, intent) = (Arc::clone(&shared), Arc::clone(intent));
         let name = format!("bitmaps {node}");
         let thread = std::thread::Builder::new()
@@ -116,6 +123,7 @@ impl Keeper {
             .spawn(move || serve(core, &theirs, &intent))?;
         Ok(Self {
             shared,
+            rooms,
             thread: Mutex::new(Some(thread)),
         })
     }
@@ -132,9 +140,22 @@ impl Keeper {
         self.shared.ask(Request::Commit(None));
     }
 
-    /// See [`Core::reserve`].
-    pub(super) async fn reserve(&self, chunks: u64) -> Result<(), KeepError> {
+    /// Makes room for bitmaps of so many `chunks` each; see [`Core::reserve`]. Until it is
+    /// dropped they may be added, unless [`end`](Self::end) is called.
+    ///
+    /// Cancel: there is no room.
+    pub(super) async fn reserve(&self, chunks: Vec<u64>) -> Result<Room, KeepError> {
         self.ask(|reply| Request::Reserve { chunks, reply }).await
+    }
+
+    /// Room for a moment, if somebody has some: nothing ends meanwhile.
+    pub(crate) fn share_room(&self) -> Option<Room> {
+        self.rooms.share()
+    }
+
+    /// Has it end if there is nothing to be kept.
+    pub(super) fn tidy(&self) {
+        self.shared.ask(Request::Tidy);
     }
 
     /// See [`Core::resize`].
@@ -150,6 +171,7 @@ impl Keeper {
     /// Closes the file and ends the thread. Gives what the file has then. Blocks, for each
     /// who calls it, until that is so.
     pub(super) fn end(&self) -> Option<Version> {
+        self.rooms.close();
         self.shared.ask(Request::End);
         let version = self.shared.wait_for_end();
         let thread = self
@@ -169,7 +191,10 @@ impl Keeper {
         self.shared.lock().ended
     }
 
-    async fn ask(&self, request: impl FnOnce(Reply) -> Request) -> Result<(), KeepError> {
+    async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<Result<T, KeepError>>) -> Request,
+    ) -> Result<T, KeepError> {
         let (reply, answer) = oneshot::channel();
         self.shared.ask(request(reply));
         // A request that is dropped was not served.
@@ -179,6 +204,7 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
+        self.rooms.close();
         self.shared.ask(Request::End);
     }
 }
@@ -190,12 +216,8 @@ fn serve<S: Storage, B: Source>(mut core: Core<S, B>, shared: &Shared, intent: &
         // Else writes to regions that are not marked fail from now on.
         let _ = catch_unwind(AssertUnwindSafe(|| core.abandon()));
     }
+    core.rooms().close();
     intent.keeper_is_gone();
-    if core.has_ended() {
-        // Who has armed it since then has nobody to mark writes, and does not need it.
-        intent.disarm();
-        core.disown_latecomers();
-    }
     let version = core.version();
     drop(core);
     let mut queue = shared.lock();
@@ -245,7 +267,13 @@ fn run<S: Storage, B: Source>(core: &mut Core<S, B>, shared: &Shared, intent: &I
         while let Some(request) = requests.next() {
             match request {
                 Request::Commit(reply) => answer(reply, core.commit()),
-                Request::Reserve { chunks, reply } => answer(Some(reply), core.reserve(chunks)),
+                Request::Reserve { chunks, reply } => {
+                    let reserved = core.reserve(&chunks);
+                    let room = core.rooms().give(chunks).ok_or(KeepError::Gone);
+                    // Nobody may be waiting: then it goes again.
+                    let _ = reply.send(reserved.and(room));
+                }
+                Request::Tidy => answer(None, core.tidy()),
                 Request::Resize { to, reply } => answer(Some(reply), core.resize(to)),
                 Request::Close { reply } => answer(Some(reply), core.close()),
                 Request::End => {
@@ -323,7 +351,7 @@ mod tests {
         let (reserve, mut reserved) = oneshot::channel();
         shared.ask(Request::Commit(Some(commit)));
         shared.ask(Request::Reserve {
-            chunks: 1,
+            chunks: vec![1],
             reply: reserve,
         });
         // There are no bitmaps: the commit takes the file away.

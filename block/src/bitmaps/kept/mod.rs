@@ -6,41 +6,43 @@
 //! - `intent`: which regions may be written;
 //! - `core`: the order in which things become durable;
 //! - `keeper`: the thread that does that;
-//! - `image`: the image it belongs to, and the file.
+//! - `room`: who has room for bitmaps that are still to come;
+//! - `image`: the image it belongs to, and the file;
+//! - `of_node`: nodes get their bitmaps from the file, and have them kept.
 //!
-//! Here nodes get their bitmaps from the file, and have them kept. What a bitmap is while
-//! the program runs is the business of the modules above.
+//! Here a node's file is found and read, or made. What a bitmap is while the program runs is
+//! the business of the modules above.
 
 mod core;
 mod format;
 mod image;
 mod intent;
 mod keeper;
+mod of_node;
+mod room;
 mod store;
 #[cfg(all(test, not(shuttle)))]
 mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
-use self::core::{Core, Snapshot, Source};
-use self::format::{FormatError, Hot, Stamp, Use};
+use self::format::{FormatError, Hot, Use};
 use self::image::{Access, Image, SideCar};
 use self::store::{Disk, LoadError, LoadedBitmap, Store};
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::error::os_text;
 use crate::node::Node;
-use crate::runtime::unblock;
-use crate::sync::lock;
 
 pub(crate) use self::core::KeepError;
 pub(crate) use self::format::{MAX_BITMAPS, MAX_BITS};
 pub(crate) use self::image::ImageFile;
 pub use self::image::bitmap_file_beside;
-pub(crate) use self::intent::{Arming, Intent, Writing};
-pub(crate) use self::keeper::Keeper;
-pub(crate) use self::store::{BitmapState, Version};
+pub(crate) use self::intent::{Intent, Writing};
+pub(crate) use self::of_node::Keeping;
+pub(crate) use self::room::Room;
+pub(crate) use self::store::BitmapState;
 
 /// Unit of the file in bytes.
 const BLOCK: usize = 4096;
@@ -358,327 +360,5 @@ fn open_error(path: PathBuf, error: io::Error) -> KeptError {
     match error.kind() {
         io::ErrorKind::WouldBlock => KeptError::InUse { path },
         _ => KeptError::Open { path, error },
-    }
-}
-
-/// The bitmaps of a node, for the keeper.
-struct OfNode {
-    node: Weak<Node>,
-    image: Image,
-    /// Whether the image is written by this node only, so that its time tells.
-    watched: bool,
-}
-
-impl Source for OfNode {
-    fn bitmaps(&self) -> Snapshot {
-        match self.node.upgrade() {
-            Some(node) => match node.kept_bitmaps() {
-                Some(bitmaps) => Snapshot::Bitmaps(bitmaps),
-                None => Snapshot::Changing,
-            },
-            None => Snapshot::Gone,
-        }
-    }
-
-    fn size(&self) -> u64 {
-        self.node.upgrade().map_or(0, |node| node.size())
-    }
-
-    fn spoil(&self, why: &str) {
-        let Some(node) = self.node.upgrade() else {
-            return;
-        };
-        tracing::error!(
-            node = node.name(),
-            "the persistent bitmaps are inconsistent from now on: {why}"
-        );
-        for bitmap in node.named_bitmaps() {
-            bitmap.spoil();
-        }
-    }
-
-    fn stamp(&self, at_end: bool) -> io::Result<Option<Stamp>> {
-        if at_end {
-            self.image.sync()?;
-        } else if !self.watched {
-            return Ok(None);
-        }
-        self.image.stamp().map(Some)
-    }
-}
-
-impl Node {
-    /// Gives the node the bitmaps that are in its side-car file, if it has one, and has them
-    /// kept if it is writable. For a node that nobody uses yet.
-    ///
-    /// Cancel: it has them or not.
-    pub(crate) async fn load_bitmaps(self: &Arc<Self>) -> Result<(), KeptError> {
-        let Some(place) = Place::of(self) else {
-            return Ok(());
-        };
-        let access = match self.read_only() {
-            true => Access::Read,
-            false => Access::Write,
-        };
-        let found = unblock(move || place.load(access)).await;
-        let found = match found {
-            // Readers go without. Who writes the image may have it.
-            Err(error) if access == Access::Read => {
-                tracing::warn!(node = self.name(), %error, "its bitmaps are not loaded");
-                return Ok(());
-            }
-            found => found?,
-        };
-        let Some(found) = found else {
-            return Ok(());
-        };
-        for loaded in &found.bitmaps {
-            self.add_loaded(
-                &loaded.name,
-                loaded.granularity,
-                loaded.enabled,
-                loaded.bits.as_ref(),
-            );
-        }
-        self.named_bitmaps.set_version(Some(found.store.version()));
-        if access == Access::Write {
-            self.keep(found.store, found.image, found.recover)
-                .await
-                .map_err(|error| match error {
-                    KeptError::Store {
-                        why: KeepError::Write(error),
-                        ..
-                    } => KeptError::Open {
-                        path: found.path,
-                        error,
-                    },
-                    error => error,
-                })?;
-        }
-        Ok(())
-    }
-
-    /// The node, which is read-only, is about to be written: from now on its bitmaps are
-    /// kept. They are loaded again if somebody else had the file meanwhile; those that are
-    /// in use then are inconsistent.
-    ///
-    /// Fails if the file cannot be written. Cancel: they are kept or not.
-    pub(crate) async fn reload_bitmaps(self: &Arc<Self>) -> Result<(), KeptError> {
-        let Some(place) = Place::of(self) else {
-            return Ok(());
-        };
-        if self.keeper().is_some() {
-            // An earlier one may still be closing it.
-            let node = Arc::clone(self);
-            unblock(move || node.close_bitmaps()).await;
-        }
-        let Some(found) = unblock(move || place.load(Access::Write)).await? else {
-            for bitmap in self.named_bitmaps() {
-                bitmap.spoil();
-            }
-            return Ok(());
-        };
-        if self.named_bitmaps.version() != Some(found.store.version()) {
-            self.drop_loaded();
-        }
-        for loaded in &found.bitmaps {
-            match self.named_bitmap(&loaded.name) {
-                Some(known) if loaded.bits.is_none() => known.spoil(),
-                Some(_) => {}
-                None => self.add_loaded(
-                    &loaded.name,
-                    loaded.granularity,
-                    loaded.enabled,
-                    loaded.bits.as_ref(),
-                ),
-            }
-        }
-        self.keep(found.store, found.image, true).await
-    }
-
-    /// Starts a keeper for the bitmaps that it has, which writers do not look at yet.
-    async fn start_keeper(
-        self: &Arc<Self>,
-        store: Store<SideCar>,
-        image: Image,
-        recover: bool,
-    ) -> Result<(), KeptError> {
-        let intent = Arc::clone(self.intent_or_new());
-        intent.disarm();
-        let layer = store.directory().layer.clone();
-        let source = OfNode {
-            node: Arc::downgrade(self),
-            // A format may write its file with no request of a user.
-            watched: layer != QCOW2,
-            image,
-        };
-        let identity = source.image.identity.clone();
-        let mut core = Core::new(store, source, Arc::clone(&intent), identity, layer);
-        let failed = |why| KeptError::Store {
-            node: self.name().to_owned(),
-            why,
-        };
-        let core = match recover {
-            false => core,
-            true => unblock(move || core.recover().map(|()| core))
-                .await
-                .map_err(failed)?,
-        };
-        let keeper = Keeper::start(self.name(), core, &intent)
-            .map_err(|error| failed(KeepError::Write(error)))?;
-        *lock(&self.keeper) = Some(Arc::new(keeper));
-        Ok(())
-    }
-
-    /// As [`start_keeper`](Self::start_keeper), of a node that nobody writes at the moment.
-    async fn keep(
-        self: &Arc<Self>,
-        store: Store<SideCar>,
-        image: Image,
-        recover: bool,
-    ) -> Result<(), KeptError> {
-        self.start_keeper(store, image, recover).await?;
-        self.all_writes_are_marked(self.mark_writes());
-        Ok(())
-    }
-
-    /// Has writes to the node marked from now on. Those that are under way are not: once they
-    /// have ended, [`all_writes_are_marked`](Self::all_writes_are_marked), and persistent
-    /// bitmaps can be added.
-    pub(crate) fn mark_writes(&self) -> Arming {
-        self.intent_or_new().arm()
-    }
-
-    /// The requests that were under way when writes began to be marked have ended.
-    pub(crate) fn all_writes_are_marked(&self, since: Arming) {
-        self.intent_or_new().all_are_counted(since);
-    }
-
-    /// Whether writes are marked, all of them.
-    pub(crate) fn marks_all_writes(&self) -> bool {
-        self.intent_or_new().is_complete()
-    }
-
-    /// Makes sure that bitmaps with `chunks` chunks in all can be kept in addition, as soon as
-    /// [all writes are marked](Self::marks_all_writes).
-    ///
-    /// [`store_bitmaps`](Self::store_bitmaps) is called in the end, also if none is added.
-    /// Cancel: the file is there or not.
-    pub(crate) async fn prepare_to_keep(self: &Arc<Self>, chunks: u64) -> Result<(), KeptError> {
-        let Some(place) = Place::of(self) else {
-            return Err(KeptError::NotKept(self.name().to_owned()));
-        };
-        if self.read_only() {
-            return Err(KeptError::ReadOnly(self.name().to_owned()));
-        }
-        if let Some(keeper) = self.keeper() {
-            match keeper.reserve(chunks).await {
-                Ok(()) => return Ok(()),
-                // Its last bitmap has just been removed.
-                Err(KeepError::Gone) => {}
-                Err(why) => {
-                    return Err(KeptError::Store {
-                        node: self.name().to_owned(),
-                        why,
-                    });
-                }
-            }
-        }
-        let (store, image) = unblock(move || place.create()).await?;
-        self.start_keeper(store, image, false).await?;
-        if let Some(keeper) = self.keeper() {
-            keeper
-                .reserve(chunks)
-                .await
-                .map_err(|why| KeptError::Store {
-                    node: self.name().to_owned(),
-                    why,
-                })?;
-        }
-        Ok(())
-    }
-
-    /// Makes what the persistent bitmaps are by now durable: returns when that is so. Does
-    /// nothing if none are kept.
-    ///
-    /// Fails if that is not possible: they are inconsistent then, here and in the file.
-    /// Cancel: it is done all the same.
-    pub(crate) async fn store_bitmaps(&self) -> Result<(), KeptError> {
-        let Some(keeper) = self.keeper() else {
-            return Ok(());
-        };
-        match keeper.commit().await {
-            // It has ended, since nothing was left.
-            Err(KeepError::Gone) if self.kept_bitmaps().is_some_and(|all| all.is_empty()) => Ok(()),
-            result => result.map_err(|why| KeptError::Store {
-                node: self.name().to_owned(),
-                why,
-            }),
-        }
-    }
-
-    /// As [`store_bitmaps`](Self::store_bitmaps), without waiting. Any thread.
-    pub(crate) fn store_bitmaps_soon(&self) {
-        if let Some(keeper) = self.keeper() {
-            keeper.commit_soon();
-        }
-    }
-
-    /// The size is about to become `to` bytes, or has changed, or not (`None`). Fails if that
-    /// cannot be noted, or there is no room for larger bitmaps.
-    pub(crate) async fn note_resize(&self, to: Option<u64>) -> Result<(), KeptError> {
-        let Some(keeper) = self.keeper().filter(|keeper| !keeper.has_ended()) else {
-            return Ok(());
-        };
-        keeper.resize(to).await.map_err(|why| KeptError::Store {
-            node: self.name().to_owned(),
-            why,
-        })
-    }
-
-    /// Saves all bits, so that the bitmaps are loaded as they are; the node goes on. Errors
-    /// are logged: then more is dirty after a restart.
-    pub(crate) async fn save_bitmaps(&self) {
-        let Some(keeper) = self.keeper() else {
-            return;
-        };
-        match keeper.close().await {
-            Ok(()) | Err(KeepError::Gone) => {}
-            Err(error) => tracing::error!(
-                node = self.name(),
-                error = &error as &dyn std::error::Error,
-                "persistent bitmaps could not be saved at the end"
-            ),
-        }
-    }
-
-    /// Saves all bits and closes the file. Blocks, for each who calls it, until that is so.
-    pub(crate) fn close_bitmaps(&self) {
-        let Some(keeper) = self.keeper() else {
-            return;
-        };
-        let version = keeper.end();
-        let mut current = lock(&self.keeper);
-        if current
-            .as_ref()
-            .is_some_and(|now| Arc::ptr_eq(now, &keeper))
-        {
-            self.named_bitmaps.set_version(version);
-            *current = None;
-        }
-    }
-
-    fn keeper(&self) -> Option<Arc<Keeper>> {
-        lock(&self.keeper).clone()
-    }
-
-    /// Whether bitmaps can be made persistent at this moment.
-    pub(crate) fn keeps_bitmaps(&self) -> bool {
-        self.keeper().is_some_and(|keeper| !keeper.has_ended())
-    }
-
-    fn intent_or_new(&self) -> &Arc<Intent> {
-        self.intent
-            .get_or_init(|| Arc::new(Intent::new(self.size())))
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures_util::future::{FutureExt as _, join};
 
 use super::*;
-use crate::bitmaps::{BitmapChange, NewBitmap};
+use crate::bitmaps::{BitmapChange, NamedBitmapError, NewBitmap};
 use crate::options::{BlockdevOptions, BlockdevRef, DriverOptions, FileOptions, RawOptions};
 use crate::runtime;
 
@@ -61,9 +61,10 @@ fn persistent(name: &str) -> NewBitmap<'_> {
 }
 
 async fn add(graph: &Graph, node: &Arc<Node>, name: &str) {
-    graph.prepare_bitmap(node, &persistent(name)).await.unwrap();
+    let room = graph.prepare_bitmap(node, &persistent(name)).await.unwrap();
     let change = BitmapChange::add(node, &persistent(name)).unwrap();
     change.commit();
+    drop(room);
     graph.store_bitmaps(&[Arc::clone(node)]).await.unwrap();
 }
 
@@ -109,12 +110,12 @@ fn each_who_adds_a_bitmap_waits_for_writes_that_are_not_marked() {
             .unwrap();
         drop(under_way);
         let (first, second) = join(first, second).await;
-        first.unwrap();
-        second.unwrap();
+        let rooms = (first.unwrap(), second.unwrap());
         // Nobody waits again.
         let _under_way = user.enter().await;
         let three = persistent("three");
-        graph.prepare_bitmap(&disk, &three).await.unwrap();
+        let third = graph.prepare_bitmap(&disk, &three).await.unwrap();
+        drop((rooms, third));
         graph.store_bitmaps(&[Arc::clone(&disk)]).await.unwrap();
         assert!(!images.side_car("disk").exists());
     });
@@ -214,7 +215,7 @@ fn a_file_that_took_the_place_of_another_one_is_loaded_again() {
 }
 
 #[test]
-fn room_that_is_left_to_a_newer_one_does_not_go_with_the_older() {
+fn room_does_not_go_with_an_older_one() {
     on_main(async |graph| {
         let images = Images::new();
         let from = images.open(&graph, "from").await;
@@ -223,9 +224,9 @@ fn room_that_is_left_to_a_newer_one_does_not_go_with_the_older() {
         let side_car = images.side_car("to");
         let older = graph.make_room_for_bitmaps(&from, &to).await.unwrap();
         let newer = graph.make_room_for_bitmaps(&from, &to).await.unwrap();
-        older.leave_to(&newer);
+        drop(older);
         // Answered in turn: what the older one had asked for would be done before this.
-        graph.store_bitmaps(&[Arc::clone(&from)]).await.unwrap();
+        graph.store_bitmaps(&[Arc::clone(&to)]).await.unwrap();
         assert!(side_car.exists() && to.keeps_bitmaps());
         let copied = graph.copy_kept_bitmaps(&from, &to, Some(&newer));
         let copied = copied.now_or_never().expect("there is nothing to wait for");
@@ -233,6 +234,132 @@ fn room_that_is_left_to_a_newer_one_does_not_go_with_the_older() {
         drop(newer);
         graph.store_bitmaps(&[Arc::clone(&to)]).await.unwrap();
         assert!(side_car.exists() && to.named_bitmap("b").unwrap().is_recording());
+    });
+}
+
+fn remove(node: &Node, name: &str) {
+    let bitmap = node.named_bitmap(name).unwrap();
+    BitmapChange::remove(&bitmap).unwrap().commit();
+}
+
+#[test]
+fn a_file_stays_between_prepared_and_added_whoever_removes_the_last_bitmap() {
+    on_main(async |graph| {
+        let images = Images::new();
+        let disk = images.open(&graph, "disk").await;
+        let nodes = [Arc::clone(&disk)];
+        add(&graph, &disk, "one").await;
+        let room = graph.prepare_bitmap(&disk, &persistent("two")).await;
+        // Somebody else's room goes, and with it what may be the last bitmap.
+        let others = graph.prepare_bitmap(&disk, &persistent("other")).await;
+        remove(&disk, "one");
+        graph.store_bitmaps(&nodes).await.unwrap();
+        drop(others.unwrap());
+        graph.store_bitmaps(&nodes).await.unwrap();
+        assert!(images.side_car("disk").exists());
+        let user = attach(&graph, "user", &disk);
+        BitmapChange::add(&disk, &persistent("two"))
+            .unwrap()
+            .commit();
+        drop(room.unwrap());
+        user.write(MIB, bytes(512, 1), WriteFlags::default())
+            .await
+            .unwrap();
+        graph.store_bitmaps(&nodes).await.unwrap();
+        let bitmap = disk.named_bitmap("two").unwrap();
+        assert!(bitmap.is_recording() && bitmap.bits().is_dirty(MIB));
+        // The last one goes with the file, as ever.
+        remove(&disk, "two");
+        graph.store_bitmaps(&nodes).await.unwrap();
+        assert!(!images.side_car("disk").exists());
+    });
+}
+
+#[test]
+fn nothing_is_added_without_room() {
+    on_main(async |graph| {
+        let images = Images::new();
+        let disk = images.open(&graph, "disk").await;
+        add(&graph, &disk, "one").await;
+        assert!(disk.keeps_bitmaps());
+        let error = BitmapChange::add(&disk, &persistent("two")).unwrap_err();
+        assert!(matches!(error, NamedBitmapError::NotKept(_)), "{error}");
+        // The file is closed: whoever had room has none any more.
+        let room = graph.prepare_bitmap(&disk, &persistent("two")).await;
+        graph.set_read_only(&disk, true).await.unwrap();
+        let error = BitmapChange::add(&disk, &persistent("two")).unwrap_err();
+        assert!(matches!(error, NamedBitmapError::NotKept(_)), "{error}");
+        drop(room.unwrap());
+        assert_eq!(names(&disk), ["one"]);
+    });
+}
+
+#[test]
+fn who_makes_a_file_at_the_same_time_gets_room_in_the_same_one() {
+    on_main(async |graph| {
+        let images = Images::new();
+        let disk = images.open(&graph, "disk").await;
+        let (one, two) = (persistent("one"), persistent("two"));
+        let rooms = join(
+            graph.prepare_bitmap(&disk, &one),
+            graph.prepare_bitmap(&disk, &two),
+        )
+        .await;
+        let rooms = (rooms.0.unwrap(), rooms.1.unwrap());
+        for new in [&one, &two] {
+            BitmapChange::add(&disk, new).unwrap().commit();
+        }
+        drop(rooms);
+        graph.store_bitmaps(&[Arc::clone(&disk)]).await.unwrap();
+        assert!(
+            disk.named_bitmaps()
+                .iter()
+                .all(|bitmap| bitmap.is_recording())
+        );
+    });
+}
+
+#[test]
+fn a_guest_writes_on_when_the_file_went_while_its_disk_was_read_only() {
+    on_main(async |graph| {
+        let images = Images::new();
+        let disk = images.open(&graph, "disk").await;
+        add(&graph, &disk, "b").await;
+        graph.set_read_only(&disk, true).await.unwrap();
+        std::fs::remove_file(images.side_car("disk")).unwrap();
+        graph.set_read_only(&disk, false).await.unwrap();
+        assert!(disk.named_bitmap("b").unwrap().is_inconsistent());
+        let user = attach(&graph, "user", &disk);
+        user.write(0, bytes(512, 1), WriteFlags::default())
+            .await
+            .unwrap();
+        // And all begins anew.
+        remove(&disk, "b");
+        add(&graph, &disk, "b").await;
+        assert!(images.side_car("disk").exists());
+    });
+}
+
+#[test]
+fn a_file_without_bitmaps_that_a_crash_left_goes() {
+    on_main(async |graph| {
+        let images = Images::new();
+        let left = images.0.path().join("left");
+        {
+            let disk = images.open(&graph, "disk").await;
+            let room = graph.prepare_bitmap(&disk, &persistent("b")).await;
+            std::fs::copy(images.side_car("disk"), &left).unwrap();
+            drop((room.unwrap(), disk));
+            graph.blockdev_del("disk").await.unwrap();
+        }
+        std::fs::rename(&left, images.side_car("disk")).unwrap();
+        let disk = images.open(&graph, "disk").await;
+        until("it goes", || !images.side_car("disk").exists()).await;
+        until("nothing is kept", || !disk.keeps_bitmaps()).await;
+        let user = attach(&graph, "user", &disk);
+        user.write(0, bytes(512, 1), WriteFlags::default())
+            .await
+            .unwrap();
     });
 }
 

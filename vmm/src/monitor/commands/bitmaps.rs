@@ -7,7 +7,9 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use block::{BitmapChange, Graph, GraphError, NamedBitmap, NamedBitmapError, NewBitmap, Node};
+use block::{
+    BitmapChange, BitmapRoom, Graph, GraphError, NamedBitmap, NamedBitmapError, NewBitmap, Node,
+};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
@@ -163,11 +165,11 @@ impl BitmapAction {
     }
 
     /// Makes sure that a persistent bitmap can be kept which this adds. What else is wrong
-    /// with it is left to [`apply`](Self::apply). Gives the node, in which something may
-    /// have been made that [`Graph::store_bitmaps`] takes back if the bitmap is not added.
+    /// with it is left to [`apply`](Self::apply). Gives the node and the room in its file, to
+    /// be held until it is added; see [`Graph::prepare_bitmap`].
     ///
     /// Cancel: as [`Graph::prepare_bitmap`].
-    pub(super) async fn prepare(&self, graph: &Graph) -> Result<Option<Arc<Node>>, QmpError> {
+    pub(super) async fn prepare(&self, graph: &Graph) -> Result<Option<Prepared>, QmpError> {
         let Some((node, new)) = self.added().filter(|(_, new)| new.persistent) else {
             return Ok(None);
         };
@@ -175,7 +177,7 @@ impl BitmapAction {
             return Ok(None);
         };
         match graph.prepare_bitmap(&node, &new).await {
-            Ok(()) => Ok(Some(node)),
+            Ok(room) => Ok(room.map(|room| Prepared { node, _room: room })),
             Err(GraphError::Bitmap(_)) => Ok(None),
             Err(error) => {
                 // As if nothing had been tried.
@@ -223,19 +225,23 @@ impl BitmapAction {
             _ => None,
         };
         let prepared = self.prepare(graph).await?;
+        let made = prepared.as_ref().map(|made| Arc::clone(&made.node));
         let change = match self.apply(graph) {
             Ok(change) => change,
             Err(error) => {
-                let nodes: Vec<_> = prepared.into_iter().collect();
+                // As if nothing had been tried.
+                drop(prepared);
+                let nodes: Vec<_> = made.into_iter().collect();
                 graph.store_bitmaps(&nodes).await?;
                 return Err(error);
             }
         };
         let bitmap = Arc::clone(change.bitmap());
         change.commit();
+        drop(prepared);
         let nodes: Vec<_> = kept_by(&bitmap).into_iter().collect();
         if let Err(error) = graph.store_bitmaps(&nodes).await {
-            if prepared.is_some()
+            if made.is_some()
                 && let Ok(change) = BitmapChange::remove(&bitmap)
             {
                 change.commit();
@@ -246,6 +252,13 @@ impl BitmapAction {
         drop(alone);
         done()
     }
+}
+
+/// A node in whose bitmap file there is room for a bitmap that is to be added.
+pub(super) struct Prepared {
+    pub(super) node: Arc<Node>,
+    /// Held until it has been.
+    _room: BitmapRoom,
 }
 
 /// The node that keeps the bitmap, if it is persistent.

@@ -16,7 +16,7 @@ use jobs::TxnKey;
 use jobs::backup::PreparedBackup;
 
 use super::backup::{BackupArgs, ReadyBackup};
-use super::bitmaps::{BitmapAction, kept_by};
+use super::bitmaps::{BitmapAction, Prepared, kept_by};
 use super::{Outcome, done};
 use crate::monitor::Monitor;
 use crate::monitor::args::Args;
@@ -130,7 +130,9 @@ pub(super) async fn transaction(monitor: Rc<Monitor>, mut args: Args) -> Outcome
     let (ready, prepared) = find(&monitor, actions).await;
     let outcome = carry_out_alone(&monitor, ready, mode).await;
     // Without bitmaps, what was made for them goes again.
-    let mut nodes = prepared;
+    let made = prepared.iter().map(|made| Arc::clone(&made.node));
+    let mut nodes: Vec<_> = made.collect();
+    drop(prepared);
     if let Ok(kept) = &outcome {
         nodes.extend(kept.iter().cloned());
     }
@@ -206,11 +208,10 @@ fn read_action(mut args: Args) -> Result<Action, QmpError> {
 /// Finds what backups need, up to the first action that is sure to fail: what comes
 /// after that has no turn, and no target is made for it.
 ///
-/// Also gives the nodes in which bitmaps are to be kept: `store_bitmaps` says in the end
-/// whether there are any.
+/// Also gives the room for the bitmaps that are to be kept, to be held until they are added.
 ///
 /// Cancel: what was opened is closed.
-async fn find(monitor: &Monitor, actions: Vec<Action>) -> (Vec<Ready>, Vec<Arc<Node>>) {
+async fn find(monitor: &Monitor, actions: Vec<Action>) -> (Vec<Ready>, Vec<Prepared>) {
     let mut ready = Vec::with_capacity(actions.len());
     let mut prepared = Vec::new();
     for action in actions {
@@ -219,8 +220,8 @@ async fn find(monitor: &Monitor, actions: Vec<Action>) -> (Vec<Ready>, Vec<Arc<N
                 Ready::Never(QmpError::generic("Transaction aborted using Abort action"))
             }
             Action::Bitmap(action) => match action.prepare(&monitor.graph).await {
-                Ok(node) => {
-                    prepared.extend(node);
+                Ok(made) => {
+                    prepared.extend(made);
                     Ready::Bitmap(action)
                 }
                 Err(error) => Ready::Never(error),

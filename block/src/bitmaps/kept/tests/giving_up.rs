@@ -132,7 +132,7 @@ fn one_that_is_added_while_all_are_given_up_is_not_taken_for_good() {
     rig.add("old");
     rig.core.commit().unwrap();
     // There is room, and writes are marked: it may be added.
-    rig.core.reserve(100).unwrap();
+    rig.core.reserve(&[100]).unwrap();
     assert!(rig.intent.is_complete());
     rig.storage.break_blocks(&[INTENT]);
     let cold = rig.intent.try_enter(0, 512).unwrap_err();
@@ -239,7 +239,7 @@ fn a_full_disk_loses_nothing_of_two_bitmaps() {
         let mut rig = Rig::new();
         rig.add("one");
         rig.core.commit().unwrap();
-        rig.core.reserve(SIZE / 512).unwrap();
+        rig.core.reserve(&[SIZE / 512]).unwrap();
         rig.add("two");
         rig.core.commit().unwrap();
         let names = ["one", "two"];
@@ -288,7 +288,7 @@ fn a_disk_that_is_full_without_any_room_goes_on_being_marked() {
     // The guest's own writes go on, and nothing was given up.
     rig.write(31 * MIB);
     assert!(!rig.is_inconsistent("one") && !rig.is_inconsistent("two"));
-    let error = rig.core.reserve(SIZE / 512).unwrap_err();
+    let error = rig.core.reserve(&[SIZE / 512]).unwrap_err();
     assert!(error.to_string().contains("No space left"), "{error}");
     rig.storage.set_full(false);
     rig.cool();
