@@ -392,6 +392,7 @@ impl Node {
         if len == 0 || self.options().discard == DiscardMode::Ignore {
             return Ok(());
         }
+        self.check_write_threshold(offset + len);
         let _writing = self.begin_writing(IoOp::Discard, offset, len).await?;
         let _mark = Mark {
             node: self,

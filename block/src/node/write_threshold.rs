@@ -12,8 +12,8 @@ pub(super) struct WriteThreshold {
 }
 
 impl Node {
-    /// `tell` is called once, by the first write or write of zeroes from now on that
-    /// ends past `offset`, with the number of bytes by which it does: on its thread,
+    /// `tell` is called once, by the first write, write of zeroes or discard that is not
+    /// ignored from now on that ends past `offset`, with the number of bytes by which it does: on its thread,
     /// before it is carried out. It must not block. 0 asks for nothing. What was
     /// asked for before is forgotten. Any thread.
     pub fn set_write_threshold(&self, offset: u64, tell: impl Fn(u64) + Send + Sync + 'static) {

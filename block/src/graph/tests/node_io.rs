@@ -255,9 +255,12 @@ fn a_write_threshold_is_told_once_by_the_first_write_past_it() {
         backend.write_zeroes(8192, 4096, zeroes).await.unwrap();
         assert_eq!(*told.lock().unwrap(), [512, 8192]);
         node.set_write_threshold(4096, tell.clone());
+        backend.discard(8192, 512).await.unwrap();
+        assert_eq!(*told.lock().unwrap(), [512, 8192, 4608]);
+        node.set_write_threshold(4096, tell.clone());
         node.set_write_threshold(0, tell);
         write(&backend, 8192, 1).await.unwrap();
-        assert_eq!(told.lock().unwrap().len(), 2);
+        assert_eq!(told.lock().unwrap().len(), 3);
     });
 }
 
