@@ -511,14 +511,23 @@ def test_a_monitor_on_a_tcp_socket(program):
     assert process.wait() == 0
 
 
-@pytest.mark.parametrize("words, text", [
-    ("help", "  iothread\n  throttle-group\n"),
-    ("throttle-group,help", "  x-iops-total=<int>\n"),
+@pytest.mark.parametrize("option, words, text", [
+    ("object", "help", "List of user creatable objects:\n  iothread\n  throttle-group\n"),
+    ("object", "throttle-group,help", "  x-iops-total=<int>\n"),
+    ("blockdev", "help", "  raw\n"),
+    ("blockdev", "driver=raw,help",
+     "  file=<str>, or file.driver=<str> and what that takes (required)\n"),
+    ("chardev", "help", "Available chardev backend types:\n  socket\n  stdio\n"),
+    ("chardev", "socket,?", "  path=<str>\n"),
+    ("monitor", "help", "  chardev=<str>"),
+    ("nbd-server", "help", "  addr.path=<str> (required with addr.type=unix)\n"),
+    ("export", "help", "  nbd\n"),
+    ("export", "nbd,help", "  node-name=<str> (required)\n"),
 ])
-def test_objects_are_told_of(words, text):
-    result = run("storage-daemon", "--object", words)
+def test_what_there_is_for_an_option_is_told(option, words, text):
+    result = run("storage-daemon", f"--{option}", words)
     assert result.returncode == 0
-    assert text in result.stdout
+    assert text in result.stdout and not result.stdout.startswith("error")
     assert result.stderr == ""
 
 

@@ -9,7 +9,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::stdio::complain;
+use crate::stdio::{complain, print_line};
 use crate::{demo, guest, job_client, restore, run, storage_daemon};
 
 /// Status of the process when it was told something that it cannot do.
@@ -86,7 +86,11 @@ fn explain(error: &clap::Error) -> ExitCode {
         | ErrorKind::DisplayVersion
         | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             // Whoever closed the pipe does not want it.
-            let _ = error.print();
+            let _ = match error.render().to_string().strip_prefix("error: ") {
+                // What an option takes, which is no error.
+                Some(help) => print_line(help.trim_end()),
+                None => error.print(),
+            };
         }
         _ => {
             let subcommand = std::env::args_os()

@@ -24,7 +24,7 @@ use crate::machine::{
 };
 use crate::monitor::{Monitor, ObjectOptions, QmpAddress, QmpSocket};
 use crate::serial_backend::SerialBackend;
-use crate::set_up::{self, ObjectParser, blockdev_parser};
+use crate::set_up::{self, BLOCKDEV_PARSER, OBJECT_PARSER};
 use crate::signals::EndSignals;
 use crate::stdio::complain_at_the_end;
 use crate::vm_control::{IothreadInfo, ShutdownCause, VmControl, VmEvent};
@@ -88,12 +88,12 @@ pub struct RunArgs {
 
     /// An object that a node needs, as the storage daemon's --object: TYPE,id=NAME,key=value,…
     /// or JSON; help lists the types. May be repeated
-    #[arg(long, value_name = "OPTIONS", value_parser = ObjectParser)]
+    #[arg(long, value_name = "OPTIONS", value_parser = OBJECT_PARSER)]
     object: Vec<ObjectOptions>,
 
     /// A node that a disk (as node=NAME) or the monitor may use, as the storage daemon's
     /// --blockdev: driver=D,node-name=NAME,key=value,… or JSON. May be repeated
-    #[arg(long, value_name = "OPTIONS", value_parser = blockdev_parser)]
+    #[arg(long, value_name = "OPTIONS", value_parser = BLOCKDEV_PARSER)]
     blockdev: Vec<BlockdevOptions>,
 
     /// A thread for disks to be served by, as id=ID. May be repeated

@@ -12,33 +12,52 @@ use clap::builder::TypedValueParser;
 use clap::error::ErrorKind;
 use clap::{Arg, Command};
 
-use crate::monitor::{Monitor, ObjectOptions, QmpError, object_help, parse_blockdev, parse_object};
+use crate::monitor::{
+    HelpTopic, Monitor, ObjectOptions, QmpError, object_help, option_help, parse_blockdev,
+    parse_object,
+};
 
-/// Reads `--object`, and tells what there is where help is asked for, whatever else is
+/// Reads an option, and tells what there is where help is asked for, whatever else is
 /// missing on the command line.
 #[derive(Clone, Debug)]
-pub(crate) struct ObjectParser;
+pub(crate) struct HelpfulParser<T, E> {
+    /// `None`: no help is asked for.
+    pub(crate) help: fn(&str) -> Option<String>,
+    pub(crate) parse: fn(&str) -> Result<T, E>,
+}
 
-impl TypedValueParser for ObjectParser {
-    type Value = ObjectOptions;
+/// Reads `--object`.
+pub(crate) const OBJECT_PARSER: HelpfulParser<ObjectOptions, QmpError> = HelpfulParser {
+    help: object_help,
+    parse: parse_object,
+};
+
+/// Reads `--blockdev`.
+pub(crate) const BLOCKDEV_PARSER: HelpfulParser<BlockdevOptions, QmpError> = HelpfulParser {
+    help: |text| option_help(HelpTopic::Blockdev, text),
+    parse: parse_blockdev,
+};
+
+impl<T, E> TypedValueParser for HelpfulParser<T, E>
+where
+    T: Clone + Send + Sync + 'static,
+    E: std::error::Error + Clone + Send + Sync + 'static,
+{
+    type Value = T;
 
     fn parse_ref(
         &self,
         command: &Command,
         argument: Option<&Arg>,
         value: &OsStr,
-    ) -> Result<ObjectOptions, clap::Error> {
-        if let Some(help) = value.to_str().and_then(object_help) {
+    ) -> Result<T, clap::Error> {
+        if let Some(help) = value.to_str().and_then(self.help) {
             return Err(clap::Error::raw(ErrorKind::DisplayHelp, help));
         }
-        let parser = |text: &str| parse_object(text);
+        let parse = self.parse;
+        let parser = move |text: &str| parse(text);
         parser.parse_ref(command, argument, value)
     }
-}
-
-/// Reads `--blockdev`.
-pub(crate) fn blockdev_parser(text: &str) -> Result<BlockdevOptions, QmpError> {
-    parse_blockdev(text)
 }
 
 /// Makes an object.

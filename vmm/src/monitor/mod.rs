@@ -61,6 +61,7 @@ use error::ErrorClass;
 pub(crate) use error::QmpError;
 pub(crate) use events::Event;
 pub(crate) use objects::{ObjectOptions, Objects, object_help, parse_object};
+pub(crate) use schema::{HelpTopic, help_list, option_help, parts_with_help};
 pub(crate) use socket::{QmpAddress, QmpSocket, SocketError, TcpAddress};
 
 /// What all monitor sockets of the process share. Main thread only.

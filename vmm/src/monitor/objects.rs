@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use super::args::Args;
 use super::error::QmpError;
+use super::schema::{help_list, parts_with_help};
 
 mod devices;
 mod iothread;
@@ -108,31 +109,22 @@ pub(crate) fn parse_object(text: &str) -> Result<ObjectOptions, QmpError> {
 
 /// What `--object help` and `--object TYPE,help` tell; `None`: no help is asked for.
 pub(crate) fn object_help(text: &str) -> Option<String> {
-    let mut parts = text.split(',');
-    if !parts.any(|part| ["help", "?"].contains(&part)) {
-        return None;
-    }
-    let list = |title: &str, mut rows: Vec<String>| {
-        rows.sort_unstable();
-        format!("{title}:\n  {}\n", rows.join("\n  "))
-    };
+    let parts = parts_with_help(text)?;
     let options = |name: &str, properties: Vec<(&str, &str)>| {
         let rows = properties.into_iter();
-        let rows = rows
+        let mut rows: Vec<String> = rows
             .map(|(name, kind)| format!("{name}=<{kind}>"))
             .collect();
-        list(&format!("{name} options"), rows)
+        rows.sort_unstable();
+        help_list(&format!("{name} options"), rows.iter().map(String::as_str))
     };
-    Some(match text.split(',').next() {
+    Some(match parts.first().copied() {
         Some(name @ "throttle-group") => options(name, throttle_group::properties().collect()),
         Some(name @ "iothread") => options(name, iothread::properties().collect()),
-        _ => {
-            let types = ["iothread", "throttle-group"];
-            list(
-                "List of user creatable objects",
-                types.map(str::to_owned).into(),
-            )
-        }
+        _ => help_list(
+            "List of user creatable objects",
+            ["iothread", "throttle-group"],
+        ),
     })
 }
 

@@ -7,11 +7,12 @@ use block::BlockdevOptions;
 use clap::error::ErrorKind;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 
-use super::chardev::{Chardev, MonitorOption};
+use super::chardev::{Chardev, ChardevError, MonitorOption, chardev_help, monitor_help};
 use crate::monitor::{
-    ExportArgs, NbdServerArgs, ObjectOptions, QmpAddress, QmpError, parse_export, parse_nbd_server,
+    ExportArgs, HelpTopic, NbdServerArgs, ObjectOptions, QmpAddress, QmpError, option_help,
+    parse_export, parse_nbd_server,
 };
-use crate::set_up::{ObjectParser, blockdev_parser};
+use crate::set_up::{BLOCKDEV_PARSER, HelpfulParser, OBJECT_PARSER};
 
 /// One step of setting up.
 #[derive(Clone, Debug)]
@@ -53,6 +54,9 @@ pub struct StorageDaemonArgs {
 What is said first is done first: an object comes before the node that uses it,
 a chardev before its monitor, the NBD server before its exports. JSON is understood wherever key=value is.
 
+help in the place of options lists what there is, KIND,help what one kind takes:
+--blockdev help, --blockdev raw,help, --chardev socket,help, --export nbd,help.
+
 With --daemonize the status is 0 when everything is open and listening; if that
 fails, it is that of a failure, and stderr says why.
 
@@ -68,22 +72,21 @@ struct Flags {
     /// A listening socket as QEMU says it, for --monitor:
     /// socket,path=PATH,server=on,wait=off,id=ID (or, for path, fd=NUMBER or
     /// host=HOST,port=PORT, where whoever reaches the port may connect); or stdio,id=ID
-    #[arg(long, value_name = "OPTIONS")]
+    #[arg(long, value_name = "OPTIONS", value_parser = CHARDEV_PARSER)]
     chardev: Vec<Chardev>,
 
     /// Listen for QMP clients on a chardev: [chardev=]ID[,mode=control]
-    #[arg(long, value_name = "OPTIONS", group = "reachable")]
+    #[arg(long, value_name = "OPTIONS", value_parser = MONITOR_PARSER, group = "reachable")]
     monitor: Vec<MonitorOption>,
 
     /// Make an object, as object-add does: JSON, or TYPE,id=NAME,key=value,...
-    /// (throttle-group, iothread; may be given several times); help lists the types,
-    /// TYPE,help what one takes
-    #[arg(long, value_name = "OPTIONS", value_parser = ObjectParser)]
+    /// (throttle-group, iothread; may be given several times)
+    #[arg(long, value_name = "OPTIONS", value_parser = OBJECT_PARSER)]
     object: Vec<ObjectOptions>,
 
     /// Open a node, as blockdev-add does: JSON, or key=value,... with dots for
     /// what is nested and doubled commas in values (may be given several times)
-    #[arg(long, value_name = "OPTIONS", value_parser = blockdev_parser)]
+    #[arg(long, value_name = "OPTIONS", value_parser = BLOCKDEV_PARSER)]
     blockdev: Vec<BlockdevOptions>,
 
     /// Let the headers of images name backing files in this directory, or below it,
@@ -94,12 +97,12 @@ struct Flags {
     /// Start the NBD server, as nbd-server-start does: JSON, or
     /// addr.type=unix,addr.path=PATH or addr.type=inet,addr.host=HOST,addr.port=PORT
     /// or, for a socket that was passed, addr.type=fd,addr.str=NUMBER-OR-NAME
-    #[arg(long, value_name = "OPTIONS", value_parser = nbd_server_parser, group = "reachable")]
+    #[arg(long, value_name = "OPTIONS", value_parser = NBD_SERVER_PARSER, group = "reachable")]
     nbd_server: Vec<NbdServerArgs>,
 
     /// Export a node, as block-export-add does: JSON, or
     /// nbd,id=ID,node-name=NODE,name=NAME,writable=on,... (may be given several times)
-    #[arg(long, value_name = "OPTIONS", value_parser = export_parser, group = "reachable")]
+    #[arg(long, value_name = "OPTIONS", value_parser = EXPORT_PARSER, group = "reachable")]
     export: Vec<ExportArgs>,
 
     /// Write the process' number to a file when everything is ready; it is locked
@@ -112,13 +115,25 @@ struct Flags {
     daemonize: bool,
 }
 
-fn nbd_server_parser(text: &str) -> Result<NbdServerArgs, QmpError> {
-    parse_nbd_server(text)
-}
+const CHARDEV_PARSER: HelpfulParser<Chardev, ChardevError> = HelpfulParser {
+    help: chardev_help,
+    parse: str::parse,
+};
 
-fn export_parser(text: &str) -> Result<ExportArgs, QmpError> {
-    parse_export(text)
-}
+const MONITOR_PARSER: HelpfulParser<MonitorOption, ChardevError> = HelpfulParser {
+    help: monitor_help,
+    parse: str::parse,
+};
+
+const NBD_SERVER_PARSER: HelpfulParser<NbdServerArgs, QmpError> = HelpfulParser {
+    help: |text| option_help(HelpTopic::NbdServer, text),
+    parse: parse_nbd_server,
+};
+
+const EXPORT_PARSER: HelpfulParser<ExportArgs, QmpError> = HelpfulParser {
+    help: |text| option_help(HelpTopic::Export, text),
+    parse: parse_export,
+};
 
 impl Args for StorageDaemonArgs {
     fn augment_args(command: Command) -> Command {

@@ -4,7 +4,7 @@
 
 use std::str::FromStr;
 
-use crate::monitor::{QmpAddress, SocketError, TcpAddress};
+use crate::monitor::{QmpAddress, SocketError, TcpAddress, help_list, parts_with_help};
 
 /// Why such an option is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -137,6 +137,51 @@ impl FromStr for MonitorOption {
         options.finish()?;
         Ok(Self { chardev })
     }
+}
+
+/// What `--chardev help` and `--chardev TYPE,help` tell; `None`: no help is asked for.
+pub(super) fn chardev_help(text: &str) -> Option<String> {
+    let parts = parts_with_help(text)?;
+    let kind = parts.first()?;
+    Some(match kind.strip_prefix("backend=").unwrap_or(kind) {
+        "socket" => help_list(
+            "socket options",
+            [
+                "id=<str> (required)",
+                "server=on (required)",
+                "wait=<bool (on/off)>",
+                "path=<str>",
+                "fd=<number, or name in LISTEN_FDNAMES>",
+                "host=<str>",
+                "port=<int> (with host)",
+                "to=<int> (with host: the last port to try)",
+                "ipv4=<bool (on/off)>",
+                "ipv6=<bool (on/off)>",
+                "nodelay=<bool (on/off)>",
+            ],
+        ),
+        "stdio" => help_list(
+            "stdio options",
+            ["id=<str> (required)", "signal=<bool (on/off)>"],
+        ),
+        _ => help_list("Available chardev backend types", ["socket", "stdio"]),
+    })
+}
+
+/// What `--monitor help` tells; `None`: no help is asked for.
+pub(super) fn monitor_help(text: &str) -> Option<String> {
+    // A chardev of that name is `chardev=help`.
+    (text == "help" || text == "?").then(|| {
+        help_list(
+            "monitor options",
+            [
+                "chardev=<str> (required; the id of a --chardev before it)",
+                "mode=<control>",
+                "id=<str>",
+                "pretty=<bool (on/off)>",
+            ],
+        )
+    })
 }
 
 /// Options not taken yet.

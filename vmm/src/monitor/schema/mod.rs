@@ -23,8 +23,11 @@ use serde_json::{Map, Value, json};
 
 #[cfg(test)]
 mod arguments;
+mod help;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use help::{HelpTopic, help_list, option_help, parts_with_help};
 
 const INTERFACE: &str = include_str!("interface.json");
 
