@@ -45,10 +45,11 @@ impl Interrupts {
         })
     }
 
-    /// Lets one signal pass for now: for what is short and better done wholly.
+    /// Lets one more signal pass for now: for what is short and better done wholly.
     /// It counts at the next [`heed`](Self::heed).
     pub fn defer(&mut self) {
-        self.tolerated = 1;
+        self.look();
+        self.tolerated = self.seen.saturating_add(1);
     }
 
     /// From now on each signal counts, also those that were deferred.
@@ -94,5 +95,38 @@ impl Watch for Interrupts {
             return Err("Interrupted".to_owned());
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn one_signal_passes_however_many_came_before() {
+        let (bytes, mut sender) = UnixStream::pair().unwrap();
+        bytes.set_nonblocking(true).unwrap();
+        let mut interrupts = Interrupts {
+            bytes,
+            last: Arc::default(),
+            seen: 0,
+            tolerated: 0,
+        };
+        for _ in 0..2 {
+            sender.write_all(&[0; 3]).unwrap();
+            assert!(interrupts.check().is_err());
+            interrupts.acknowledge();
+            interrupts.defer();
+            sender.write_all(&[0]).unwrap();
+            assert!(interrupts.check().is_ok());
+            sender.write_all(&[0]).unwrap();
+            assert!(interrupts.check().is_err());
+        }
+        interrupts.defer();
+        assert!(interrupts.check().is_ok());
+        interrupts.heed();
+        assert!(interrupts.check().is_err());
     }
 }
