@@ -1,5 +1,6 @@
 //! The directory: its lock, and files that come and go as wholes.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::ops::Range;
@@ -10,10 +11,9 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use super::manifest::{self, Entry, Manifest};
+use super::names::{self, PARTIAL};
 use super::{SetError, piece, ranges};
 
-/// What backups are written into until they are whole: names with this end.
-pub const PARTIAL: &str = ".partial";
 /// The file that is locked.
 const LOCK: &str = ".diptych-backup.lock";
 /// What was written by a guest is its owner's alone.
@@ -88,24 +88,66 @@ impl Directory {
             .map_err(|why| SetError::BadManifest { path, why })
     }
 
-    /// Puts a manifest in place of the one that is there, in one step that a crash does
-    /// not divide. What it names is there for good before.
-    pub fn write_manifest(&self, manifest: &Manifest) -> Result<(), SetError> {
-        self.sync()?;
-        let partial = self.write_partial(manifest::NAME, manifest.to_text().as_bytes())?;
-        let path = self.join(manifest::NAME);
-        fs::rename(partial, &path).map_err(SetError::io("write", &path))?;
+    /// The manifest that the next backup is noted in: a new one if there is none, which is
+    /// not there before [`begin`](Self::begin).
+    ///
+    /// Errors: none is there, and files that one should know are.
+    pub fn manifest_or_new(&self, set: impl FnOnce() -> String) -> Result<Manifest, SetError> {
+        if let Some(manifest) = self.manifest()? {
+            return Ok(manifest);
+        }
+        let names = self.file_names()?;
+        if let Some(file) = names.into_iter().find(|name| names::point(name).is_some()) {
+            let directory = self.path.clone();
+            return Err(SetError::LostManifest { directory, file });
+        }
+        Ok(Manifest::new(set()))
+    }
+
+    /// Sees to it that there is a manifest for good, before anything is named after its set:
+    /// what a backup leaves that does not end is known by that name.
+    pub fn begin(&self, manifest: &Manifest) -> Result<(), SetError> {
+        if self.join(manifest::NAME).symlink_metadata().is_ok() {
+            return Ok(());
+        }
+        self.put_manifest(&self.write_manifest(manifest)?)?;
         self.sync()
+    }
+
+    /// Writes a manifest under a name that is not its last one, and gives that. All that it
+    /// names is there for good then, and so is it.
+    pub fn write_manifest(&self, manifest: &Manifest) -> Result<PathBuf, SetError> {
+        let text = manifest.to_text();
+        // What cannot be read back would be the end of all backups in the directory.
+        Manifest::parse(text.as_bytes()).map_err(|why| SetError::Full {
+            path: self.join(manifest::NAME),
+            why,
+        })?;
+        self.sync()?;
+        self.write_partial(manifest::NAME, text.as_bytes())
+    }
+
+    /// Puts a written manifest in place of the one that is there, in one step that a crash
+    /// does not divide. [`sync`](Self::sync) makes that last.
+    ///
+    /// Errors: the old one is still there.
+    pub fn put_manifest(&self, written: &Path) -> Result<(), SetError> {
+        let path = self.join(manifest::NAME);
+        fs::rename(written, &path).map_err(SetError::io("write", &path))
     }
 
     /// Writes a file under a name that is not its last one, and gives that. It is durable.
     pub fn write_partial(&self, name: &str, bytes: &[u8]) -> Result<PathBuf, SetError> {
         let path = self.join(&format!("{name}{PARTIAL}"));
-        let failed = || SetError::io("write", &path);
         let _ = fs::remove_file(&path);
-        let mut file = create(&path).map_err(failed())?;
-        file.write_all(bytes).map_err(failed())?;
-        file.sync_all().map_err(failed())?;
+        let written = create(&path).and_then(|mut file| {
+            file.write_all(bytes)?;
+            file.sync_all()
+        });
+        written.map_err(|error| {
+            let _ = fs::remove_file(&path);
+            SetError::io("write", &path)(error)
+        })?;
         Ok(path)
     }
 
@@ -115,26 +157,69 @@ impl Directory {
         let path = self.join(&format!("{name}{PARTIAL}"));
         let failed = || SetError::io("make", &path);
         let file = create(&path).map_err(failed())?;
-        file.set_len(size).map_err(failed())?;
+        file.set_len(size).map_err(|error| {
+            let _ = fs::remove_file(&path);
+            failed()(error)
+        })?;
         Ok(path)
     }
 
-    /// Gives a whole file its last name. One that has it is of a backup that was not
-    /// finished: the manifest does not know it.
-    pub fn finish(&self, name: &str) -> Result<(), SetError> {
+    /// Gives a whole file its last name, and gives its path by then.
+    ///
+    /// Errors: something has that name. What is there stays there.
+    pub fn finish(&self, name: &str) -> Result<PathBuf, SetError> {
         let partial = self.join(&format!("{name}{PARTIAL}"));
         let path = self.join(name);
-        fs::rename(partial, &path).map_err(SetError::io("write", &path))
+        // Nobody else comes meanwhile: the directory is locked.
+        if path.symlink_metadata().is_ok() {
+            let error = io::Error::from_raw_os_error(libc::EEXIST);
+            return Err(SetError::io("write", &path)(error));
+        }
+        fs::rename(partial, &path).map_err(SetError::io("write", &path))?;
+        Ok(path)
+    }
+
+    /// The number of the next instant: no file has it, of a manifest or not.
+    pub fn next_point(&self, manifest: &Manifest) -> Result<u64, SetError> {
+        let names = self.file_names()?;
+        let points = names.iter().filter_map(|name| names::point(name));
+        let last = points.chain([manifest.last_point()]).max().unwrap_or(0);
+        let next = last
+            .checked_add(1)
+            .filter(|next| i64::try_from(*next).is_ok());
+        next.ok_or_else(|| SetError::Full {
+            path: self.join(manifest::NAME),
+            why: format!("point {last} is the last one"),
+        })
+    }
+
+    /// Files that look as those of backups, and are in no manifest: the machine went down
+    /// when one was about to be noted, or somebody put them there.
+    pub fn strangers(&self, manifest: &Manifest) -> Result<Vec<String>, SetError> {
+        let known: HashSet<&str> = manifest.files().collect();
+        let names = self.file_names()?.into_iter();
+        let strange =
+            |name: &String| names::point(name).is_some() && !known.contains(name.as_str());
+        Ok(names.filter(strange).collect())
+    }
+
+    fn file_names(&self) -> Result<Vec<String>, SetError> {
+        let failed = || SetError::io("read", &self.path);
+        let mut names = Vec::new();
+        for found in fs::read_dir(&self.path).map_err(failed())? {
+            // What is not in UTF-8 is not ours.
+            names.extend(found.map_err(failed())?.file_name().into_string().ok());
+        }
+        names.sort();
+        Ok(names)
     }
 
     /// Removes what backups have left that did not end. The lock is held, so nobody is at
     /// work on them.
     pub fn remove_partials(&self) -> Result<(), SetError> {
-        let failed = || SetError::io("read", &self.path);
-        for found in fs::read_dir(&self.path).map_err(failed())? {
-            let path = found.map_err(failed())?.path();
-            let name = path.file_name().and_then(|name| name.to_str());
-            if name.is_some_and(|name| name.ends_with(PARTIAL)) {
+        for name in self.file_names()? {
+            if names::is_partial(&name) {
+                let path = self.join(&name);
                 fs::remove_file(&path).map_err(SetError::io("remove", &path))?;
             }
         }
@@ -201,7 +286,8 @@ impl Directory {
         Ok(Some(text))
     }
 
-    fn sync(&self) -> Result<(), SetError> {
+    /// Makes the names of the files last.
+    pub fn sync(&self) -> Result<(), SetError> {
         let synced = File::open(&self.path).and_then(|directory| directory.sync_all());
         synced.map_err(SetError::io("write", &self.path))
     }
@@ -236,14 +322,47 @@ mod tests {
         drop(first);
         let second = Directory::lock(&path).unwrap();
         assert_eq!(second.manifest().unwrap(), None);
-        second
-            .write_manifest(&Manifest::new("s".to_owned()))
-            .unwrap();
-        assert_eq!(second.manifest().unwrap().unwrap().set, "s");
-        second.create_partial("x", 512).unwrap();
+        let new = second.manifest_or_new(|| "s".to_owned()).unwrap();
+        assert_eq!(second.manifest().unwrap(), None);
+        second.begin(&new).unwrap();
+        assert_eq!(second.manifest().unwrap(), Some(new));
+        second.create_partial("x.1.full.raw", 512).unwrap();
         second.remove_partials().unwrap();
         let names = fs::read_dir(&path).unwrap().count();
         assert_eq!(names, 2, "the lock and the manifest");
+    }
+
+    #[test]
+    fn files_of_others_and_of_backups_stay_what_they_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let set = Directory::lock(folder.path()).unwrap();
+        let others = ["film.mkv.partial", "a.7.full.raw", "notes.raw"];
+        for name in others {
+            fs::write(folder.path().join(name), name).unwrap();
+        }
+        assert!(matches!(
+            set.manifest_or_new(|| "s".to_owned()),
+            Err(SetError::LostManifest { .. })
+        ));
+        let manifest = Manifest::new("s".to_owned());
+        set.begin(&manifest).unwrap();
+        set.create_partial("a.7.full.raw", 512).unwrap();
+        assert!(set.finish("a.7.full.raw").is_err());
+        assert_eq!(set.next_point(&manifest).unwrap(), 8);
+        assert_eq!(set.strangers(&manifest).unwrap(), ["a.7.full.raw"]);
+        set.remove_partials().unwrap();
+        assert!(!folder.path().join("a.7.full.raw.partial").exists());
+        for name in others {
+            assert_eq!(fs::read_to_string(folder.path().join(name)).unwrap(), name);
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_as_large_as_the_disk_is_not_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let set = Directory::lock(folder.path()).unwrap();
+        assert!(set.create_partial("a.1.full.raw", u64::MAX).is_err());
+        assert_eq!(folder.path().read_dir().unwrap().count(), 1, "the lock");
     }
 
     #[test]

@@ -22,6 +22,30 @@ pub enum SetError {
     /// There are no backups.
     #[error("'{}' holds no backups: it has no file '{}'", .0.display(), super::manifest::NAME)]
     NoManifest(PathBuf),
+    /// There are none that ended well.
+    #[error("'{}' holds no backups: none has ended well", .0.display())]
+    Empty(PathBuf),
+    /// There are files of backups, and nobody knows what they are.
+    #[error(
+        "'{directory}' has '{file}', which looks as a file of a backup, and no manifest '{}': put \
+         that back, or give another directory",
+        super::manifest::NAME,
+        directory = directory.display()
+    )]
+    LostManifest {
+        /// The directory.
+        directory: PathBuf,
+        /// One of the files.
+        file: String,
+    },
+    /// Nothing more can be noted.
+    #[error("The manifest '{path}' has no room for more: {why}; give another directory", path = path.display())]
+    Full {
+        /// Its path.
+        path: PathBuf,
+        /// Which bound it is at.
+        why: String,
+    },
     /// The manifest is not one.
     #[error("The manifest '{path}' cannot be used: {why}", path = path.display())]
     BadManifest {

@@ -19,6 +19,8 @@ const MAX_ENTRIES: usize = 100_000;
 const MAX_NAME: usize = 255;
 /// Longest name of a disk.
 const MAX_DISK_NAME: usize = 1024;
+/// Most bytes that one more backup adds: its names are bounded.
+const ENTRY_BYTES: usize = 8 << 10;
 
 /// All of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +33,28 @@ pub struct Manifest {
     pub set: String,
     /// The disks, in the order in which they came.
     pub disks: Vec<Disk>,
+}
+
+/// What all versions have.
+#[derive(Debug, Deserialize)]
+struct Head {
+    format: String,
+    version: u32,
+}
+
+impl Head {
+    fn check(&self) -> Result<(), String> {
+        if self.format != FORMAT {
+            return Err(format!("its format is not '{FORMAT}'"));
+        }
+        if self.version != VERSION {
+            return Err(format!(
+                "its version is {}, this program knows {VERSION}",
+                self.version
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// A disk, by the name that the user gave it.
@@ -139,6 +163,9 @@ impl Manifest {
     ///
     /// Errors: what is wrong with it, in a sentence without its name.
     pub fn parse(text: &[u8]) -> Result<Self, String> {
+        // Another version need not have what this one wants.
+        let head: Head = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        head.check()?;
         let read: Self = serde_json::from_slice(text).map_err(|error| error.to_string())?;
         read.check()?;
         Ok(read)
@@ -152,15 +179,6 @@ impl Manifest {
     }
 
     fn check(&self) -> Result<(), String> {
-        if self.format != FORMAT {
-            return Err(format!("its format is not '{FORMAT}'"));
-        }
-        if self.version != VERSION {
-            return Err(format!(
-                "its version is {}, this program knows {VERSION}",
-                self.version
-            ));
-        }
         if !is_word(&self.set) || self.set.len() > 64 {
             return Err("its set has a bad name".to_owned());
         }
@@ -196,13 +214,12 @@ impl Manifest {
                 }
                 let before = disk.entries.get(..index).unwrap_or_default();
                 if let Some(point) = entry.parent {
-                    let parent = before.iter().find(|entry| entry.point == point);
+                    let parent = at_point(before, point);
                     if parent.is_none_or(|parent| parent.size != entry.size) {
                         return refused("stands on a backup that is not there, or of another size");
                     }
                 }
-                let ranges = entry.ranges.as_ref().map(|ranges| ranges.file.as_str());
-                for file in [Some(entry.file.as_str()), ranges].into_iter().flatten() {
+                for file in entry.files() {
                     if !files.insert(file) {
                         return refused("shares a file with another one");
                     }
@@ -212,15 +229,56 @@ impl Manifest {
         Ok(())
     }
 
-    /// The number of the next instant.
-    pub fn next_point(&self) -> u64 {
+    /// Whether one more backup of each of these disks can be noted.
+    ///
+    /// Errors: which bound there is.
+    pub fn check_room<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<(), String> {
+        let (mut disks, mut bytes) = (self.disks.len(), self.to_text().len());
+        for name in names {
+            if name.len() > MAX_DISK_NAME {
+                return Err(format!(
+                    "the name of a disk is longer than {MAX_DISK_NAME} bytes"
+                ));
+            }
+            bytes = bytes.saturating_add(ENTRY_BYTES);
+            match self.disk(name) {
+                Some(disk) if disk.entries.len() >= MAX_ENTRIES => {
+                    return Err(format!("it has {MAX_ENTRIES} backups of disk '{name}'"));
+                }
+                Some(_) => {}
+                None => disks += 1,
+            }
+        }
+        if disks > MAX_DISKS {
+            return Err(format!("it would have more than {MAX_DISKS} disks"));
+        }
+        if bytes as u64 > MAX_BYTES {
+            return Err(format!("it would have more than {MAX_BYTES} bytes"));
+        }
+        Ok(())
+    }
+
+    /// The number of the last instant, 0 if there is none.
+    pub fn last_point(&self) -> u64 {
         let entries = self.disks.iter().flat_map(|disk| &disk.entries);
-        entries.map(|entry| entry.point).max().unwrap_or(0) + 1
+        entries.map(|entry| entry.point).max().unwrap_or(0)
+    }
+
+    /// The bitmaps of the last backups of all disks: what incremental ones stand on.
+    pub fn last_bitmaps(&self) -> impl Iterator<Item = &str> {
+        let last = self.disks.iter().filter_map(|disk| disk.entries.last());
+        last.map(|entry| entry.bitmap.as_str())
     }
 
     /// The disk of that name.
     pub fn disk(&self, name: &str) -> Option<&Disk> {
         self.disks.iter().find(|disk| disk.name == name)
+    }
+
+    /// The files of all backups.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        let entries = self.disks.iter().flat_map(|disk| &disk.entries);
+        entries.flat_map(Entry::files)
     }
 
     /// Adds a backup of the disk `name`, which may be a new one.
@@ -263,7 +321,7 @@ impl Disk {
         let mut chain = vec![self.entries.iter().rev().find(reached)?];
         // Parents are older, so it ends.
         while let Some(parent) = chain.last().and_then(|entry| entry.parent) {
-            chain.push(self.entries.iter().find(|entry| entry.point == parent)?);
+            chain.push(at_point(&self.entries, parent)?);
         }
         chain.reverse();
         Some(chain)
@@ -271,12 +329,17 @@ impl Disk {
 }
 
 impl Entry {
+    /// Its files.
+    fn files(&self) -> impl Iterator<Item = &str> {
+        let ranges = self.ranges.as_ref().map(|ranges| ranges.file.as_str());
+        std::iter::once(self.file.as_str()).chain(ranges)
+    }
+
     fn check(&self) -> Result<(), &'static str> {
         if i64::try_from(self.size).is_err() {
             return Err("is larger than a file can be");
         }
-        let files = [Some(&self.file), self.ranges.as_ref().map(|it| &it.file)];
-        if !files.into_iter().flatten().all(|name| is_file_name(name)) {
+        if !self.files().all(is_file_name) {
             return Err("has a file whose name is none");
         }
         let hashes = [
@@ -294,8 +357,14 @@ impl Entry {
     }
 }
 
+/// The backup of that point, among some in order.
+fn at_point(entries: &[Entry], point: u64) -> Option<&Entry> {
+    let place = entries.binary_search_by_key(&point, |entry| entry.point);
+    entries.get(place.ok()?)
+}
+
 /// Letters, digits, `-` and `_`, at least one.
-fn is_word(text: &str) -> bool {
+pub(super) fn is_word(text: &str) -> bool {
     let fits = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
     !text.is_empty() && text.bytes().all(fits)
 }

@@ -5,6 +5,7 @@
 //! - [`ranges`]: which parts of the disk an incremental backup holds
 //! - [`piece`]: reading the data of one, and its hash
 //! - [`directory`]: the lock, and how files come and go safely
+//! - [`names`]: what files are called
 //!
 //! Neither monitors nor jobs are known here. What is read may be hostile: numbers, names and
 //! sizes are checked, and no name leads out of the directory.
@@ -12,6 +13,7 @@
 pub mod directory;
 mod error;
 pub mod manifest;
+pub mod names;
 pub mod piece;
 pub mod ranges;
 

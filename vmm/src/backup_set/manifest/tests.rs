@@ -45,7 +45,7 @@ fn a_manifest_is_read_as_it_was_written() {
     let written = manifest(vec![entry(1, None), entry(2, Some(1)), entry(5, Some(2))]);
     let read = Manifest::parse(written.to_text().as_bytes()).unwrap();
     assert_eq!(read, written);
-    assert_eq!(read.next_point(), 6);
+    assert_eq!(read.last_point(), 5);
 }
 
 #[test]
@@ -120,6 +120,55 @@ fn what_leads_out_of_the_directory_or_makes_no_sense_is_refused() {
         let text = text.replace(from, to);
         assert!(Manifest::parse(text.as_bytes()).is_err(), "{text}");
     }
+}
+
+#[test]
+fn another_version_is_told_by_its_number_whatever_else_it_has() {
+    let text = r#"{"format": "diptych-backup", "version": 2, "disks": {}}"#;
+    let error = Manifest::parse(text.as_bytes()).unwrap_err();
+    assert_eq!(error, "its version is 2, this program knows 1");
+}
+
+#[test]
+fn no_more_is_noted_than_can_be_read() {
+    let mut all = manifest(vec![entry(1, None)]);
+    assert_eq!(all.check_room(["d", "e"].into_iter()), Ok(()));
+    let long = "x".repeat(MAX_DISK_NAME + 1);
+    assert!(all.check_room([long.as_str()].into_iter()).is_err());
+    for number in 1..MAX_DISKS {
+        all.add(&format!("d{number}"), "s", entry(1, None));
+    }
+    assert_eq!(all.check_room(["d"].into_iter()), Ok(()));
+    assert!(all.check_room(["e"].into_iter()).is_err());
+    let most = u64::try_from(MAX_ENTRIES).unwrap();
+    let entries = (1..=most).map(|point| entry(point, (point > 1).then(|| point - 1)));
+    let mut full = manifest(Vec::new());
+    full.disks.push(Disk {
+        name: "d".to_owned(),
+        stem: "d".to_owned(),
+        entries: entries.collect(),
+    });
+    assert!(full.check_room(["d"].into_iter()).is_err());
+    assert!(
+        full.check_room(["e"].into_iter()).is_err(),
+        "its text is too long by then"
+    );
+}
+
+#[test]
+fn a_long_chain_is_looked_through_once() {
+    // Looking for each parent from the beginning is 5e9 steps.
+    let most = u64::try_from(MAX_ENTRIES).unwrap();
+    let entries = (1..=most).map(|point| entry(point, (point > 1).then(|| point - 1)));
+    let mut all = manifest(Vec::new());
+    all.disks.push(Disk {
+        name: "d".to_owned(),
+        stem: "d".to_owned(),
+        entries: entries.collect(),
+    });
+    assert_eq!(all.check(), Ok(()));
+    let chain = all.disk("d").and_then(|disk| disk.chain(None)).unwrap();
+    assert_eq!(chain.len(), MAX_ENTRIES);
 }
 
 #[test]

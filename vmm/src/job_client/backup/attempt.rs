@@ -15,8 +15,8 @@ use super::super::target::free_node_name;
 use super::super::verbs;
 use super::disks::{self, DiskState};
 use super::{BackupArgs, States};
-use crate::backup_set::directory::PARTIAL;
 use crate::backup_set::manifest::{JobResult, RangesFile};
+use crate::backup_set::names::{self, PARTIAL};
 use crate::backup_set::piece::{self, Digest};
 use crate::backup_set::{Directory, Entry, Kind, Manifest, SetError, ranges};
 use crate::client::{ClientError, Watch as _};
@@ -48,8 +48,8 @@ struct DiskAttempt<'a> {
     bitmap: String,
     /// The bitmap that says what is copied.
     part: Option<String>,
-    /// The target, as far as it is there.
-    created: Option<PathBuf>,
+    /// Its files, as far as they are there, and the target's node.
+    created: Vec<PathBuf>,
     node: Option<String>,
     /// What was copied.
     ranges: Option<Vec<Range<u64>>>,
@@ -58,13 +58,15 @@ struct DiskAttempt<'a> {
 
 impl<'a> Attempt<'a> {
     /// Chooses names; nothing is there yet.
+    ///
+    /// Errors: the directory cannot be read.
     pub fn new(
         args: &BackupArgs,
         directory: &'a Directory,
         manifest: &Manifest,
         states: &'a States,
-    ) -> Self {
-        let (kind, point) = (args.kind(), manifest.next_point());
+    ) -> Result<Self, SetError> {
+        let (kind, point) = (args.kind(), directory.next_point(manifest)?);
         let mut stems = Vec::new();
         let disks = states.iter().map(|state| {
             let stem = manifest.stem(&state.name, &stems);
@@ -73,30 +75,31 @@ impl<'a> Attempt<'a> {
                 .disk(&state.name)
                 .and_then(|disk| disk.entries.last());
             let parent = last.filter(|_| kind == Kind::Incremental);
-            let bitmap = format!("{}{point}", disks::prefix(manifest));
+            // Disks may swap their names: the bitmap of another disk is not this one's.
+            let bitmap = format!("{}{stem}-{point}", disks::prefix(manifest));
             DiskAttempt {
                 parent: parent.map(|entry| entry.point),
                 job_id: args.job_id(&state.name),
-                file: format!("{stem}.{point}.{}.raw", kind.name()),
-                ranges_file: format!("{stem}.{point}.{}.ranges", kind.name()),
+                file: names::data(&stem, point, kind),
+                ranges_file: names::ranges(&stem, point, kind),
                 part: parent.map(|_| format!("{bitmap}-part")),
                 bitmap,
                 stem,
                 state,
-                created: None,
+                created: Vec::new(),
                 node: None,
                 ranges: None,
                 digest: None,
             }
         });
-        Self {
+        Ok(Self {
             disks: disks.collect(),
             directory,
             kind,
             point,
             started: false,
             persistent: false,
-        }
+        })
     }
 
     /// The ids of the jobs.
@@ -109,7 +112,7 @@ impl<'a> Attempt<'a> {
         let mut nodes = server.nodes()?;
         for disk in &mut self.disks {
             let path = self.directory.create_partial(&disk.file, disk.state.size)?;
-            disk.created = Some(path.clone());
+            disk.created.push(path.clone());
             let name = free_node_name(&disk.job_id, &nodes);
             let options = json!({
                 "driver": "raw",
@@ -135,16 +138,18 @@ impl<'a> Attempt<'a> {
         match self.carry_out(args, true, server) {
             Ok(()) => {
                 self.persistent = true;
-                return Ok(());
+                Ok(())
             }
-            Err(error) if self.started => return Err(error),
+            Err(error) if self.started => Err(error),
             // Nothing was done. Perhaps this server keeps no bitmaps of such disks.
-            Err(_) => self.carry_out(args, false, server)?,
+            Err(error) => {
+                self.carry_out(args, false, server)?;
+                report.note(&format!(
+                    "The server does not keep the bitmaps when it ends: after that, the next \
+                     backup has to be a full one ({error})"
+                ))
+            }
         }
-        report.note(
-            "The server does not keep the bitmaps when it ends: after that, the next backup has \
-             to be a full one",
-        )
     }
 
     fn carry_out(
@@ -156,9 +161,20 @@ impl<'a> Attempt<'a> {
         let actions = self.actions(args, persistent)?;
         let answer = server.run("transaction", json!({"actions": actions}));
         // Only a refusal says that nothing was done, and that a job of the same id is
-        // somebody else's.
-        let refused = matches!(answer, Err(JobError::Client(ClientError::Refused { .. })));
-        self.started = !refused;
+        // somebody else's; unless what could not be done is to make it last.
+        self.started = match &answer {
+            Err(JobError::Client(ClientError::Refused { .. })) => {
+                let there = self
+                    .disks
+                    .iter()
+                    .map(|disk| disks::has_bitmap(&disk.state.node, &disk.bitmap, server));
+                // Nobody knows: then it is looked for.
+                there
+                    .collect::<Result<Vec<_>, _>>()
+                    .map_or(true, |there| there.contains(&true))
+            }
+            _ => true,
+        };
         answer.map(drop)
     }
 
@@ -237,52 +253,54 @@ impl<'a> Attempt<'a> {
         Ok(())
     }
 
-    /// Gives the files their names and writes the manifest. Gives the bitmaps (of a node)
-    /// that nobody needs any more.
+    /// Gives the files their names and writes the manifest that knows them, under a name
+    /// that is not its last one, which it gives. `manifest` is that one then.
     ///
-    /// Errors: whether the backup counts is what the manifest in the directory says; what
-    /// does not count is removed by the next one.
-    pub fn keep(
-        self,
+    /// Errors: the backup does not count; [`take_down`](Self::take_down) removes it.
+    pub fn note(
+        &mut self,
         manifest: &mut Manifest,
         (begun, time): (Instant, u64),
-    ) -> Result<Vec<(String, String)>, JobError> {
+    ) -> Result<PathBuf, JobError> {
         let milliseconds = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let mut old = Vec::new();
-        for disk in self.disks {
-            let Some(digest) = disk.digest else { continue };
+        for disk in &mut self.disks {
+            let Some(digest) = disk.digest.take() else {
+                continue;
+            };
             let mut listed = None;
-            if let Some(held) = &disk.ranges {
-                let text = ranges::to_text(held);
-                self.directory
+            if let Some(held) = disk.ranges.take() {
+                let text = ranges::to_text(&held);
+                if text.len() as u64 > ranges::MAX_BYTES {
+                    let path = self.directory.join(&disk.ranges_file);
+                    let why = "it would be too long: take a full backup".to_owned();
+                    return Err(SetError::BadRanges { path, why }.into());
+                }
+                let written = self
+                    .directory
                     .write_partial(&disk.ranges_file, text.as_bytes())?;
-                self.directory.finish(&disk.ranges_file)?;
+                disk.created.push(written);
+                disk.finish(self.directory, &disk.ranges_file.clone())?;
                 listed = Some(RangesFile {
                     sha256: piece::sha256(text.as_bytes()),
                     count: held.len() as u64,
                     bytes: held.iter().map(|range| range.end - range.start).sum(),
-                    file: disk.ranges_file,
+                    file: disk.ranges_file.clone(),
                 });
             }
-            self.directory.finish(&disk.file)?;
-            let node = &disk.state.node;
-            old.extend(disk.part.map(|part| (node.clone(), part)));
-            let last = disk.state.last_bitmap.clone();
-            let is_there = |name: &String| disk.state.bitmaps.iter().any(|it| it.name == *name);
-            old.extend(last.filter(is_there).map(|last| (node.clone(), last)));
+            disk.finish(self.directory, &disk.file.clone())?;
             let entry = Entry {
                 point: self.point,
                 kind: self.kind,
                 parent: disk.parent,
                 time,
                 size: disk.state.size,
-                file: disk.file,
+                file: disk.file.clone(),
                 sha256: digest.sha256,
                 data_bytes: digest.data_bytes,
-                bitmap: disk.bitmap,
+                bitmap: disk.bitmap.clone(),
                 bitmap_persistent: self.persistent,
                 job: JobResult {
-                    id: disk.job_id,
+                    id: disk.job_id.clone(),
                     result: "completed".to_owned(),
                     bytes: listed
                         .as_ref()
@@ -293,8 +311,20 @@ impl<'a> Attempt<'a> {
             };
             manifest.add(&disk.state.name, &disk.stem, entry);
         }
-        self.directory.write_manifest(manifest)?;
-        Ok(old)
+        Ok(self.directory.write_manifest(manifest)?)
+    }
+
+    /// The bitmaps (of a node) that nobody needs any more when the backup counts.
+    pub fn old_bitmaps(self) -> Vec<(String, String)> {
+        let mut old = Vec::new();
+        for disk in self.disks {
+            let node = &disk.state.node;
+            old.extend(disk.part.map(|part| (node.clone(), part)));
+            let last = disk.state.last_bitmap.clone();
+            let is_there = |name: &String| disk.state.bitmaps.iter().any(|it| it.name == *name);
+            old.extend(last.filter(is_there).map(|last| (node.clone(), last)));
+        }
+        old
     }
 
     /// Takes everything away that is there.
@@ -341,15 +371,26 @@ impl<'a> Attempt<'a> {
                 }
             }
             // What somebody may be writing is left until nobody does.
-            if disk.node.is_none()
-                && let Some(path) = disk.created.take()
-            {
-                note(
-                    fs::remove_file(&path)
-                        .map_err(|source| SetError::io("remove", &path)(source).into()),
-                );
+            if disk.node.is_none() {
+                for path in disk.created.drain(..) {
+                    note(
+                        fs::remove_file(&path)
+                            .map_err(|source| SetError::io("remove", &path)(source).into()),
+                    );
+                }
             }
         }
         first
+    }
+}
+
+impl DiskAttempt<'_> {
+    /// Gives one of its files its last name.
+    fn finish(&mut self, directory: &Directory, name: &str) -> Result<(), SetError> {
+        let path = directory.finish(name)?;
+        let partial = directory.join(&format!("{name}{PARTIAL}"));
+        self.created.retain(|created| *created != partial);
+        self.created.push(path);
+        Ok(())
     }
 }

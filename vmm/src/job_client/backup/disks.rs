@@ -1,6 +1,7 @@
 //! What the server has of the disks that are to be backed up, and whether an incremental
 //! backup can follow the last one.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use serde_json::{Value, json};
@@ -9,7 +10,7 @@ use super::super::error::JobError;
 use super::super::interrupt::Interrupts;
 use super::super::server::Server;
 use super::super::target;
-use crate::backup_set::directory::PARTIAL;
+use crate::backup_set::names;
 use crate::backup_set::{Directory, Entry, Manifest, SetError, piece};
 use crate::client::Watch as _;
 
@@ -33,8 +34,6 @@ pub struct DiskState {
     pub bitmaps: Vec<Bitmap>,
     /// The bitmap of its last backup, by the manifest.
     pub last_bitmap: Option<String>,
-    /// All that begins so is ours.
-    prefix: String,
 }
 
 /// A bitmap of a disk.
@@ -97,29 +96,28 @@ pub fn look(
                 .filter_map(bitmap)
                 .collect(),
             last_bitmap: last.map(|entry| entry.bitmap.clone()),
-            prefix: prefix(manifest),
         });
     }
     // What a backup reads must not be what it writes.
-    let own = directory.path().to_str().unwrap_or_default();
     for state in &states {
         let row = rows
             .iter()
             .find(|row| row["node-name"] == state.node.as_str());
-        if row
-            .and_then(|row| row["file"].as_str())
-            .is_some_and(|file| {
-                std::path::Path::new(file)
-                    .parent()
-                    .and_then(std::path::Path::to_str)
-                    == Some(own)
-                    && file.ends_with(PARTIAL)
-            })
-        {
+        let file = row.and_then(|row| row["file"].as_str());
+        if file.is_some_and(|file| is_partial_of(directory, file)) {
             return Err(JobError::NoSource(state.name.clone()));
         }
     }
     Ok(states)
+}
+
+/// Whether a file, as a server names it, is one of a backup into the directory that has not
+/// ended.
+fn is_partial_of(directory: &Directory, file: &str) -> bool {
+    let own = directory.path().to_str().unwrap_or_default();
+    file.strip_prefix(own)
+        .and_then(|rest| rest.strip_prefix('/'))
+        .is_some_and(names::is_partial)
 }
 
 fn bitmap(row: &Value) -> Option<Bitmap> {
@@ -140,19 +138,15 @@ fn bitmap(row: &Value) -> Option<Bitmap> {
 pub fn tidy(
     states: &[DiskState],
     directory: &Directory,
+    manifest: &Manifest,
     server: &mut Server,
 ) -> Result<(), JobError> {
-    let own = directory.path().to_str().unwrap_or_default();
     for row in nodes(server)? {
         let (Some(name), Some(file)) = (row["node-name"].as_str(), row["file"].as_str()) else {
             continue;
         };
-        let is_ours = file
-            .strip_prefix(own)
-            .and_then(|rest| rest.strip_prefix('/'))
-            .is_some_and(|rest| !rest.contains('/') && rest.ends_with(PARTIAL));
         // Children go with the node that was added.
-        if is_ours && !name.starts_with('#') {
+        if is_partial_of(directory, file) && !name.starts_with('#') {
             let deleted = server.run("blockdev-del", json!({"node-name": name}));
             deleted.map_err(|error| match error {
                 JobError::Client(crate::client::ClientError::Refused { .. }) => {
@@ -165,10 +159,12 @@ pub fn tidy(
             })?;
         }
     }
+    // A disk may have been backed up by another name, too, and have a bitmap of that.
+    let prefix = prefix(manifest);
+    let needed: HashSet<&str> = manifest.last_bitmaps().collect();
     for state in states {
         let ours = state.bitmaps.iter().filter(|bitmap| {
-            bitmap.name.starts_with(&state.prefix)
-                && Some(&bitmap.name) != state.last_bitmap.as_ref()
+            bitmap.name.starts_with(&prefix) && !needed.contains(bitmap.name.as_str())
         });
         for bitmap in ours.filter(|bitmap| !bitmap.busy) {
             remove_bitmap(&state.node, &bitmap.name, server)?;
@@ -176,6 +172,14 @@ pub fn tidy(
     }
     directory.remove_partials()?;
     Ok(())
+}
+
+/// Whether a node has a bitmap of that name.
+pub fn has_bitmap(node: &str, name: &str, server: &mut Server) -> Result<bool, JobError> {
+    let rows = nodes(server)?;
+    let row = rows.iter().find(|row| row["node-name"] == node);
+    let bitmaps = row.and_then(|row| row["dirty-bitmaps"].as_array());
+    Ok(bitmaps.is_some_and(|bitmaps| bitmaps.iter().any(|bitmap| bitmap["name"] == name)))
 }
 
 /// Takes a bitmap away.

@@ -29,7 +29,7 @@ use super::report::{Report, clean, size};
 use super::server::Server;
 use super::size::Size;
 use super::{status, verbs};
-use crate::backup_set::{Directory, Kind, Manifest, SetError};
+use crate::backup_set::{Directory, Kind, Manifest, SetError, manifest};
 
 /// Arguments of `job backup`.
 #[derive(Debug, clap::Args)]
@@ -163,25 +163,46 @@ pub fn run(args: &BackupArgs, server: &mut Server, report: &mut Report) -> Resul
             directory.path().display()
         )));
     }
-    let known = directory.manifest()?;
-    let mut manifest = known.unwrap_or_else(|| Manifest::new(random_name()));
+    let mut manifest = directory.manifest_or_new(random_name)?;
     let states = disks::look(&args.disks, &directory, &manifest, server)?;
-    disks::tidy(&states, &directory, server)?;
+    let names = args.disks.iter().map(String::as_str);
+    manifest.check_room(names).map_err(|why| SetError::Full {
+        path: directory.join(manifest::NAME),
+        why,
+    })?;
+    disks::tidy(&states, &directory, &manifest, server)?;
     if args.incremental {
         for state in &states {
             disks::check_chain(state, &directory, &manifest, args.verify, server)?;
         }
     }
+    for name in directory.strangers(&manifest)? {
+        report.note(&format!(
+            "File '{name}' in the directory is of no backup that counts"
+        ))?;
+    }
     // Half-done would leave something behind; every answer has its deadline.
     server.interrupts().defer();
+    directory.begin(&manifest)?;
     let begun = (Instant::now(), seconds_since_1970());
-    let mut attempt = Attempt::new(args, &directory, &manifest, &states);
+    let mut attempt = Attempt::new(args, &directory, &manifest, &states)?;
     let made = make(args, &mut attempt, server, report);
-    // Whatever came of it: what is left is taken down, also if signals come.
+    // Whatever came of it: what is left is taken down, also if a signal comes.
     server.interrupts().acknowledge();
     server.interrupts().defer();
-    let old = match made {
-        Ok(Made::Whole) => attempt.keep(&mut manifest, begun)?,
+    let kept = made.and_then(|made| {
+        if let Made::Whole = made {
+            let written = attempt.note(&mut manifest, begun)?;
+            directory.put_manifest(&written)?;
+        }
+        Ok(made)
+    });
+    let old = match kept {
+        // From now on it counts.
+        Ok(Made::Whole) => {
+            directory.sync()?;
+            attempt.old_bitmaps()
+        }
         Ok(Made::Not(ending)) => {
             attempt.take_down(server)?;
             return Ok(ending.status());
@@ -306,7 +327,8 @@ fn tell(args: &BackupArgs, manifest: &Manifest, report: &mut Report) -> Result<(
             "point": entry.point,
             "kind": entry.kind.name(),
             "parent": entry.parent,
-            "file": path,
+            // A name that is not in UTF-8 cannot be told as it is.
+            "file": path.to_string_lossy(),
             "size": entry.size,
             "data-bytes": entry.data_bytes,
             "ranges": entry.ranges.as_ref().map(|ranges| ranges.count),
