@@ -57,6 +57,7 @@ pub use drivers::copy_before_write::{
     CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Snapshot, SnapshotAccount,
     SnapshotObserver, Stalls, broken_snapshot, cluster_of, fine_cluster,
 };
+pub use drivers::file::image_is_in_use;
 pub use drivers::{OpenError, ReopenError};
 pub use error::{IoError, IoErrorKind, IoOp, os_text};
 pub use export::{

@@ -114,6 +114,12 @@ enum RestoreError {
     /// The target is a part of the backups.
     #[error("'{}' is a file of the backups", .0.display())]
     Own(PathBuf),
+    /// A program has the target open.
+    #[error(
+        "'{}' is in use by another program: end that, or take its disk out of it, first",
+        .0.display()
+    )]
+    InUse(PathBuf),
     /// The target is neither.
     #[error("'{}' is neither a regular file nor a block device", .0.display())]
     WrongKind(PathBuf),
@@ -205,38 +211,51 @@ fn run(args: &RestoreArgs, interrupts: &mut Interrupts) -> Result<(), RestoreErr
     if output.is_device() {
         // It cannot be taken back.
         work.verify(&chain)?;
+        output.check_free()?;
     }
     work.write(&chain, &mut output)?;
+    let is_device = output.is_device();
     output.finish()?;
+    if is_device {
+        // A file is another one by then; a device tells nobody that it was written.
+        work.note(
+            "Bitmaps of this disk do not know of what was restored: its next backup has to be a \
+             full one",
+        )?;
+    }
     work.tell(&chain, Some(target))
 }
 
 fn find_disk<'a>(args: &RestoreArgs, manifest: &'a Manifest) -> Result<&'a Disk, RestoreError> {
-    let names = manifest.disks.iter().map(|disk| disk.name.as_str());
-    let there = names.collect::<Vec<_>>().join(", ");
     match (&args.disk, manifest.disks.as_slice()) {
-        (Some(wanted), _) => manifest.disk(wanted).ok_or_else(|| RestoreError::NoDisk {
-            wanted: wanted.clone(),
-            there,
-        }),
+        (_, []) => Err(SetError::Empty(args.from.clone()).into()),
+        (Some(wanted), _) => disk_named(wanted, manifest),
         (None, [disk]) => Ok(disk),
-        (None, []) => Err(SetError::NoManifest(args.from.clone()).into()),
-        (None, _) => Err(RestoreError::WhichDisk(there)),
+        (None, _) => Err(RestoreError::WhichDisk(names(manifest))),
     }
+}
+
+fn disk_named<'a>(wanted: &str, manifest: &'a Manifest) -> Result<&'a Disk, RestoreError> {
+    manifest.disk(wanted).ok_or_else(|| RestoreError::NoDisk {
+        wanted: wanted.to_owned(),
+        there: names(manifest),
+    })
+}
+
+fn names(manifest: &Manifest) -> String {
+    let names = manifest.disks.iter().map(|disk| disk.name.as_str());
+    names.collect::<Vec<_>>().join(", ")
 }
 
 const HEAD: [&str; 7] = ["DISK", "POINT", "KIND", "ON", "TIME", "SIZE", "DATA"];
 
 fn list(args: &RestoreArgs, manifest: &Manifest) -> Result<(), RestoreError> {
     let mut rows = vec![HEAD.map(str::to_owned)];
-    for disk in &manifest.disks {
-        if args
-            .disk
-            .as_ref()
-            .is_some_and(|wanted| *wanted != disk.name)
-        {
-            continue;
-        }
+    let disks = match &args.disk {
+        Some(wanted) => std::slice::from_ref(disk_named(wanted, manifest)?),
+        None => manifest.disks.as_slice(),
+    };
+    for disk in disks {
         for entry in &disk.entries {
             if args.json {
                 let object = json!({"backup": {
@@ -302,18 +321,23 @@ impl Work<'_> {
         phase: &'static str,
         mut put: impl FnMut(&piece::Part<'_>, bool) -> Result<(), SetError>,
     ) -> Result<(), RestoreError> {
-        let lists = chain.iter().map(|entry| self.directory.ranges(entry));
-        let lists = lists.collect::<Result<Vec<_>, _>>()?;
         let len = |range: &Range<u64>| range.end - range.start;
-        let total = lists.iter().flatten().map(len).fold(0, u64::saturating_add);
+        // What is missing is found before anything is read. Nothing is kept: a chain may be
+        // longer than what may be open, and lists be long.
+        let mut total: u64 = 0;
+        for entry in chain {
+            self.interrupts.check().map_err(|_| SetError::Interrupted)?;
+            self.directory.open_piece(entry)?;
+            let ranges = self.directory.ranges(entry)?;
+            total = ranges.iter().map(len).fold(total, u64::saturating_add);
+        }
         self.progress.begin(phase, total);
-        // What is missing is found before anything is read.
-        let files = chain.iter().map(|entry| self.directory.open_piece(entry));
-        let files = files.collect::<Result<Vec<_>, _>>()?;
-        for (index, ((entry, ranges), file)) in chain.iter().zip(&lists).zip(&files).enumerate() {
+        for (index, entry) in chain.iter().enumerate() {
+            let ranges = self.directory.ranges(entry)?;
+            let file = self.directory.open_piece(entry)?;
             let path = self.directory.join(&entry.file);
             let (progress, interrupts) = (&mut self.progress, &mut *self.interrupts);
-            let found = piece::read(file, &path, ranges, |part| {
+            let found = piece::read(&file, &path, &ranges, |part| {
                 interrupts.check().map_err(|_| SetError::Interrupted)?;
                 put(&part, index == 0)?;
                 progress.add(match &part {
@@ -330,6 +354,15 @@ impl Work<'_> {
         Ok(())
     }
 
+    fn note(&self, text: &str) -> Result<(), RestoreError> {
+        self.progress.clear();
+        if self.progress.json {
+            return print_line(&json!({"note": text}).to_string()).map_err(RestoreError::Print);
+        }
+        complain(format_args!("diptych: {text}"));
+        Ok(())
+    }
+
     fn tell(&mut self, chain: &[&Entry], target: Option<&Path>) -> Result<(), RestoreError> {
         self.progress.clear();
         let Some(last) = chain.last() else {
@@ -342,7 +375,8 @@ impl Work<'_> {
                 "disk": self.disk.name,
                 "point": last.point,
                 "points": points,
-                "target": target,
+                // A name that is not in UTF-8 cannot be told as it is.
+                "target": target.map(Path::to_string_lossy),
                 "size": last.size,
             }})
             .to_string()
@@ -402,7 +436,7 @@ impl Progress {
     }
 
     fn add(&mut self, len: u64) {
-        self.done += len;
+        self.done = self.done.saturating_add(len);
         if let Some(bar) = &self.bar {
             bar.set_position(self.done);
         }

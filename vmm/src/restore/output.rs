@@ -93,6 +93,7 @@ impl Output {
             if !force {
                 return Err(RestoreError::Exists(path));
             }
+            check_free_file(&path)?;
         }
         let made = new_file(&path).and_then(|(file, temporary)| {
             file.set_len(size)?;
@@ -127,7 +128,23 @@ impl Output {
             return Err(RestoreError::TooSmall { path, has, wanted });
         }
         let kind = Kind::Device;
-        Ok(Self { file, path, kind })
+        let output = Self { file, path, kind };
+        output.check_free()?;
+        Ok(output)
+    }
+
+    /// Whether nobody has the image open whose place is taken. Who opens it later finds out
+    /// nothing.
+    ///
+    /// Errors: somebody has.
+    pub fn check_free(&self) -> Result<(), RestoreError> {
+        match &self.kind {
+            Kind::Device if block::image_is_in_use(&self.file) => {
+                Err(RestoreError::InUse(self.path.clone()))
+            }
+            Kind::File { force: true, .. } => check_free_file(&self.path),
+            Kind::Device | Kind::File { .. } => Ok(()),
+        }
     }
 
     pub fn is_device(&self) -> bool {
@@ -165,6 +182,7 @@ impl Output {
 
     /// All of it is there, and verified: makes it durable and gives it its name.
     pub fn finish(self) -> Result<(), RestoreError> {
+        self.check_free()?;
         let Self { file, path, kind } = self;
         let failed = |source| RestoreError::Target {
             what: "write",
@@ -203,6 +221,16 @@ impl Output {
     }
 }
 
+/// See [`Output::check_free`]. A file that is not there, or not to be read, is free.
+fn check_free_file(path: &Path) -> Result<(), RestoreError> {
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    match options.open(path) {
+        Ok(file) if block::image_is_in_use(&file) => Err(RestoreError::InUse(path.to_owned())),
+        _ => Ok(()),
+    }
+}
+
 /// Whether the path is that of a file which the backups need.
 fn is_own(path: &Path, backups: &Directory, manifest: &Manifest) -> bool {
     let directory = backups.path().canonicalize().ok();
@@ -210,12 +238,7 @@ fn is_own(path: &Path, backups: &Directory, manifest: &Manifest) -> bool {
     if directory.is_none() || directory != parent {
         return false;
     }
-    let entries = manifest.disks.iter().flat_map(|disk| &disk.entries);
-    let files = entries.flat_map(|entry| {
-        let ranges = entry.ranges.as_ref().map(|ranges| &ranges.file);
-        std::iter::once(&entry.file).chain(ranges)
-    });
-    let mut files = files.map(String::as_str).chain([manifest::NAME]);
+    let mut files = manifest.files().chain([manifest::NAME]);
     files.any(|file| path.file_name().is_some_and(|name| name == file))
 }
 

@@ -62,6 +62,13 @@ fn bits(set: u8) -> impl Iterator<Item = u32> {
     (0..8).filter(move |bit| set & 1 << bit != 0)
 }
 
+/// Whether a program has the image open, for reading or writing: this one by another open
+/// file, diptych or QEMU elsewhere. Where the file system has no locks nobody knows, and it
+/// is false.
+pub fn image_is_in_use(file: &File) -> bool {
+    bits(u8::MAX).any(|bit| sys::byte_is_locked(file, offset(bit)).unwrap_or(false))
+}
+
 impl ImageLock {
     /// Whether the file system of `file` has such locks.
     pub(super) fn is_supported(file: &File) -> bool {
@@ -208,6 +215,18 @@ mod tests {
         assert_eq!(at, [101, 201, 202, 203]);
         assert_eq!(opposite(1), (201, Perm::WRITE, false));
         assert_eq!(opposite(5), (101, Perm::WRITE, true));
+    }
+
+    #[test]
+    fn an_image_is_in_use_while_another_has_it_open() {
+        let (image, a, b) = two_opens();
+        assert!(!image_is_in_use(image.as_file()));
+        a.check(WRITER).unwrap();
+        a.commit();
+        assert!(image_is_in_use(image.as_file()) && image_is_in_use(&b.file));
+        assert!(!image_is_in_use(&a.file), "its own locks do not count");
+        drop(a);
+        assert!(!image_is_in_use(image.as_file()));
     }
 
     #[test]

@@ -39,6 +39,7 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use self::copy::Copies;
 use self::data_runs::DataRuns;
+pub use self::lock::image_is_in_use;
 pub use self::reopen::FileNode;
 pub(crate) use self::scratch::open_scratch;
 
