@@ -233,14 +233,14 @@ impl Manifest {
     ///
     /// Errors: which bound there is.
     pub fn check_room<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<(), String> {
-        let (mut disks, mut bytes) = (self.disks.len(), self.to_text().len());
+        let (mut disks, mut more) = (self.disks.len(), 0);
         for name in names {
             if name.len() > MAX_DISK_NAME {
                 return Err(format!(
                     "the name of a disk is longer than {MAX_DISK_NAME} bytes"
                 ));
             }
-            bytes = bytes.saturating_add(ENTRY_BYTES);
+            more += ENTRY_BYTES;
             match self.disk(name) {
                 Some(disk) if disk.entries.len() >= MAX_ENTRIES => {
                     return Err(format!("it has {MAX_ENTRIES} backups of disk '{name}'"));
@@ -252,7 +252,7 @@ impl Manifest {
         if disks > MAX_DISKS {
             return Err(format!("it would have more than {MAX_DISKS} disks"));
         }
-        if bytes as u64 > MAX_BYTES {
+        if (self.to_text().len() + more) as u64 > MAX_BYTES {
             return Err(format!("it would have more than {MAX_BYTES} bytes"));
         }
         Ok(())
