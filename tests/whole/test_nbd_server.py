@@ -347,6 +347,23 @@ def in_use(qmp, thread):
     return False
 
 
+def test_what_is_wrong_with_an_address_is_told_before_credentials(program):
+    _, qmp = program.storage_daemon()
+
+    def start(path):
+        with pytest.raises(QmpError) as error:
+            qmp.execute("nbd-server-start", tls_creds="none",
+                        addr={"type": "unix", "data": {"path": str(path)}})
+        return str(error.value)
+
+    assert "Failed to bind socket" in start("/nonexistent/socket")
+    path = program.folder / "nbd"
+    assert "No TLS credentials with id 'none'" in start(path)
+    assert not path.exists()
+    qmp.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
+    assert "already running" in start("/nonexistent/socket")
+
+
 def test_exports_on_the_command_line(program):
     image = program.folder / "a.img"
     image.write_bytes(os.urandom(MIB))

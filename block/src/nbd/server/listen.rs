@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
 use crate::error::os_text;
+use crate::runtime::unblock;
 
 /// Where an NBD server listens.
 #[derive(Debug)]
@@ -111,6 +112,12 @@ impl ListenAddress {
         }
         // SAFETY: the descriptor was made just now, and nobody else knows it.
         Ok(Self::Socket(unsafe { OwnedFd::from_raw_fd(copy) }))
+    }
+
+    /// Fails as a server there would, and leaves nothing behind: listens for a moment.
+    /// Cancel: that goes on to its end.
+    pub async fn check(self) -> Result<(), ListenError> {
+        unblock(move || listen(self).map(drop)).await
     }
 }
 

@@ -99,12 +99,6 @@ impl Monitor {
         if exports.nbd_server_running() {
             return Err(block::ExportError::ServerRunning.into());
         }
-        if let Some(id) = args.tls_creds {
-            // No object can hold credentials.
-            return Err(QmpError::generic(format!(
-                "No TLS credentials with id '{id}'"
-            )));
-        }
         let address = match args.address {
             Address::Unix { path } => ListenAddress::Unix { path },
             Address::Inet {
@@ -124,6 +118,15 @@ impl Monitor {
                 QmpError::generic(format!("Cannot use file descriptor {number}: {error}"))
             })?,
         };
+        if let Some(id) = args.tls_creds {
+            // What is wrong with the address is told first.
+            let check = bounded("Starting the NBD server", address.check());
+            check.await?.map_err(block::ExportError::from)?;
+            // No object can hold credentials.
+            return Err(QmpError::generic(format!(
+                "No TLS credentials with id '{id}'"
+            )));
+        }
         let start = exports.start_nbd_server(NbdServerOptions {
             address,
             max_connections: args.max_connections,

@@ -215,7 +215,10 @@ impl Lexer {
     }
 
     fn stray(&mut self, byte: u8) -> Step {
-        self.token.push(byte);
+        // QEMU's text ends where a NUL byte is.
+        if byte != 0 {
+            self.token.push(byte);
+        }
         self.state = State::Recovery;
         Step {
             token: Some(Token::Stray(std::mem::take(&mut self.token))),
