@@ -6,7 +6,7 @@ use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::buffer::IoVec;
 use crate::driver::{ChildRole, Extent, FileRange, WriteFlags, ZeroFlags};
@@ -65,10 +65,10 @@ pub trait BackendUser: Send + Sync {
         true
     }
 
-    /// Id of the node whose requests cannot go on without this one's: a job's filter that
+    /// The node whose requests cannot go on without this one's: a job's filter that
     /// saves into what this is attached to before a guest's write passes. A drained
     /// section of that holds those who reach the filter as well. Asked once, at attach.
-    fn serves(&self) -> Option<u64> {
+    fn serves(&self) -> Option<Serves> {
         None
     }
 
@@ -87,6 +87,16 @@ pub trait BackendUser: Send + Sync {
     fn describe(&self) -> String;
 }
 
+/// See [`BackendUser::serves`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Serves {
+    /// Id of the node.
+    pub node: u64,
+    /// Longest that a request there waits for those of this one; `None` if there is no limit.
+    /// A section that holds who reaches the node is given up after that, or earlier.
+    pub patience: Option<Duration>,
+}
+
 /// An attachment point. Lives as long as someone holds it; is part of the graph
 /// from `Graph::attach` to `Graph::detach`.
 ///
@@ -102,7 +112,7 @@ pub struct Backend {
     permissions: AtomicU64,
     kind: AttachmentKind,
     /// See [`BackendUser::serves`].
-    serves: Option<u64>,
+    serves: Option<Serves>,
     /// Who measures its requests. The flag says whether anybody does, and is a hint
     /// (Relaxed); both are written on main.
     meters: ArcSwap<Vec<Arc<GuestLatency>>>,
@@ -192,7 +202,7 @@ impl Backend {
     }
 
     /// Id of the node whose requests its own serve.
-    pub(crate) fn serves(&self) -> Option<u64> {
+    pub(crate) fn serves(&self) -> Option<Serves> {
         self.serves
     }
 

@@ -40,7 +40,7 @@ mod throttle;
 mod uring;
 mod wait;
 
-pub use backend::{AttachmentKind, Backend, BackendUser, InFlight};
+pub use backend::{AttachmentKind, Backend, BackendUser, InFlight, Serves};
 pub use bitmaps::{
     BitmapChange, BitmapHold, FrozenBitmap, KeptError, NamedBitmap, NamedBitmapError, NewBitmap,
     bitmap_file_beside,

@@ -1,6 +1,8 @@
 //! Drained sections and jobs: a job parks when one begins on an edge of it.
 
-use block::{AttachmentKind, BackendUser, Node};
+use std::time::Duration;
+
+use block::{AttachmentKind, BackendUser, Node, Serves};
 
 use crate::id::JobKey;
 use crate::monitor::Jobs;
@@ -15,7 +17,7 @@ pub(crate) struct DrainUser {
     description: String,
     blocker: Option<String>,
     /// See [`BackendUser::serves`].
-    serves: Option<u64>,
+    serves: Option<Serves>,
 }
 
 impl DrainUser {
@@ -31,10 +33,14 @@ impl DrainUser {
         }
     }
 
-    /// The same for where `filter` saves what guests' requests are about to change.
-    pub(crate) fn serving(self, filter: &Node) -> Self {
+    /// The same for where `filter` saves what guests' requests are about to change, which wait
+    /// no longer than `patience` for that.
+    pub(crate) fn serving(self, filter: &Node, patience: Option<Duration>) -> Self {
         Self {
-            serves: Some(filter.id()),
+            serves: Some(Serves {
+                node: filter.id(),
+                patience,
+            }),
             ..self
         }
     }
@@ -68,7 +74,7 @@ impl BackendUser for DrainUser {
         false
     }
 
-    fn serves(&self) -> Option<u64> {
+    fn serves(&self) -> Option<Serves> {
         self.serves
     }
 

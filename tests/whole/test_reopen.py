@@ -5,6 +5,7 @@ import subprocess
 import pytest
 
 from support.guest import MIB, Guest
+from support.nbd import READ, WRITE, Raw
 from support.program import QmpError
 
 NULL = {"driver": "null-co", "size": 1 << 20, "read-zeroes": True}
@@ -246,3 +247,31 @@ def test_options_are_repeated_as_they_were_given(program, tmp_path):
         qmp.execute("blockdev-reopen", options=[image | options])
     assert refusal(**image, **{"l2-cache-entry-size": 1000}) == \
         "L2 cache entry size must be a power of two between 512 and the cluster size (65536)"
+
+
+def test_a_reopen_of_a_backups_target_holds_the_guest_no_longer_than_it_waits_for_copies(
+        program, tmp_path):
+    """One write to the target takes long: a guest's write waits for that copy, and the reopen
+    does. It gives up, without any change, and the guest's other requests go on."""
+    daemon = Exports(program, tmp_path)
+    (tmp_path / "disk").write_bytes(b"d" * MIB)
+    daemon.qmp.execute("blockdev-add", driver="file", node_name="disk",
+                       filename=str(tmp_path / "disk"))
+    slow = {"event": "none", "iotype": "write", "errno": 0, "once": True, "delay-ns": 60 * 10**9}
+    target = {"driver": "raw", "node-name": "target", "file": {
+        "driver": "blkdebug", "inject-error": [slow], "image": {
+            "driver": "null-co", "size": MIB}}}
+    daemon.qmp.execute("blockdev-add", **{k.replace("-", "_"): v for k, v in target.items()})
+    daemon.add("disk")
+    daemon.qmp.execute("blockdev-backup", job_id="b", device="disk", target="target",
+                       sync="none", cbw_timeout=1, on_cbw_error="break-guest-write")
+    client = Raw(daemon.socket, "disk")
+    client.send(WRITE, 0, 4096, bytes(4096))
+    assert client.simple_reply()[0] != 0
+    # It has been given up; its copy is still under way.
+    text = daemon.refused("blockdev-reopen", options=[{**target, "detect-zeroes": "on"}])
+    assert "whose writes are saved there first are held no longer" in text, text
+    client.send(READ, 8192, 512)
+    assert client.simple_reply()[0] == 0
+    rows = daemon.qmp.execute("query-named-block-nodes")
+    assert next(row for row in rows if row["node-name"] == "target")["detect_zeroes"] == "off"

@@ -29,9 +29,19 @@ const ASK_USERS: Duration = Duration::from_millis(10);
 pub struct Drained {
     section: Arc<Section>,
     waited: Duration,
+    /// Until when those may be held who do not reach the node, if there are any.
+    held_until: Option<Instant>,
 }
 
 impl Drained {
+    /// When the section should end at the latest, for those whose node it is not about:
+    /// requests of guests that are saved there first ([`BackendUser::serves`]).
+    ///
+    /// [`BackendUser::serves`]: crate::BackendUser::serves
+    pub(super) fn held_until(&self) -> Option<Instant> {
+        self.held_until
+    }
+
     /// Time since the section began to hold requests back.
     pub fn elapsed(&self) -> Duration {
         self.section.began.elapsed()
@@ -232,7 +242,8 @@ impl Graph {
     /// ([`BackendUser::serves`](crate::BackendUser::serves)). Sections nest.
     ///
     /// Fails with [`GraphError::DrainTimeout`] if they do not end in time
-    /// ([`set_drain_timeout`](Self::set_drain_timeout)); then requests go on.
+    /// ([`set_drain_timeout`](Self::set_drain_timeout); 2 s, or less where they themselves
+    /// wait no longer, if there are such others); then requests go on.
     ///
     /// Cancel: the section ends, requests go on.
     pub async fn drain(
@@ -283,12 +294,17 @@ impl Graph {
         let mut drained = Drained {
             section: Arc::clone(&section),
             waited: Duration::ZERO,
+            held_until: None,
         };
         self.sections.borrow_mut().push(Arc::downgrade(&section));
         self.inherit_sections();
 
-        let deadline = section.began + timeout;
         loop {
+            // Somebody may have come meanwhile.
+            let patience = self.patience(&section);
+            let for_others = patience.is_some_and(|patience| patience < timeout);
+            let deadline = section.began + patience.unwrap_or(timeout).min(timeout);
+            drained.held_until = patience.map(|patience| section.began + patience);
             let idle = poll_fn(|cx| match section.poll_idle(cx.waker()) {
                 true => std::task::Poll::Ready(()),
                 false => std::task::Poll::Pending,
@@ -307,6 +323,7 @@ impl Graph {
                     }
                     return Err(GraphError::DrainTimeout {
                         waited: section.began.elapsed(),
+                        for_others,
                         busy,
                     });
                 }
@@ -318,6 +335,13 @@ impl Graph {
             backend.gate().forget_drainer(section.id);
         }
         Ok(drained)
+    }
+
+    /// How long a section may hold those who do not reach its node, if there are any.
+    fn patience(&self, section: &Section) -> Option<Duration> {
+        let node = section.node.as_ref()?;
+        let topology = self.topology.borrow();
+        topology.patience_of_others(node.id(), &section.except)
     }
 
     /// Adds to each active section the backends that reach its node by now.

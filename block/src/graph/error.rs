@@ -252,21 +252,25 @@ pub enum GraphError {
     NotFilter(String),
     /// A drained section could not begin in time; requests go on.
     #[error(
-        "Requests did not finish within {} ms: {}. Check the storage behind them, then try again",
+        "Requests did not finish within {} ms{}: {}. Check the storage behind them, then try again",
         .waited.as_millis(),
+        describe_patience(*.for_others),
         describe_busy(.busy)
     )]
     DrainTimeout {
         /// How long it waited.
         waited: Duration,
+        /// It would have waited longer, but for the guests of a backup whose writes are saved
+        /// there first.
+        for_others: bool,
         /// For whom.
         busy: Vec<BusyBackend>,
     },
     /// What was written could not be made durable in time, while requests were held; they
     /// go on.
     #[error(
-        "Flushing took more than {} s while requests were held. Check the storage, then try again",
-        .0.as_secs()
+        "Flushing took more than {:.1} s while requests were held. Check the storage, then try again",
+        .0.as_secs_f64()
     )]
     FlushTimeout(Duration),
     /// A size past what any node can have.
@@ -302,6 +306,13 @@ pub enum GraphError {
     /// The main loop has ended, so there is no graph any more.
     #[error("The main loop has ended")]
     MainGone,
+}
+
+fn describe_patience(for_others: bool) -> &'static str {
+    match for_others {
+        true => ", and guests whose writes are saved there first are held no longer",
+        false => "",
+    }
 }
 
 fn describe_busy(busy: &[BusyBackend]) -> String {

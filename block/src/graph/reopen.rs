@@ -5,7 +5,7 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select, try_join_all};
 
@@ -69,13 +69,18 @@ impl Graph {
         queue.flush().await?;
         let drains = queue.entries.iter();
         let sections = try_join_all(drains.map(|wanted| self.drain(&wanted.node, &[]))).await?;
-        queue.flush_held().await?;
         let reopened = queue.entries.iter().map(|wanted| Arc::clone(&wanted.node));
         let below = self.topology.borrow().all_below(reopened.collect());
-        for node in below {
-            // They may have another file by then, or no right to write it.
-            node.driver().release_reserve().await?;
-        }
+        let held_until = sections.iter().filter_map(|section| section.held_until());
+        while_held(held_until.min(), async {
+            queue.flush().await?;
+            for node in below {
+                // They may have another file by then, or no right to write it.
+                node.driver().release_reserve().await?;
+            }
+            Ok(())
+        })
+        .await?;
         // Nothing is awaited from here on; but much may have happened meanwhile.
         let mut topology = queue.plan(&self.topology.borrow())?;
         let children = |topology: &Topology, wanted: &Wanted| wanted.children(topology);
@@ -144,6 +149,20 @@ impl Graph {
             ..BlockdevOptions::clone(&given)
         };
         self.reopen(vec![options]).await
+    }
+}
+
+/// What is left to be written, with requests held: it takes long only if the storage does not
+/// answer. Some may be held no longer than `until`.
+async fn while_held(
+    until: Option<Instant>,
+    written: impl Future<Output = Result<(), GraphError>>,
+) -> Result<(), GraphError> {
+    let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+    let limit = left.unwrap_or(HELD_FLUSH).min(HELD_FLUSH);
+    match select(pin!(written), pin!(runtime::sleep(limit))).await {
+        Either::Left((written, _)) => written,
+        Either::Right(_) => Err(GraphError::FlushTimeout(limit)),
     }
 }
 
@@ -256,16 +275,6 @@ impl Queue {
             wanted.node.flush().await?;
         }
         Ok(())
-    }
-
-    /// As [`flush`](Self::flush), with requests held: what is left takes long only if the
-    /// storage does not answer.
-    async fn flush_held(&self) -> Result<(), GraphError> {
-        let (flush, late) = (pin!(self.flush()), pin!(runtime::sleep(HELD_FLUSH)));
-        match select(flush, late).await {
-            Either::Left((flushed, _)) => flushed,
-            Either::Right(_) => Err(GraphError::FlushTimeout(HELD_FLUSH)),
-        }
     }
 
     /// `current` with the new options and children. Rights are not worked out yet.

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use super::GraphError;
 use crate::backend::{AttachmentKind, Backend};
@@ -18,6 +19,10 @@ use crate::permissions::{Perm, PermissionError, Permissions};
 /// Nodes that may stand on one another. A request passes all of them on the stack of
 /// one thread, and is opened on that of another.
 pub(super) const MAX_DEPTH: usize = 100;
+
+/// Longest that a drained section holds those who do not reach its node, but wait for requests
+/// that do. Less if these give up earlier.
+const HELD_FOR_OTHERS: Duration = Duration::from_secs(2);
 
 /// What keeps a node alive when nothing stands on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,17 +216,34 @@ impl Topology {
         let mut next = 0;
         while let Some(backend) = backends.get(next).cloned() {
             next += 1;
-            for more in backend
-                .serves()
-                .iter()
-                .flat_map(|id| self.backends_reaching(*id))
-            {
+            let served = backend.serves().map(|serves| serves.node);
+            for more in served.iter().flat_map(|id| self.backends_reaching(*id)) {
                 if !backends.iter().any(|known| known.id() == more.id()) {
                     backends.push(more);
                 }
             }
         }
         backends
+    }
+
+    /// How long a drained section of the node may hold those who do not reach it, but wait for
+    /// requests that do; `None` if there are none, save for `except`.
+    pub(super) fn patience_of_others(&self, id: u64, except: &[u64]) -> Option<Duration> {
+        let direct = self.backends_reaching(id);
+        let is_other = |backend: &Backend| {
+            let reaches = direct.iter().any(|direct| direct.id() == backend.id());
+            backend.gate().holds() && !reaches && !except.contains(&backend.id())
+        };
+        let serving = self.backends_to_drain(id);
+        let serving = serving.iter().filter_map(|backend| backend.serves());
+        serving
+            .filter(|serves| {
+                let served = self.backends_reaching(serves.node);
+                served.iter().any(|backend| is_other(backend))
+            })
+            .map(|serves| serves.patience.unwrap_or(HELD_FOR_OTHERS))
+            .map(|patience| patience.min(HELD_FOR_OTHERS))
+            .min()
     }
 
     /// Nodes where requests of the backends with these ids may be.

@@ -313,7 +313,7 @@ pub fn prepare_backup(
     let as_target = match spec.scratch {
         // Guests' requests never get there.
         Some(_) => as_target,
-        None => as_target.serving(&filter),
+        None => as_target.serving(&filter, spec.policy.timeout),
     };
     let target_backend = undo.attach(&spec.target, WRITE_TARGET, Arc::new(as_target))?;
     let hold = Arc::new(FilterHold {
@@ -328,7 +328,8 @@ pub fn prepare_backup(
 
     let (mut scratch, mut reader) = (None, Arc::clone(&source_backend));
     if let Some(node) = &spec.scratch {
-        let user = DrainUser::new(jobs.clone(), key, AttachmentKind::Job).serving(&filter);
+        let user = DrainUser::new(jobs.clone(), key, AttachmentKind::Job);
+        let user = user.serving(&filter, spec.policy.timeout);
         scratch = Some(undo.attach(node, WRITE_TARGET, Arc::new(user))?);
         let user = jobs.backend_user(key, AttachmentKind::Job);
         reader = graph.attach_snapshot(&filter, READ_SNAPSHOT, user)?;

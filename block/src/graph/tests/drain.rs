@@ -77,7 +77,10 @@ fn a_section_holds_those_whose_requests_wait_for_others_to_the_node() {
         let serving = |node: &Arc<Node>| {
             Arc::new(User {
                 holds: false,
-                serves: Some(node.id()),
+                serves: Some(Serves {
+                    node: node.id(),
+                    patience: None,
+                }),
                 ..User::new(AttachmentKind::Job)
             })
         };
@@ -337,6 +340,52 @@ fn a_handle_runs_functions_on_main_for_other_threads() {
         let gone = handle.run(|_| Box::pin(async {})).await;
         assert!(matches!(gone, Err(GraphError::MainGone)));
         iothread.stop();
+    });
+}
+
+#[test]
+fn a_section_holds_those_whose_node_it_is_not_about_no_longer_than_they_would_wait() {
+    on_main(|graph| async move {
+        let ((_, source), (storage, target)) = (disk(&graph, "a"), disk(&graph, "b"));
+        let guest = attach(&graph, "vda", &source);
+        let serves = Serves {
+            node: source.id(),
+            patience: Some(Duration::from_millis(5)),
+        };
+        let user = Arc::new(User {
+            holds: false,
+            serves: Some(serves),
+            ..User::new(AttachmentKind::Job)
+        });
+        let saves = graph.attach("", &target, writer(), Some(user)).unwrap();
+        storage.hold(Match::op(IoOp::Write));
+        let saved = spawn_local({
+            let saves = Arc::clone(&saves);
+            async move { write(&saves, 0, 1).await }
+        });
+        storage.wait_held(1).await;
+        // The graph's own limit is never reached here.
+        graph.set_drain_timeout(Duration::from_secs(3600));
+        let error = graph.drain(&target, &[]).await.unwrap_err();
+        let is_for_others = |error: &GraphError| match error {
+            GraphError::DrainTimeout { for_others, .. } => *for_others,
+            _ => false,
+        };
+        assert!(is_for_others(&error), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("whose writes are saved there first are held no longer"));
+        assert!(!guest.is_drained());
+        // With them excepted nobody is held for it, and a shorter limit counts as ever.
+        let limit = Duration::from_millis(20);
+        for except in [&[&guest][..], &[]] {
+            let limit = limit / (1 + 19 * u32::from(except.is_empty()));
+            let error = graph.drain_within(&target, except, limit).await;
+            assert!(!is_for_others(&error.unwrap_err()));
+        }
+        storage.release_all();
+        saved.await.unwrap();
+        let section = graph.drain(&target, &[]).await.unwrap();
+        assert!(guest.is_drained() && section.held_until().is_some());
     });
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread::ThreadId;
 
 use super::{Graph, GraphError};
-use crate::backend::{AttachmentKind, Backend, BackendUser};
+use crate::backend::{AttachmentKind, Backend, BackendUser, Serves};
 use crate::buffer::{AlignedBuffer, IoVec};
 use crate::driver::{BlockDriver, BoxFuture, ChildRole, Extent, Limits, WriteFlags, ZeroFlags};
 use crate::error::{IoError, IoOp};
@@ -192,7 +192,7 @@ struct User {
     kind: AttachmentKind,
     holds: bool,
     blocker: Option<&'static str>,
-    serves: Option<u64>,
+    serves: Option<Serves>,
     busy: AtomicBool,
     sections: AtomicUsize,
 }
@@ -227,7 +227,7 @@ impl BackendUser for User {
     fn holds_requests(&self) -> bool {
         self.holds
     }
-    fn serves(&self) -> Option<u64> {
+    fn serves(&self) -> Option<Serves> {
         self.serves
     }
     fn kind(&self) -> AttachmentKind {
