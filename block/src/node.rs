@@ -481,7 +481,7 @@ impl Node {
         let noted = self.note_resize(Some(size)).await;
         if let Err(error) = noted {
             tracing::error!(node = self.name(), %error, "not resized");
-            return Err(self.error(IoOp::Truncate, size, 0, libc::EIO));
+            return Err(self.error(IoOp::Truncate, size, 0, error.errno()));
         }
         let resized = resize.await;
         self.fit_bitmaps();

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import threading
 import time
 
@@ -218,6 +219,41 @@ def test_without_a_place_or_after_an_abort_nothing_is_made(program):
     disk.add()
     with pytest.raises(QmpError, match="Could not open bitmap file '/nonexistent/b': No such file"):
         disk.bitmap("add", "b", persistent=True)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)],
+                          capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no right to mount a file system: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_does_not_grow_where_the_bitmap_file_cannot(program, small):
+    disk = Disk(program)
+    disk.file = small / "b"
+    disk.options["file"]["bitmap-file"] = str(disk.file)
+    disk.start(export=False)
+    disk.bitmap("add", "b", persistent=True, granularity=512)
+    with pytest.raises(QmpError, match="there is no room for them in their file: No space left"):
+        disk.qmp.execute("block_resize", node_name="disk", size=100 << 30)
+    assert disk.image.stat().st_size == SIZE
+    # As little as there is room for.
+    disk.qmp.execute("block_resize", node_name="disk", size=SIZE + MIB)
+    with pytest.raises(QmpError, match="there is no room for them in their file: No space left"):
+        for number in range(100):
+            disk.bitmap("add", f"more{number}", persistent=True, granularity=512)
+    disk.export()
+    disk.write(5)
+    disk.quit()
+    disk.start()
+    found = disk.bitmaps()["b"]
+    assert found["count"] == GRAIN and "inconsistent" not in found
 
 
 def test_bitmaps_go_on_with_a_mirror_and_stay_with_the_old_image(program):

@@ -34,8 +34,9 @@ impl Graph {
     /// Named bitmaps follow: what is new is clean, what has gone is forgotten.
     ///
     /// Fails, without any change, if a user of the node does not share resizing, if
-    /// requests do not end, if a bitmap is busy, or if the storage cannot. Cancel: the size is the old or the new one, and users may not have
-    /// been told.
+    /// requests do not end, if a bitmap is busy or the file of persistent ones has no room, or
+    /// if the storage cannot. Cancel: the size is the old or the new one, and users may not
+    /// have been told.
     pub async fn resize(&self, node: &Arc<Node>, size: u64) -> Result<(), GraphError> {
         let resizer = Attached {
             graph: self,
@@ -54,7 +55,9 @@ impl Graph {
         for bitmap in self.bitmaps_above(node) {
             bitmap.check_resize(size)?;
         }
-        let keepers = self.keepers_above(node);
+        let mut keepers = self.keepers_above(node);
+        // It looks by itself as well, but cannot say as much.
+        keepers.extend(node.keeps_bitmaps().then(|| Arc::clone(node)));
         let mut noted = Ok(());
         for keeper in &keepers {
             if noted.is_ok() {

@@ -105,6 +105,21 @@ pub enum KeptError {
     },
 }
 
+impl KeptError {
+    /// The number that says it best to who knows nothing of bitmaps.
+    pub(crate) fn errno(&self) -> i32 {
+        match self {
+            Self::Store { why, .. } => match why {
+                // Also if the file would be larger than any may be.
+                KeepError::Room(_) => libc::ENOSPC,
+                KeepError::Write(error) => error.raw_os_error().unwrap_or(libc::EIO),
+                KeepError::GivenUp | KeepError::Gone => libc::EIO,
+            },
+            _ => libc::EIO,
+        }
+    }
+}
+
 /// What of a node is needed to find and read its file, on a helper thread.
 struct Place {
     node: String,

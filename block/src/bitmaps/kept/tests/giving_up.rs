@@ -12,7 +12,7 @@ use super::super::format::{FormatError, INTENT, SUPERBLOCKS, Superblock, Use};
 use super::super::image::SideCar;
 use super::super::intent::{Intent, Refused};
 use super::super::store::{Disk, LoadError, Storage, Store};
-use super::super::take_over;
+use super::super::{KeptError, take_over};
 use super::{OfTestNode, Random, Recorder, sized_node};
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::node::Node;
@@ -290,6 +290,14 @@ fn a_disk_that_is_full_without_any_room_goes_on_being_marked() {
     assert!(!rig.is_inconsistent("one") && !rig.is_inconsistent("two"));
     let error = rig.core.reserve(&[SIZE / 512]).unwrap_err();
     assert!(error.to_string().contains("No space left"), "{error}");
+    // So the disk cannot grow, and whoever wants that is told why; nothing is given up.
+    let why = rig.core.resize(Some(2048 * SIZE)).unwrap_err();
+    let node = "disk".to_owned();
+    let error = KeptError::Store { node, why };
+    assert_eq!(error.errno(), libc::ENOSPC);
+    let text = "Could not store bitmaps of node 'disk': there is no room for them in their file: \
+                No space left on device";
+    assert_eq!(error.to_string(), text);
     rig.storage.set_full(false);
     rig.cool();
     assert!(!rig.intent.any_warm());
