@@ -183,3 +183,22 @@ def test_a_disk_that_is_not_there_is_not_listed(server):
     assert refused.returncode == FAILED and "there are: one" in refused.stderr, refused.stderr
     listed = server.restore("--list", "--disk", "one")
     assert listed.returncode == DONE and listed.stdout.splitlines()[1].startswith("one ")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_full_directory_is_named_and_left_as_it_was(server):
+    server.backups.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", server.backups],
+                             capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"no mount: {mounted.stderr}")
+    try:
+        failed = server.backup("one")
+        assert failed.returncode == FAILED, failed.stderr
+        assert f"could not write '{server.backups}/one.1.full.raw'" in failed.stderr
+        server.assert_tidy()
+        subprocess.run(["mount", "-o", "remount,size=16M", server.backups], check=True)
+        assert server.backup("one").returncode == DONE
+        assert server.restored() == server.image("one")
+    finally:
+        subprocess.run(["umount", server.backups], check=True)

@@ -20,7 +20,7 @@ pub const EXIT_USAGE: u8 = 2;
 #[command(
     name = "diptych",
     version,
-    about = "A small KVM virtual machine monitor whose disks can be mirrored while the guest runs",
+    about = "A small KVM virtual machine monitor whose disks are mirrored and backed up while the guest runs",
     propagate_version = true
 )]
 struct Cli {

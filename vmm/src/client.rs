@@ -289,6 +289,11 @@ impl<W: Watch> Client<W> {
         }
     }
 
+    /// The events that have come and that nobody asked for yet, the oldest first.
+    pub fn kept_events(&mut self) -> &mut VecDeque<Event> {
+        &mut self.events
+    }
+
     /// The watch.
     pub fn watch(&mut self) -> &mut W {
         &mut self.watch

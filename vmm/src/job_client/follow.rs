@@ -221,16 +221,21 @@ pub struct Follower<'a> {
 
 impl<'a> Follower<'a> {
     /// Follows jobs by their ids. Nothing is asked yet, and none has to be there
-    /// any more: events that came before are looked at too.
+    /// any more: events that came before are looked at too, but for those of an earlier
+    /// job of the same id.
     pub fn new<'i>(
         server: &'a mut Server,
         report: &'a mut Report,
         ids: impl IntoIterator<Item = &'i str>,
     ) -> Self {
+        let jobs: Vec<_> = ids.into_iter().map(Followed::new).collect();
+        for followed in &jobs {
+            server.forget_earlier(&followed.job.id);
+        }
         Self {
             server,
             report,
-            jobs: ids.into_iter().map(Followed::new).collect(),
+            jobs,
         }
     }
 

@@ -70,7 +70,7 @@ Exit status:
   3      the job was cancelled
   4      no connection, or it or stdout was lost: what became of the job is not known
   5      `compare` only: all was compared, and the nodes differ
-  128+N  ended by signal N (130: Ctrl-C); the job goes on
+  128+N  ended by signal N (130: Ctrl-C); the job goes on, but for that of `backup`
 
 A monitor socket serves one client at a time: to watch a job here and pause it
 there, give the server two --qmp sockets.";
@@ -119,7 +119,7 @@ enum JobCommand {
     Compare(compare::CompareArgs),
     /// Back disks up into a directory, all at one instant: full, or what was written since
     /// the last backup. `diptych restore` makes images of them
-    #[command(after_help = EXIT_STATUS)]
+    #[command(after_help = backup::EXIT_STATUS)]
     Backup(Box<backup::BackupArgs>),
     /// List the jobs
     List,

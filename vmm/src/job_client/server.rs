@@ -1,6 +1,6 @@
 //! The other side: diptych or QEMU, whichever version.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::path::Path;
 use std::time::Duration;
 
@@ -81,6 +81,12 @@ impl Server {
         result.map_err(|error| interrupted_or(&self.last_signal, error))
     }
 
+    /// Forgets the events of jobs that had the id `id` before the one that has it now, if
+    /// that has begun since the connection was made.
+    pub fn forget_earlier(&mut self, id: &str) {
+        forget_earlier(self.client.kept_events(), id);
+    }
+
     /// What becomes of signals.
     pub fn interrupts(&mut self) -> &mut Interrupts {
         self.client.watch()
@@ -127,6 +133,18 @@ impl Server {
     }
 }
 
+fn forget_earlier(events: &mut VecDeque<Event>, id: &str) {
+    let is_its = |event: &Event| event.data["id"] == id || event.data["device"] == id;
+    let begins = |event: &Event| {
+        event.name == "JOB_STATUS_CHANGE" && is_its(event) && event.data["status"] == "created"
+    };
+    let Some(begun) = events.iter().rposition(begins) else {
+        return;
+    };
+    let mut place = 0..;
+    events.retain(|event| place.next() >= Some(begun) || !is_its(event));
+}
+
 fn interrupted_or(last_signal: &LastSignal, error: ClientError) -> JobError {
     match error {
         ClientError::Stopped(_) => JobError::Interrupted {
@@ -141,4 +159,36 @@ fn node(row: &Value) -> Option<Node> {
         name: row["node-name"].as_str()?.to_owned(),
         size: row["image"]["virtual-size"].as_u64()?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_earlier_job_of_the_same_id_does_not_end_a_later_one() {
+        let event = |name: &str, data: Value| Event {
+            name: name.to_owned(),
+            data,
+            timestamp: Value::Null,
+        };
+        let status = |id: &str, status: &str| {
+            event("JOB_STATUS_CHANGE", json!({"id": id, "status": status}))
+        };
+        let all = [
+            status("a", "concluded"),
+            event("BLOCK_JOB_COMPLETED", json!({"device": "a"})),
+            status("b", "running"),
+            status("a", "null"),
+            status("a", "created"),
+            event("SHUTDOWN", json!({})),
+            status("a", "running"),
+        ];
+        let mut events = VecDeque::from(all.clone());
+        forget_earlier(&mut events, "a");
+        let left = [2, 4, 5, 6].map(|index: usize| all[index].clone());
+        assert_eq!(events, left);
+        forget_earlier(&mut events, "b");
+        assert_eq!(events, left, "it began before the connection");
+    }
 }

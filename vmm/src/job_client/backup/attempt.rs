@@ -212,6 +212,39 @@ impl<'a> Attempt<'a> {
         Ok(bitmaps)
     }
 
+    /// Says which requests of the jobs failed, if the server knows: the error of a job names
+    /// neither file nor place.
+    pub fn explain(&self, server: &mut Server, report: &mut Report) -> Result<(), JobError> {
+        const HISTORY: &str = "query-job-history";
+        if !server.has(HISTORY) {
+            return Ok(());
+        }
+        let history = server.run(HISTORY, json!({}))?;
+        let ended = history.as_array().map(Vec::as_slice).unwrap_or_default();
+        for disk in &self.disks {
+            let last = ended.iter().rev().find(|job| job["id"] == *disk.job_id);
+            let Some(last) = last.filter(|job| job["result"] == "failed") else {
+                continue;
+            };
+            let (Some(operation), Some(offset), Some(error)) = (
+                last["operation"].as_str(),
+                last["offset"].as_u64(),
+                last["error"].as_str(),
+            ) else {
+                continue;
+            };
+            let what = match operation {
+                "write" => format!("'{}'", self.directory.join(&disk.file).display()),
+                _ => format!("disk '{}'", disk.state.name),
+            };
+            report.note(&format!(
+                "Job '{}' could not {operation} {what} at {offset}: {error}",
+                disk.job_id
+            ))?;
+        }
+        Ok(())
+    }
+
     /// Takes what the jobs have made from the server, and reads it.
     pub fn collect(&mut self, server: &mut Server, report: &mut Report) -> Result<(), JobError> {
         for disk in &mut self.disks {

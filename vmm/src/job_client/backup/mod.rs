@@ -31,6 +31,19 @@ use super::size::Size;
 use super::{status, verbs};
 use crate::backup_set::{Directory, Kind, Manifest, SetError, manifest};
 
+/// What the process ends with.
+pub const EXIT_STATUS: &str = "\
+Exit status:
+  0      done: the backups of all disks are whole
+  1      a job failed, or something was refused; a line on stderr says why
+  2      a mistake on the command line
+  3      the backup was cancelled: by Ctrl-C (SIGINT, SIGTERM, SIGHUP), or by somebody else
+  4      no connection, or it or stdout was lost
+  128+N  ended by signal N before anything had begun
+
+But for 0 there is no backup, and what was made for it is taken away again; what could not
+be is removed by the next one. (4 because of stdout: `diptych restore DIR --list` tells.)";
+
 /// Arguments of `job backup`.
 #[derive(Debug, clap::Args)]
 pub struct BackupArgs {
@@ -204,6 +217,8 @@ pub fn run(args: &BackupArgs, server: &mut Server, report: &mut Report) -> Resul
             attempt.old_bitmaps()
         }
         Ok(Made::Not(ending)) => {
+            // How it ended is known without that, too.
+            let _ = attempt.explain(server, report);
             attempt.take_down(server)?;
             return Ok(ending.status());
         }
