@@ -221,17 +221,65 @@ def test_without_a_place_or_after_an_abort_nothing_is_made(program):
         disk.bitmap("add", "b", persistent=True)
 
 
-@pytest.fixture
-def small(tmp_path):
-    """A file system of 1 MiB."""
-    folder = tmp_path / "small"
+def mounted(folder, *options):
+    """Mounts a file system there for a test."""
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)],
-                          capture_output=True, text=True)
+    made = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"no right to mount a file system: {made.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file system of 1 MiB."""
+    yield from mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=1m", "none")
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A file system that knows no time of birth, and of others whole seconds only."""
+    image = tmp_path / "ext4"
+    image.touch()
+    os.truncate(image, 3 * SIZE)
+    make = ["/usr/sbin/mkfs.ext4", "-q", "-I", "128", str(image)]
+    subprocess.run(make, check=True, capture_output=True)
+    yield from mounted(tmp_path / "old", "-o", "loop", str(image))
+
+
+@pytest.mark.parametrize("folder", ["tmp_path", "old"])
+def test_an_image_or_bitmap_file_put_back_after_a_crash_is_another_one(program, request, folder):
+    """Also where nothing but the number of an inode tells files apart at first sight."""
+    program.folder = request.getfixturevalue(folder)
+    disk = Disk(program)
+    disk.start()
+    disk.bitmap("add", "b", persistent=True)
+    disk.write(3)
+    disk.kill()
+    backups = {path: disk.folder / f"{path.name}.backup" for path in (disk.image, disk.file)}
+    for path, backup in backups.items():
+        shutil.copy2(path, backup)
+    disk.start()
+    assert "inconsistent" not in disk.bitmaps()["b"] and disk.bitmaps()["b"]["count"] == MIB
+    for path in (disk.file, disk.image):
+        disk.write(20)
+        disk.kill()
+        # Freed, so that the copy gets its number.
+        path.unlink()
+        shutil.copy2(backups[path], path)
+        disk.start()
+        assert disk.bitmaps()["b"]["inconsistent"]
+        disk.bitmap("remove", "b")
+        disk.bitmap("add", "b", persistent=True)
+    disk.write(3)
+    disk.quit()
+    # Within the second, if there are no parts of it.
+    with open(disk.image, "r+b") as image:
+        image.write(b"x")
+    disk.start()
+    assert disk.bitmaps()["b"]["inconsistent"]
+    disk.kill()
 
 
 def test_a_disk_does_not_grow_where_the_bitmap_file_cannot(program, small):

@@ -2,9 +2,10 @@
 
 use std::fs::{File, Metadata};
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
@@ -46,8 +47,37 @@ pub(super) struct Image {
     /// Opened for reading by ourselves: the driver's file counts its users.
     file: File,
     /// What tells it from others, over restarts.
-    pub(super) identity: String,
+    pub(super) identity: Identity,
 }
+
+/// What tells a file or device from others, over restarts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    text: String,
+    /// Whether nothing that takes its place can have the same. If not, only an image's
+    /// [stamp](Image::stamp) proves that it is the same one: not after a crash.
+    is_unique: bool,
+}
+
+impl Identity {
+    fn new(text: String, is_unique: bool) -> Self {
+        Self { text, is_unique }
+    }
+
+    /// In words, and as it is stored.
+    pub(super) fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    /// See there.
+    pub(super) fn is_unique(&self) -> bool {
+        self.is_unique
+    }
+}
+
+/// How coarse the times of files may be: those of a file system that has no parts of seconds
+/// (FAT counts by two), and else the kernel's.
+const GRAINS: (Duration, Duration) = (Duration::from_secs(2), Duration::from_millis(20));
 
 /// Where the persistent bitmaps of the image file `path` are unless somebody says otherwise:
 /// beside it, whatever links lead to it. A file that is not there has none. Blocks.
@@ -81,14 +111,26 @@ impl ImageFile {
                 "the file of that name is another one by now",
             ));
         }
-        Ok(Image {
-            identity: identity(&ours)?,
-            file,
-        })
+        let identity = match ours.file_type().is_block_device() {
+            true => device_identity(ours.rdev())?,
+            false => file_identity(&file, &ours, ours.created().ok()),
+        };
+        Ok(Image { file, identity })
     }
 }
 
 impl Image {
+    /// The identity of the image and of the file that has its bitmaps: a copy of that, put in
+    /// its place later, would miss what was written since. Blocks.
+    pub(super) fn with(&self, side_car: &SideCar) -> io::Result<Identity> {
+        let metadata = side_car.file.metadata()?;
+        let own = file_identity(&side_car.file, &metadata, metadata.created().ok());
+        Ok(Identity::new(
+            format!("{}, kept in {}", self.identity.text, own.text),
+            self.identity.is_unique && own.is_unique,
+        ))
+    }
+
     /// What it is at this moment. A device has no time of its last change. Blocks.
     pub(super) fn stamp(&self) -> io::Result<Stamp> {
         let metadata = self.file.metadata()?;
@@ -103,38 +145,93 @@ impl Image {
     }
 
     /// Makes the image durable with its times, so that they are the same after a crash of
-    /// the host. Blocks.
+    /// the host; and so old that whatever is written from now on has another time. Blocks,
+    /// some time.
     pub(super) fn sync(&self) -> io::Result<()> {
-        self.file.sync_all()
+        self.file.sync_all()?;
+        if let Some(time) = self.stamp()?.time() {
+            let coarse = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+            let grain = match coarse.subsec_nanos() {
+                0 => GRAINS.0,
+                _ => GRAINS.1,
+            };
+            // One that lies in the future is somebody else's, or of another clock.
+            let age = SystemTime::now().duration_since(time).unwrap_or_default();
+            std::thread::sleep(grain.saturating_sub(age));
+        }
+        Ok(())
     }
 }
 
-/// What tells a file or device from others.
-fn identity(metadata: &Metadata) -> io::Result<String> {
-    if metadata.file_type().is_block_device() {
-        return device_identity(metadata.rdev());
+impl Stamp {
+    /// The time of the last change; `None` if there is none.
+    fn time(&self) -> Option<SystemTime> {
+        let seconds = u64::try_from(self.mtime.0).ok().filter(|time| *time > 0)?;
+        UNIX_EPOCH.checked_add(Duration::new(seconds, self.mtime.1))
     }
+}
+
+/// What tells a file from others, and whether it tells from all.
+fn file_identity(file: &File, metadata: &Metadata, born: Option<SystemTime>) -> Identity {
     // A number is used again after a deletion, and the device's may be another one after
     // a restart of the host. The time at which the file was made tells both.
-    let born = metadata.created().ok();
-    Ok(
-        match born.and_then(|time| time.duration_since(UNIX_EPOCH).ok()) {
-            Some(born) if !born.is_zero() => {
-                format!(
-                    "file {} of {}.{:09}",
-                    metadata.ino(),
-                    born.as_secs(),
-                    born.subsec_nanos()
-                )
-            }
-            _ => format!("file {} on device {}", metadata.ino(), metadata.dev()),
+    let inode = metadata.ino();
+    let born = born.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    if let Some(born) = born.filter(|born| !born.is_zero()) {
+        let (seconds, nanoseconds) = (born.as_secs(), born.subsec_nanos());
+        return Identity::new(format!("file {inode} of {seconds}.{nanoseconds:09}"), true);
+    }
+    match file_handle(file) {
+        Some(handle) => Identity::new(format!("file {inode} with handle {handle}"), true),
+        None => Identity::new(format!("file {inode} on device {}", metadata.dev()), false),
+    }
+}
+
+/// What a file server would know the file by: with a number that another one of the same inode
+/// does not have. `None` where there is none, or only until the file system is mounted anew.
+fn file_handle(file: &File) -> Option<String> {
+    const FUSE: i64 = 0x6573_5546;
+    /// `MAX_HANDLE_SZ` of `linux/exportfs.h`.
+    const MOST: usize = 128;
+    #[repr(C)]
+    struct Handle {
+        head: libc::file_handle,
+        bytes: [u8; MOST],
+    }
+    if rustix::fs::fstatfs(file).ok()?.f_type == FUSE {
+        return None;
+    }
+    let mut handle = Handle {
+        head: libc::file_handle {
+            handle_bytes: MOST as u32,
+            handle_type: 0,
+            f_handle: [],
         },
-    )
+        bytes: [0; MOST],
+    };
+    let mut mount = 0;
+    // SAFETY: the descriptor is open, the path is an empty string, which AT_EMPTY_PATH allows,
+    // and the kernel writes at most `handle_bytes` bytes behind the head, which are there.
+    let result = unsafe {
+        libc::name_to_handle_at(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            &raw mut handle.head,
+            &raw mut mount,
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    let bytes = handle.bytes.get(..handle.head.handle_bytes as usize)?;
+    if result != 0 || bytes.is_empty() {
+        return None;
+    }
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    Some(format!("{:x}:{hex}", handle.head.handle_type))
 }
 
 /// A device by what it says of itself, or else by its number, until it is detached or the
-/// host restarts.
-fn device_identity(device: u64) -> io::Result<String> {
+/// host restarts; and whether that tells it from all others.
+fn device_identity(device: u64) -> io::Result<Identity> {
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     let place = Path::new("/sys/dev/block").join(format!("{major}:{minor}"));
     let line = |path: PathBuf| {
@@ -143,7 +240,7 @@ fn device_identity(device: u64) -> io::Result<String> {
         (!text.is_empty() && text.len() < 1024).then_some(text)
     };
     if let Some(uuid) = line(place.join("dm/uuid")) {
-        return Ok(format!("device {uuid}"));
+        return Ok(Identity::new(format!("device {uuid}"), true));
     }
     let directory = place.canonicalize().unwrap_or(place);
     let (disk, part) = match line(directory.join("partition")) {
@@ -156,14 +253,16 @@ fn device_identity(device: u64) -> io::Result<String> {
     };
     let id = line(disk.join("wwid")).or_else(|| line(disk.join("device/wwid")));
     if let Some(id) = id {
-        return Ok(format!("device {id}{part}"));
+        return Ok(Identity::new(format!("device {id}{part}"), true));
     }
-    let sequence = line(disk.join("diskseq")).unwrap_or_default();
+    // Another disk of the same number has another one.
+    let sequence = line(disk.join("diskseq"));
+    let is_unique = sequence.is_some();
+    let sequence = sequence.unwrap_or_default();
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    Ok(format!(
-        "device {major}:{minor} sequence {sequence} in {}",
-        boot.trim()
-    ))
+    let boot = boot.trim();
+    let identity = format!("device {major}:{minor} sequence {sequence} in {boot}");
+    Ok(Identity::new(identity, is_unique))
 }
 
 /// An open side-car file, locked against others.
@@ -341,6 +440,68 @@ impl Storage for SideCar {
         if self.is_in_place()? {
             std::fs::remove_file(&self.path)?;
         }
-        sync_directory(&self.path)
+        sync_directory(&self.path)?;
+        if self.file.metadata()?.nlink() > 0 {
+            // It was moved away, or has another name: from there it may come back.
+            self.file.set_len(0)?;
+            self.file.sync_all()?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_takes_the_place_of_another_one_is_another_one_without_a_time_of_birth() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        let identity = |born| {
+            let file = File::options()
+                .create(true)
+                .append(true)
+                .open(&path)
+                .unwrap();
+            let metadata = file.metadata().unwrap();
+            (file_identity(&file, &metadata, born), metadata.ino())
+        };
+        let (first, _) = identity(None);
+        std::fs::write(&path, "more").unwrap();
+        assert_eq!(identity(None).0, first);
+        // What there is to tell them by.
+        assert_eq!(first.is_unique, first.text.contains("with handle"));
+        for _ in 0..20 {
+            std::fs::remove_file(&path).unwrap();
+            let (other, _) = identity(None);
+            assert!(other != first || !first.is_unique, "{first:?}");
+        }
+        // A time of zero is none.
+        assert_eq!(identity(Some(UNIX_EPOCH)), identity(None));
+        let born = UNIX_EPOCH + Duration::new(5, 7);
+        let (told, inode) = identity(Some(born));
+        let expected = Identity::new(format!("file {inode} of 5.000000007"), true);
+        assert_eq!(told, expected);
+    }
+
+    #[test]
+    fn what_is_written_after_an_image_was_synced_has_another_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        for round in 0u8..20 {
+            std::fs::write(&path, [round]).unwrap();
+            let file = std::sync::Arc::new(File::open(&path).unwrap());
+            let image = ImageFile {
+                file,
+                path: path.clone(),
+                bitmap_file: None,
+            };
+            let image = image.watch().unwrap();
+            image.sync().unwrap();
+            let stamp = image.stamp().unwrap();
+            std::fs::write(&path, [round + 1]).unwrap();
+            assert_ne!(image.stamp().unwrap(), stamp);
+        }
     }
 }

@@ -29,7 +29,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use self::format::{FormatError, Hot, Use};
-use self::image::{Access, Image, SideCar};
+use self::image::{Access, Identity, Image, SideCar};
 use self::store::{Disk, LoadError, LoadedBitmap, Store};
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::error::os_text;
@@ -224,7 +224,9 @@ impl Place {
         let hot = store
             .load_hot()
             .map_err(|error| open_error(path.clone(), error))?;
-        let wrong = self.mistrust(&store, &image, hot.is_none())?;
+        let identity = image.with(&store.storage);
+        let identity = identity.map_err(|error| open_error(path.clone(), error))?;
+        let wrong = self.mistrust(&store, &image, &identity, hot.is_none())?;
         let bitmaps = store.load(wrong.is_none()).map_err(read)?;
         if let Some(why) = &wrong {
             tracing::error!(
@@ -260,6 +262,7 @@ impl Place {
         &self,
         store: &Store<SideCar>,
         image: &Image,
+        identity: &Identity,
         too_old: bool,
     ) -> Result<Option<String>, KeptError> {
         let directory = store.directory();
@@ -273,11 +276,20 @@ impl Place {
                 "the file holds an older state than it should".to_owned(),
             ));
         }
-        if directory.identity != image.identity {
+        if directory.identity != identity.as_str() {
             return Ok(Some(format!(
-                "the image is another one (it is {}, and they are of {})",
-                image.identity, directory.identity
+                "the image, or the file, is another one, perhaps a copy (they are {:?}, and \
+                 were {:?})",
+                identity.as_str(),
+                directory.identity
             )));
+        }
+        if store.usage() == Use::Open && !identity.is_unique() {
+            return Ok(Some(
+                "after a crash nothing tells whether the image is still the same: its file \
+                 system knows no time of birth"
+                    .to_owned(),
+            ));
         }
         if directory.size != self.size && !directory.resizing {
             return Ok(Some(format!(
@@ -317,16 +329,17 @@ impl Place {
         }
         let image = self.watch()?;
         let side_car = SideCar::create(&path).map_err(|source| open_error(path.clone(), source))?;
+        let failed = |error| KeptError::Open {
+            path: path.clone(),
+            error,
+        };
+        let identity = image.with(&side_car).map_err(failed)?;
         let disk = Disk {
-            identity: image.identity.clone(),
+            identity: identity.as_str().to_owned(),
             layer: self.layer.clone(),
             size: self.size,
             resizing: false,
             usage: Use::Open,
-        };
-        let failed = |error| KeptError::Open {
-            path: path.clone(),
-            error,
         };
         let mut store = Store::create(side_car, &disk).map_err(failed)?;
         match store.storage.put_in_place(&path) {

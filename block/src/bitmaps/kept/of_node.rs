@@ -222,7 +222,9 @@ impl Node {
             watched: layer != QCOW2,
             image,
         };
-        let identity = source.image.identity.clone();
+        let identity = source.image.with(&store.storage);
+        let identity = identity.map_err(|error| self.store_error(KeepError::Write(error)))?;
+        let identity = identity.as_str().to_owned();
         let mut core = Core::new(store, source, Arc::clone(&intent), identity, layer);
         let core = match recover {
             false => core,

@@ -243,7 +243,9 @@ impl<S: Storage> Store<S> {
             tracing::error!(bitmap = entry.name, "a bitmap cannot be loaded: {why}");
             Ok(None)
         };
-        if !granularity.is_power_of_two() || granularity < DirtyBitmap::MIN_GRANULARITY {
+        // Users may have none that is larger.
+        let usual = DirtyBitmap::MIN_GRANULARITY..=1 << 31;
+        if !granularity.is_power_of_two() || !usual.contains(&granularity) {
             return bad(&BitmapError::Granularity(granularity));
         }
         let chunks = size.div_ceil(granularity);

@@ -8,7 +8,7 @@ use super::super::BLOCK;
 use super::super::format::{Hot, Use};
 use super::super::image::{Access, ImageFile, SideCar};
 use super::super::intent::Intent;
-use super::super::store::{BitmapState, Changed, Disk, LoadError, Store};
+use super::super::store::{BitmapState, Changed, Disk, LoadError, Storage as _, Store};
 use super::{Random, Recorder};
 use crate::dirty_bitmap::DirtyBitmap;
 
@@ -81,6 +81,56 @@ fn a_file_that_got_its_name_meanwhile_is_not_emptied() {
     let error = late.claimed().unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
     assert!(std::fs::read(&path).unwrap() == before && !before.is_empty());
+}
+
+#[test]
+fn a_file_that_was_taken_away_does_not_come_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.bitmaps");
+    let elsewhere = directory.path().join("elsewhere");
+    let make = || {
+        let _ = std::fs::remove_file(&elsewhere);
+        let side_car = SideCar::create(&path).unwrap();
+        let mut store = Store::create(side_car, &disk()).unwrap();
+        store.storage.put_in_place(&path).unwrap();
+        store
+    };
+    let store = make();
+    std::fs::hard_link(&path, &elsewhere).unwrap();
+    store.storage.remove().unwrap();
+    assert!(!path.exists());
+    assert_eq!(std::fs::metadata(&elsewhere).unwrap().len(), 0);
+    let store = make();
+    std::fs::rename(&path, &elsewhere).unwrap();
+    // Somebody else's file is there now.
+    std::fs::write(&path, "theirs").unwrap();
+    store.storage.remove().unwrap();
+    assert_eq!(std::fs::metadata(&elsewhere).unwrap().len(), 0);
+    assert_eq!(std::fs::read(&path).unwrap(), b"theirs");
+}
+
+#[test]
+fn a_copy_of_a_file_is_another_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("disk");
+    std::fs::write(&image, [0; 512]).unwrap();
+    let image = ImageFile {
+        file: Arc::new(File::open(&image).unwrap()),
+        path: image,
+        bitmap_file: None,
+    };
+    let image = image.watch().unwrap();
+    let path = directory.path().join("disk.bitmaps");
+    let copy = directory.path().join("copy");
+    let side_car = SideCar::create(&path).unwrap();
+    let mut store = Store::create(side_car, &disk()).unwrap();
+    let new = image.with(&store.storage).unwrap();
+    store.storage.put_in_place(&path).unwrap();
+    drop(store);
+    std::fs::copy(&path, &copy).unwrap();
+    let open = |path| SideCar::open(path, Access::Read).unwrap().unwrap();
+    assert_eq!(image.with(&open(&path)).unwrap(), new);
+    assert_ne!(image.with(&open(&copy)).unwrap(), new);
 }
 
 #[test]
