@@ -28,6 +28,32 @@ impl Graph {
         drained: &Drained,
         make: impl FnOnce(Child) -> Box<dyn BlockDriver>,
     ) -> Result<Arc<Node>, GraphError> {
+        self.insert(name, below, except, None, drained, make)
+    }
+
+    /// As [`insert_filter`](Self::insert_filter), for a filter whose requests get to
+    /// `target`, too: the nodes that make that up go on standing on `below` itself, where
+    /// they do, so that the filter's requests never get to the filter.
+    pub fn insert_filter_with_target(
+        &self,
+        name: Option<&str>,
+        below: &Arc<Node>,
+        target: &Arc<Node>,
+        drained: &Drained,
+        make: impl FnOnce(Child) -> Box<dyn BlockDriver>,
+    ) -> Result<Arc<Node>, GraphError> {
+        self.insert(name, below, &[], Some(target), drained, make)
+    }
+
+    fn insert(
+        &self,
+        name: Option<&str>,
+        below: &Arc<Node>,
+        except: &[&Arc<Backend>],
+        target: Option<&Arc<Node>>,
+        drained: &Drained,
+        make: impl FnOnce(Child) -> Box<dyn BlockDriver>,
+    ) -> Result<Arc<Node>, GraphError> {
         let name = self.reserve_node_name(name)?;
         self.check_in_graph(below)?;
         self.check_drained(below, drained)?;
@@ -46,7 +72,10 @@ impl Graph {
         );
         let mut topology = self.topology.borrow().clone();
         topology.check_insertion(below)?;
-        topology.move_parents(below, &filter, except, filter.id());
+        let reached = topology.all_below(target.into_iter().cloned().collect());
+        let mut stay: Vec<u64> = reached.iter().map(|node| node.id()).collect();
+        stay.push(filter.id());
+        topology.move_parents(below, &filter, except, &stay);
         topology.nodes.push(NodeEntry::new(
             Arc::clone(&filter),
             Owner::Inserter,
@@ -74,7 +103,7 @@ impl Graph {
             return Err(GraphError::NotFilter(filter.name().to_owned()));
         }
         entry.owner = Owner::Parent;
-        topology.move_parents(filter, &below, &[], filter.id());
+        topology.move_parents(filter, &below, &[], &[filter.id()]);
         let _removed = self.commit(topology)?;
         Ok(())
     }
@@ -109,7 +138,7 @@ impl Graph {
                 new_size: new.size(),
             });
         }
-        topology.move_parents(old, new, except, 0);
+        topology.move_parents(old, new, except, &[]);
         let _removed = self.commit(topology)?;
         Ok(())
     }

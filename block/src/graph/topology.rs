@@ -287,13 +287,13 @@ impl Topology {
     }
 
     /// Lets all parents of `old` stand on `new`, except the backends and the
-    /// node given.
+    /// nodes given.
     pub(super) fn move_parents(
         &mut self,
         old: &Arc<Node>,
         new: &Arc<Node>,
         except: &[&Arc<Backend>],
-        except_node: u64,
+        except_nodes: &[u64],
     ) {
         let excepted = |backend: &Backend| except.iter().any(|b| b.id() == backend.id());
         let backends = self
@@ -304,7 +304,7 @@ impl Topology {
         let edges = self
             .nodes
             .iter_mut()
-            .filter(|parent| parent.node.id() != except_node)
+            .filter(|parent| !except_nodes.contains(&parent.node.id()))
             .flat_map(|parent| &mut parent.children)
             .map(|edge| (&mut edge.target, &mut edge.number));
         let mut moved: Vec<_> = backends

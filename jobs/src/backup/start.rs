@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use block::{
     AttachmentKind, BackendUser, ChildRole, CopyBeforeWriteDriver, Drained, FrozenBitmap, Graph,
-    GraphError, NamedBitmap, Perm, Permissions, Snapshot, SnapshotAccount, SnapshotObserver,
+    GraphError, NamedBitmap, Node, Perm, Permissions, Snapshot, SnapshotAccount, SnapshotObserver,
 };
 
 use crate::context::WeakJobNotifier;
@@ -250,10 +250,10 @@ pub fn prepare_backup(
     };
     let mut snapshot = None;
     let filter = graph
-        .insert_filter(
+        .insert_filter_with_target(
             spec.filter_node_name.as_deref(),
             &spec.source,
-            &[],
+            &spec.target,
             drained,
             |source| {
                 let mut filter = CopyBeforeWriteDriver::for_job(source, account, spec.policy);
@@ -278,8 +278,14 @@ pub fn prepare_backup(
         filter: filter.name().into(),
         job_id: spec.job_id.clone(),
     });
-    let may_write = graph.attach("", &spec.target, WRITE_TARGET, Some(user));
-    graph.detach(&may_write.map_err(BackupError::Filter)?);
+    if let Err(error) = may_write(graph, &spec.target, &user) {
+        drop(undo);
+        // With QEMU there is no conflict of the source's users before they are the filter's.
+        return Err(match may_write(graph, &spec.target, &user) {
+            Ok(()) => BackupError::Replace(error),
+            Err(_) => BackupError::Filter(error),
+        });
+    }
     // As late as with QEMU, for which the filter decides on the clusters.
     spec.check_chunk(plan.shown_cluster)?;
     let only_top = spec.sync == BackupSync::Top && spec.source.backing().is_some();
@@ -376,6 +382,17 @@ pub fn prepare_backup(
         key,
         decided: false,
     })
+}
+
+/// Fails if the job could not write the target as things are.
+fn may_write(
+    graph: &Graph,
+    target: &Arc<Node>,
+    user: &Arc<dyn BackendUser>,
+) -> Result<(), GraphError> {
+    let backend = graph.attach("", target, WRITE_TARGET, Some(Arc::clone(user)))?;
+    graph.detach(&backend);
+    Ok(())
 }
 
 /// Whether zeroes have to be there on the target: a copy of a part may go over others, and

@@ -132,3 +132,32 @@ fn a_link_is_frozen_once() {
         assert_eq!(refused.unwrap_err().to_string(), text);
     });
 }
+
+#[test]
+fn what_a_filters_target_is_made_of_goes_on_standing_below_the_filter() {
+    on_main(|graph| async move {
+        let (_storage, below) = disk(&graph, "a");
+        let device = attach(&graph, "vda", &below);
+        let target = stack(&graph, "target", &below, None);
+        let other = stack(&graph, "other", &below, None);
+        let drained = graph.drain(&below, &[]).await.unwrap();
+        let filter = graph
+            .insert_filter_with_target(Some("f"), &below, &target, &drained, PassThrough::boxed)
+            .unwrap();
+        let stands_on = |node: &Arc<Node>| {
+            let topology = graph.topology.borrow();
+            let edges = &topology.node(node.id()).unwrap().children;
+            edges[0].target.name().to_owned()
+        };
+        assert_eq!(stands_on(&target), "a");
+        assert_eq!(stands_on(&other), "f");
+        assert_eq!(device.root().id(), filter.id());
+        drop(drained);
+        let drained = graph.drain(&filter, &[]).await.unwrap();
+        graph.remove_filter(&filter, &drained).unwrap();
+        assert_eq!(
+            (stands_on(&target), stands_on(&other)),
+            ("a".into(), "a".into())
+        );
+    });
+}
