@@ -10,6 +10,7 @@ use std::time::Duration;
 use block::{GraphHandle, runtime};
 use futures_util::future::{Either, LocalBoxFuture, select};
 
+use crate::backup::FleecingInfo;
 use crate::compare::Comparison;
 use crate::drain::OwnDrain;
 use crate::event::{ErrorAction, IoSide, OnError};
@@ -110,6 +111,11 @@ impl JobContext {
     /// What the comparison has found, for the history. Once.
     pub(crate) fn set_comparison(&self, found: Comparison) {
         let _ = self.slot.comparison.set(found);
+    }
+
+    /// How the fleecing got on, for the history. Once.
+    pub(crate) fn set_fleecing(&self, info: FleecingInfo) {
+        let _ = self.slot.fleecing.set(info);
     }
 
     /// Whether the body is to stop at once.

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::SystemTime;
 
+use crate::backup::FleecingInfo;
 use crate::compare::Comparison;
 use crate::error::JobFailure;
 use crate::id::JobId;
@@ -42,6 +43,8 @@ pub struct EndedJob {
     pub outcome: JobOutcome,
     /// What a comparison had found by then.
     pub comparison: Option<Comparison>,
+    /// How the fleecing of a backup had got on by then.
+    pub fleecing: Option<FleecingInfo>,
 }
 
 /// The last [`HISTORY_LEN`] of them. Behind the job mutex.
@@ -82,6 +85,7 @@ mod tests {
                 total_progress: number,
                 outcome: JobOutcome::Completed,
                 comparison: None,
+                fleecing: None,
             });
         }
         let list = history.list();

@@ -263,6 +263,7 @@ impl JobsGuard<'_> {
                 notified: AtomicBool::new(false),
                 charged: AtomicU64::new(0),
                 comparison: OnceLock::new(),
+                fleecing: OnceLock::new(),
             }),
         );
         Ok((key, self.locked.absorb_locked(effects)))

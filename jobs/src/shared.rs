@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use block::leaf::LeafMark;
 use block::runtime::IothreadHandle;
 
+use crate::backup::FleecingInfo;
 use crate::compare::Comparison;
 use crate::context::{JobContext, JobNotifier};
 use crate::driver::JobDriver;
@@ -47,6 +48,8 @@ pub(crate) struct Slot {
     pub(crate) charged: AtomicU64,
     /// What a comparison has found; set when its body ends.
     pub(crate) comparison: OnceLock<Comparison>,
+    /// How the fleecing of a backup got on; set when its body ends.
+    pub(crate) fleecing: OnceLock<FleecingInfo>,
 }
 
 impl Slot {
@@ -278,6 +281,7 @@ impl Core {
             total_progress: progress.total,
             outcome,
             comparison: slot.comparison.get().cloned(),
+            fleecing: slot.fleecing.get().copied(),
         });
     }
 

@@ -134,6 +134,18 @@ def test_a_guest_does_not_wait_for_a_slow_target_with_fleecing(server):
     server.assert_tidy()
 
 
+def test_a_backup_that_fleeces_tells_how_long_the_guest_waited(server):
+    """However short it is."""
+    made = server.backup("one", "--fleecing", server.folder)
+    assert made.returncode == DONE and "the guest never waited" in made.stdout, made.stdout
+    made = server.backup("one", "two", "--fleecing", server.folder, "--json")
+    results = [json.loads(line).get("result") for line in made.stdout.splitlines()]
+    told = [row["fleecing"]["stalls"] for row in results if row]
+    assert told == [0, 0], made.stdout
+    rows = server.qmp.execute("query-job-history")
+    assert [row["fleecing"]["scratch-bytes"] for row in rows] == [0, 0, 0]
+
+
 def test_what_is_damaged_is_named_and_not_restored(server):
     for number in range(3):
         assert server.backup("one", *(["--incremental"] if number else [])).returncode == DONE

@@ -240,7 +240,11 @@ impl JobDriver for BackupDriver {
             let Some(places) = self.places() else {
                 return Err(JobFailure::new(libc::EINVAL, "The backup was not set up"));
             };
-            Body::new(&context, &self, places).run().await
+            let ended = Body::new(&context, &self, places).run().await;
+            if let Some(info) = self.query().fleecing {
+                context.set_fleecing(info);
+            }
+            ended
         })
     }
 

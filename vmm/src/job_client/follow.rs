@@ -7,6 +7,8 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
+
 use super::error::JobError;
 use super::jobs::Job;
 use super::rate::Rate;
@@ -19,6 +21,8 @@ use crate::client::Event;
 const SOON: Duration = Duration::from_millis(20);
 /// A job that is off the list so often without a word about its end has gone.
 const ABSENCES: u32 = 3;
+/// The command that tells of jobs that have ended; not QEMU's.
+pub const HISTORY: &str = "query-job-history";
 /// The error of a job that was cancelled, where nothing else tells.
 const CANCELLED_TEXT: &str = "Operation canceled";
 
@@ -329,6 +333,7 @@ impl<'a> Follower<'a> {
     fn tell_ends(&mut self) -> Result<(), JobError> {
         for job in self.jobs.iter_mut().filter(|job| job.ended && !job.told) {
             job.told = true;
+            add_history(&mut job.job, self.server);
             self.report.ended(job)?;
         }
         Ok(())
@@ -345,10 +350,28 @@ impl<'a> Follower<'a> {
     }
 }
 
+/// Adds what a server keeps of a backup that it does not list any more: a short one is over
+/// before anybody asks how its fleecing gets on.
+fn add_history(job: &mut Job, server: &mut Server) {
+    const FLEECING: &str = "fleecing";
+    if job.kind != "backup" || !server.has(HISTORY) {
+        return;
+    }
+    // What is missing is not worth an error; that of a lost connection comes again.
+    let Ok(Value::Array(ended)) = server.run(HISTORY, json!({})) else {
+        return;
+    };
+    let last = ended.iter().rev().find(|row| row["id"] == *job.id);
+    if let Some(found) = last.and_then(|row| row.get(FLEECING)) {
+        if !job.raw.is_object() {
+            job.raw = json!({});
+        }
+        job.raw[FLEECING] = found.clone();
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
-
     use super::*;
 
     fn event(name: &str, data: Value) -> Event {

@@ -194,8 +194,9 @@ impl Report {
         let id = clean(&job.id);
         match ending {
             Ending::Completed => self.line(&format!(
-                "{id}: completed ({} in {seconds:.1} s)",
-                size(job.current)
+                "{id}: completed ({} in {seconds:.1} s{})",
+                size(job.current),
+                waits(&job.raw["fleecing"]).unwrap_or_default()
             )),
             Ending::Cancelled => self.line(&format!("{id}: cancelled")),
             Ending::Failed(error) => {
@@ -291,6 +292,19 @@ fn time_left(followed: &Followed) -> Option<Duration> {
         .time_for(job.total.saturating_sub(job.current))
 }
 
+/// How guests had to wait for a backup that fleeces, for after the time it took.
+fn waits(fleecing: &Value) -> Option<String> {
+    let longest = fleecing["longest-stall-ns"].as_u64()?;
+    Some(match fleecing["stalls"].as_u64()? {
+        0 => "; the guest never waited".to_owned(),
+        count => format!(
+            "; the guest waited {count} {}, {:.1} ms at most",
+            if count == 1 { "time" } else { "times" },
+            Duration::from_nanos(longest).as_secs_f64() * 1000.0
+        ),
+    })
+}
+
 /// Text of the server's, fit for a terminal.
 pub fn clean(text: &str) -> String {
     printable(text, TEXT_MAX)
@@ -313,6 +327,15 @@ pub fn percent(current: u64, total: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_guests_waits_are_told() {
+        let of = |stalls: u64| waits(&json!({"stalls": stalls, "longest-stall-ns": 1_200_000}));
+        assert_eq!(of(0).unwrap(), "; the guest never waited");
+        assert_eq!(of(1).unwrap(), "; the guest waited 1 time, 1.2 ms at most");
+        assert_eq!(of(3).unwrap(), "; the guest waited 3 times, 1.2 ms at most");
+        assert_eq!(waits(&Value::Null), None);
+    }
 
     #[test]
     fn percents_are_whole_and_bounded() {

@@ -8,6 +8,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::super::error::JobError;
+use super::super::follow::HISTORY;
 use super::super::report::{Report, size};
 use super::super::server::Server;
 use super::super::size::Size;
@@ -215,7 +216,6 @@ impl<'a> Attempt<'a> {
     /// Says which requests of the jobs failed, if the server knows: the error of a job names
     /// neither file nor place.
     pub fn explain(&self, server: &mut Server, report: &mut Report) -> Result<(), JobError> {
-        const HISTORY: &str = "query-job-history";
         if !server.has(HISTORY) {
             return Ok(());
         }

@@ -7,6 +7,7 @@ use jobs::{EndedJob, JobOutcome};
 use serde_json::{Value, json};
 
 use super::Outcome;
+use super::backup::fleecing;
 use super::compare::comparison;
 use crate::monitor::Monitor;
 use crate::monitor::args::Args;
@@ -32,6 +33,9 @@ fn ended_job(job: &EndedJob) -> Value {
     });
     if let Some(found) = &job.comparison {
         shown["comparison"] = comparison(found);
+    }
+    if let Some(info) = &job.fleecing {
+        shown["fleecing"] = fleecing(info);
     }
     let JobOutcome::Failed(failure) = &job.outcome else {
         return shown;
