@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from support.backups import CANCELLED, CHUNK, DONE, FAILED, SIZE, Server
+from support.backups import CANCELLED, CHUNK, DONE, FAILED, LOST, SIZE, Server
 from support.nbd import wait_until
 from support.program import BINARY, PATIENCE, run
 
@@ -202,3 +202,30 @@ def test_a_full_directory_is_named_and_left_as_it_was(server):
         assert server.restored() == server.image("one")
     finally:
         subprocess.run(["umount", server.backups], check=True)
+
+
+def test_a_backup_that_nobody_hears_of_is_taken_away(server):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        ended = subprocess.run(
+            [BINARY, "job", "backup", "one", "--json", "--qmp", f"unix:{server.client}",
+             "--to", str(server.backups)],
+            stdout=closed, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False,
+            stdin=subprocess.DEVNULL)
+    assert ended.returncode == LOST, ended.stderr
+    assert "goes on" not in ended.stderr and "--list" in ended.stderr
+    server.assert_tidy()
+
+
+def test_what_a_manifest_says_does_not_steer_the_terminal(server):
+    assert server.backup("one").returncode == DONE
+    whole = server.manifest()
+    path = server.backups / MANIFEST
+    for place, value in (("bitmap", "\x1b[31m"), ("kind", "\x1b[2J")):
+        changed = json.loads(json.dumps(whole))
+        changed["disks"][0]["entries"][0][place] = value
+        path.write_text(json.dumps(changed))
+        for refused in (server.backup("one", "--incremental"), server.restore("--list")):
+            assert "\x1b" not in refused.stderr + refused.stdout
+        assert server.backup("one", "--incremental").returncode == FAILED

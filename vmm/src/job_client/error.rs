@@ -100,6 +100,9 @@ pub enum JobError {
     /// Nobody reads what is printed.
     #[error("Cannot print; a job that was started or asked for something goes on")]
     Output(#[from] io::Error),
+    /// The same of a backup, whose jobs do not go on.
+    #[error("Cannot print; `diptych restore DIR --list` tells which backups count")]
+    OutputOfBackup(#[source] io::Error),
 }
 
 impl JobError {
@@ -110,6 +113,15 @@ impl JobError {
                 signal,
                 jobs: jobs.into_iter().map(super::report::clean).collect(),
             },
+            error => error,
+        }
+    }
+
+    /// Of a backup, which its client has ended or taken away by now.
+    pub fn of_backup(self) -> Self {
+        match self {
+            Self::Interrupted { .. } => SetError::Interrupted.into(),
+            Self::Output(source) => Self::OutputOfBackup(source),
             error => error,
         }
     }
@@ -132,7 +144,9 @@ impl JobError {
             | Self::Create { .. }
             | Self::Signals(_) => status::FAILED,
             // What becomes of the job is not known here.
-            Self::Client(_) | Self::Answer { .. } | Self::Output(_) => status::LOST,
+            Self::Client(_) | Self::Answer { .. } | Self::Output(_) | Self::OutputOfBackup(_) => {
+                status::LOST
+            }
             Self::Interrupted { signal } | Self::Left { signal, .. } => {
                 status::SIGNAL_BASE.saturating_add(*signal)
             }

@@ -230,14 +230,15 @@ impl Report {
             // Only drawing can fail.
             let _ = all.clear();
         }
-        let text = with_causes(error);
+        // Names in it may be the server's, or a manifest's.
+        let text = clean(&with_causes(error));
         let outcome = match error.status() {
             super::status::FAILED => "failed",
             super::status::LOST => "lost",
             crate::cli::EXIT_USAGE => "usage",
             _ => "interrupted",
         };
-        if !matches!(error, JobError::Output(_)) {
+        if !matches!(error, JobError::Output(_) | JobError::OutputOfBackup(_)) {
             // Nothing is left to do about an error here.
             let _ = self.object(&failure(outcome, &text));
         }

@@ -225,14 +225,11 @@ pub fn run(args: &BackupArgs, server: &mut Server, report: &mut Report) -> Resul
         Err(error) => {
             // The first error is what the user has to know.
             if let Err(second) = attempt.take_down(server) {
-                report.note(&format!(
-                    "Not everything could be taken down, the next backup does: {second}"
-                ))?;
+                let text =
+                    format!("Not everything could be taken down, the next backup does: {second}");
+                let _ = report.note(&text);
             }
-            return Err(match error {
-                JobError::Interrupted { .. } => SetError::Interrupted.into(),
-                error => error,
-            });
+            return Err(error.of_backup());
         }
     };
     for (node, name) in old {
@@ -241,7 +238,7 @@ pub fn run(args: &BackupArgs, server: &mut Server, report: &mut Report) -> Resul
             report.note(&format!("Bitmap '{name}' is left for now: {error}"))?;
         }
     }
-    tell(args, &manifest, report)?;
+    tell(args, &manifest, report).map_err(JobError::of_backup)?;
     Ok(status::DONE)
 }
 
