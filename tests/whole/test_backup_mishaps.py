@@ -42,6 +42,19 @@ def test_disks_that_swapped_their_names_are_not_taken_for_each_other(program):
         assert server.restored("--disk", name) == server.image(name)
 
 
+def test_a_disk_with_two_names_has_a_chain_for_each(server):
+    assert server.backup("one").returncode == DONE
+    # As if it had been named by its device then.
+    manifest = server.manifest()
+    manifest["disks"][0]["name"] = "device"
+    (server.backups / MANIFEST).write_text(json.dumps(manifest))
+    for words in ((), ("--incremental",)):
+        server.write("one", 0, b"1" * CHUNK)
+        assert server.backup("one", *words).returncode == DONE
+    [first] = server.entries("device")
+    assert set(server.bitmaps("one")) == {first["bitmap"], server.entries("one")[-1]["bitmap"]}
+
+
 def test_files_of_others_in_the_directory_stay(server):
     server.backups.mkdir()
     others = ["film.mkv.partial", "one.partial", "notes.txt", ".partial", "one.img"]
