@@ -164,6 +164,39 @@ def test_what_others_did_to_the_image_makes_bitmaps_inconsistent(program, change
     assert "inconsistent" not in disk.bitmaps()["b"]
 
 
+def test_a_bitmap_is_as_good_as_any_beside_one_that_is_inconsistent(program):
+    disk = Disk(program)
+    disk.start()
+    disk.bitmap("add", "b", persistent=True)
+    disk.write(3)
+    disk.quit()
+    os.utime(disk.image)
+    disk.start(export=False)
+    # Seen by the first write.
+    disk.bitmap("add", "new", persistent=True)
+    os.utime(disk.image)
+    disk.export()
+    disk.write(5)
+    disk.kill()
+    disk.start()
+    found = disk.bitmaps()
+    assert found["b"]["inconsistent"]
+    assert "inconsistent" not in found["new"] and found["new"]["count"] == MIB
+    # Given up while it is open, and not when it was loaded.
+    disk.quit()
+    disk.start()
+    os.utime(disk.image)
+    disk.write(7)
+    assert disk.bitmaps()["new"]["inconsistent"]
+    disk.bitmap("add", "newer", persistent=True)
+    disk.write(20)
+    disk.kill()
+    disk.start()
+    found = disk.bitmaps()
+    assert found["new"]["inconsistent"]
+    assert "inconsistent" not in found["newer"] and found["newer"]["count"] == MIB
+
+
 def test_a_read_only_node_shows_its_bitmaps_and_a_reopen_lets_them_record(program):
     disk = Disk(program)
     disk.start()

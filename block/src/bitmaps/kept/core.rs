@@ -318,12 +318,17 @@ impl<S: Storage, B: Source> Core<S, B> {
     fn write(&mut self, bitmaps: Vec<BitmapState>, ranges: &[Range<u64>]) -> io::Result<()> {
         let sizes = bitmaps.iter().filter(|bitmap| !bitmap.inconsistent);
         let size = sizes.map(|bitmap| bitmap.bits.size()).next();
+        // What the image was when bitmaps were given up says nothing of those to come.
+        let usage = match size.is_none() || self.health == Health::Broken {
+            true => Use::Open,
+            false => self.store.usage(),
+        };
         let disk = Disk {
             identity: self.identity.clone(),
             layer: self.layer.clone(),
             size: size.unwrap_or_else(|| self.source.size()),
             resizing: self.resizing,
-            usage: self.store.usage(),
+            usage,
         };
         let bitmaps: Vec<_> = bitmaps
             .into_iter()

@@ -5,10 +5,13 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use super::super::BLOCK;
-use super::super::format::{Hot, Use};
+use super::super::format::{
+    Directory, Entry, Extent, Hot, INTENT, SUPERBLOCKS, Superblock, Use, encode_intent,
+};
 use super::super::image::{Access, ImageFile, SideCar};
 use super::super::intent::Intent;
 use super::super::store::{BitmapState, Changed, Disk, LoadError, Storage as _, Store};
+use super::super::take_over;
 use super::{Random, Recorder};
 use crate::dirty_bitmap::DirtyBitmap;
 
@@ -207,6 +210,87 @@ fn no_file_content_hurts() {
             Err(LoadError::Format(_)) => {}
             Err(LoadError::Read(error)) => panic!("{error}"),
         }
+    }
+}
+
+#[test]
+fn no_number_in_a_file_with_the_right_checksums_hurts() {
+    let mut random = Random::new(7);
+    for _ in 0..100 {
+        let storage = Recorder::default();
+        Store::create(storage.clone(), &disk()).unwrap();
+        let mut number = |most: u32| match random.below(4) {
+            0 => random.below(1 << 10),
+            1 => 1 << random.below(most.into()),
+            2 => (1u64 << random.below(most.into())).wrapping_sub(random.below(3)),
+            _ => random.below(u64::MAX >> (64 - most)),
+        };
+        let entries: Vec<_> = (0..3)
+            .map(|name| Entry {
+                name: name.to_string(),
+                granularity: 1 << (number(8) % 64),
+                enabled: true,
+                inconsistent: false,
+                table: Extent {
+                    block: number(32) as u32,
+                    len: number(20) as u32,
+                    crc: number(32) as u32,
+                },
+            })
+            .collect();
+        let directory = Directory {
+            size: number(64),
+            resizing: true,
+            entries,
+            ..Directory::default()
+        };
+        let mut bytes = directory.encode();
+        let extent = Extent {
+            block: 10,
+            len: bytes.len() as u32,
+            crc: crc32fast::hash(&bytes),
+        };
+        bytes.resize(BLOCK, 0);
+        storage.write(10, &bytes).unwrap();
+        let superblock = Superblock {
+            generation: number(63).max(2),
+            directory: extent,
+            usage: Use::Open,
+            broken: false,
+        };
+        storage.write(SUPERBLOCKS[0], &superblock.encode()).unwrap();
+        let shift = number(6) as u32;
+        let intent = encode_intent(1, shift, &[number(64), number(64)]);
+        storage.write(INTENT, &intent).unwrap();
+        let size = number(33) / 512 * 512;
+        let Ok(mut store) = Store::open(storage) else {
+            continue;
+        };
+        let hot = store.load_hot().unwrap().unwrap_or(Hot::All).ranges(size);
+        assert!(hot.iter().all(|range| range.end <= size));
+        let loaded = store.load(true).unwrap();
+        let mut states = Vec::new();
+        for loaded in loaded {
+            let loaded = take_over(loaded, &hot, size);
+            let Some(bits) = loaded.bits else { continue };
+            assert_eq!(bits.size(), size);
+            for range in &hot {
+                assert!(range.is_empty() || bits.is_dirty(range.end - 1));
+            }
+            let name = loaded.name;
+            let enabled = loaded.enabled;
+            states.push((
+                BitmapState {
+                    name,
+                    enabled,
+                    inconsistent: false,
+                    bits,
+                    successor: None,
+                },
+                Changed::All,
+            ));
+        }
+        let _ = store.commit(&Disk { size, ..disk() }, &states);
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use super::super::core::Core;
 use super::super::format::Use;
 use super::super::intent::{Intent, Writing};
+use super::super::room::Room;
 use super::super::store::{Disk, Store};
 use super::super::take_over;
 use super::{Lie, OfTestNode, Random, Recorder, Sized};
@@ -65,6 +66,8 @@ struct Life {
     expected: Expected,
     /// What was expected from some length of the log on, with the size of the disk.
     history: Vec<(usize, Expected, u64)>,
+    /// Of who prepares a bitmap: what keeps the file.
+    room: Option<Room>,
     /// No more is done: nothing is kept any more, or it has failed.
     over: bool,
 }
@@ -169,6 +172,7 @@ impl Life {
             cooling: false,
             expected,
             history,
+            room: None,
             over: false,
         }
     }
@@ -197,7 +201,7 @@ impl Life {
     }
 
     fn step(&mut self) {
-        match self.random.below(30) {
+        match self.random.below(31) {
             0..=6 => self.submit(),
             7..=12 => self.acknowledge(),
             13..=16 => self.core.serve_writers(),
@@ -211,12 +215,15 @@ impl Life {
             26 => self.freeze(),
             27 => self.settle(),
             28 if self.random.one_in(3) => self.resize(),
+            30 => self.make_or_leave_room(),
             29 if self.random.one_in(4) && self.writes.is_empty() => {
                 self.core.close().expect("nothing fails here");
                 self.over |= self.core.has_ended();
             }
             _ => {}
         }
+        // Whatever looked at the bitmaps: a life may begin with a file that has none.
+        self.over |= self.core.has_ended();
         // Writers that wait look again.
         let mut waiting = std::mem::take(&mut self.writes);
         for write in &mut waiting {
@@ -358,6 +365,18 @@ impl Life {
             .add_loaded(&name, granularity, enabled, Some(&Arc::new(bits)));
         self.commit();
         self.expected.bitmaps.insert(name, Wanted::default());
+    }
+
+    fn make_or_leave_room(&mut self) {
+        if self.room.take().is_none() {
+            self.core.reserve(&[1]).expect("nothing fails here");
+            self.room = self.core.rooms().give(vec![1]);
+            return;
+        }
+        // As the last one's drop asks for.
+        self.core.tidy().expect("nothing fails here");
+        self.over |= self.core.has_ended();
+        assert_eq!(self.over, self.node.named_bitmaps().is_empty());
     }
 
     fn remove(&mut self) {
