@@ -191,7 +191,8 @@ pub fn run(args: &BackupArgs, server: &mut Server, report: &mut Report) -> Resul
     }
     for name in directory.strangers(&manifest)? {
         report.note(&format!(
-            "File '{name}' in the directory is of no backup that counts"
+            "File '{name}' is of no backup in the manifest: one ended just before it was noted, \
+             or the manifest is an older one. Remove it if it is not needed"
         ))?;
     }
     // Half-done would leave something behind; every answer has its deadline.
