@@ -212,6 +212,17 @@ pub struct ImageDetails {
     pub backing_format: Option<String>,
 }
 
+/// A bitmap of a filter, as clients are told of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnnamedBitmap {
+    /// Chunk size in bytes.
+    pub granularity: u64,
+    /// Dirty bytes, whole chunks.
+    pub count: u64,
+    /// Whether writes are marked in it.
+    pub recording: bool,
+}
+
 /// A protocol, format or filter driver: the behaviour of one node.
 ///
 /// Threads: all I/O methods may be called on any iothread, by several at once.
@@ -373,10 +384,15 @@ pub trait BlockDriver: Send + Sync + 'static {
         None
     }
 
-    /// Granularity and dirty bytes of the bitmap in which a filter records what is
-    /// written to the node that it shows, if there is one that clients are to know of.
-    fn recorded(&self) -> Option<(u64, u64)> {
+    /// The bitmap that a filter has about the node that it shows, if there is one that
+    /// clients are to know of: what is still to be copied.
+    fn recorded(&self) -> Option<UnnamedBitmap> {
         None
+    }
+
+    /// Bitmaps without a name about this node itself, that clients are to know of.
+    fn own_bitmaps(&self) -> Vec<UnnamedBitmap> {
+        Vec::new()
     }
 
     /// Whether this is a filter.

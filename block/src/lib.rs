@@ -51,7 +51,7 @@ pub use debug_event::DebugEvent;
 pub use dirty_bitmap::{BitmapError, DirtyBitmap};
 pub use driver::{
     BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ExtentFlags, FileRange, ImageDetails,
-    Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
+    Limits, Reopen, Reopened, UnnamedBitmap, WriteFlags, ZeroFlags,
 };
 pub use drivers::copy_before_write::{
     CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Snapshot, SnapshotAccount,

@@ -167,16 +167,17 @@ fn bitmaps(topology: &Topology, node: &Arc<Node>) -> Vec<BitmapInfo> {
         below.any(|edge| edge.target.id() == node.id() && edge.child.role() != ChildRole::Target)
     });
     let recorded = filters.filter_map(|entry| entry.node.driver().recorded());
-    let recorded = recorded.map(|(granularity, count)| BitmapInfo {
+    let own = node.driver().own_bitmaps();
+    let of_filters = recorded.chain(own).map(|bits| BitmapInfo {
         name: None,
-        recording: true,
+        recording: bits.recording,
         busy: false,
         persistent: false,
         inconsistent: false,
-        granularity,
-        count,
+        granularity: bits.granularity,
+        count: bits.count,
     });
-    let mut all: Vec<BitmapInfo> = recorded.collect();
+    let mut all: Vec<BitmapInfo> = of_filters.collect();
     all.extend(
         node.unnamed_bitmaps()
             .iter()

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use block::{
     BlockDriver, BoxFuture, Child, DiscardMode, Extent, IoError, IoVec, Limits, Node, RangeGuard,
-    WriteFlags, ZeroFlags, runtime,
+    UnnamedBitmap, WriteFlags, ZeroFlags, runtime,
 };
 use futures_util::future::{Either, LocalBoxFuture, select};
 
@@ -350,9 +350,13 @@ impl BlockDriver for MirrorTop {
         self.source.node().driver().filename()
     }
 
-    fn recorded(&self) -> Option<(u64, u64)> {
+    fn recorded(&self) -> Option<UnnamedBitmap> {
         let dirty = &self.state.dirty;
-        Some((dirty.granularity(), dirty.count_bytes()))
+        Some(UnnamedBitmap {
+            granularity: dirty.granularity(),
+            count: dirty.count_bytes(),
+            recording: true,
+        })
     }
 
     fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {

@@ -38,8 +38,8 @@ pub use self::snapshot::{Claim, Snapshot, SnapshotAccount, SnapshotObserver, Sta
 use crate::buffer::IoVec;
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
 use crate::driver::{
-    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ExtentFlags, Limits, WriteFlags,
-    ZeroFlags,
+    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ExtentFlags, Limits, UnnamedBitmap,
+    WriteFlags, ZeroFlags,
 };
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node};
@@ -358,6 +358,18 @@ impl BlockDriver for CopyBeforeWriteDriver {
 
     fn filename(&self) -> String {
         self.file.node().driver().filename()
+    }
+
+    fn recorded(&self) -> Option<UnnamedBitmap> {
+        Some(self.snapshot.unnamed(self.snapshot.pending_bytes()))
+    }
+
+    fn own_bitmaps(&self) -> Vec<UnnamedBitmap> {
+        let snapshot = &self.snapshot;
+        // As with QEMU: what can be read of the snapshot, and what of it was saved.
+        [snapshot.readable_bytes(), snapshot.saved_bytes()]
+            .map(|bytes| snapshot.unnamed(bytes))
+            .into()
     }
 
     fn read<'a>(&'a self, offset: u64, iov: IoVec) -> BoxFuture<'a, Result<(), IoError>> {

@@ -31,6 +31,7 @@ use super::copy::{Memory, Target};
 use super::waiting::{Change, Waiting};
 use crate::backend::Backend;
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
+use crate::driver::UnnamedBitmap;
 use crate::error::{IoError, IoOp};
 use crate::latency::GuestLatency;
 use crate::node::{Child, Node};
@@ -240,10 +241,23 @@ impl Snapshot {
         self.stalled.note(waited);
     }
 
+    /// Bytes of clusters that can be read.
+    pub(super) fn readable_bytes(&self) -> u64 {
+        self.bytes(&self.access)
+    }
+
     /// Bytes of clusters that the target has and that can still be read.
     pub fn saved_bytes(&self) -> u64 {
-        let readable = self.bytes(&self.access);
-        readable.saturating_sub(self.pending_bytes())
+        self.readable_bytes().saturating_sub(self.pending_bytes())
+    }
+
+    /// So many bytes, as clients see bitmaps of the snapshot.
+    pub(super) fn unnamed(&self, bytes: u64) -> UnnamedBitmap {
+        UnnamedBitmap {
+            granularity: self.shown,
+            count: bytes.next_multiple_of(self.shown),
+            recording: false,
+        }
     }
 
     /// Most of [`saved_bytes`](Self::saved_bytes) that there was.
