@@ -80,7 +80,7 @@ impl Directory {
     /// The manifest; `None` if there is none.
     pub fn manifest(&self) -> Result<Option<Manifest>, SetError> {
         let path = self.join(manifest::NAME);
-        let Some(text) = self.read_whole(manifest::NAME, manifest::MAX_BYTES)? else {
+        let Some(text) = Self::read_whole(open(&path), &path, manifest::MAX_BYTES)? else {
             return Ok(None);
         };
         let read = Manifest::parse(&text);
@@ -164,19 +164,33 @@ impl Directory {
         Ok(path)
     }
 
-    /// Gives a whole file its last name, and gives its path by then.
+    /// Whether a file can be given this name.
     ///
-    /// Errors: something has that name. What is there stays there.
-    pub fn finish(&self, name: &str) -> Result<PathBuf, SetError> {
-        let partial = self.join(&format!("{name}{PARTIAL}"));
+    /// Errors: something has it. What is there stays there.
+    pub fn check_free(&self, name: &str) -> Result<(), SetError> {
         let path = self.join(name);
-        // Nobody else comes meanwhile: the directory is locked.
         if path.symlink_metadata().is_ok() {
             let error = io::Error::from_raw_os_error(libc::EEXIST);
             return Err(SetError::io("write", &path)(error));
         }
-        fs::rename(partial, &path).map_err(SetError::io("write", &path))?;
-        Ok(path)
+        Ok(())
+    }
+
+    /// Gives the files of the manifest their last names, those of its last backup and of
+    /// one whose client ended before it came to that. They count by the manifest already.
+    pub fn complete(&self, manifest: &Manifest) -> Result<(), SetError> {
+        let there: HashSet<String> = self.file_names()?.into_iter().collect();
+        let mut moved = false;
+        for name in manifest.files() {
+            let partial = format!("{name}{PARTIAL}");
+            // Nobody else comes meanwhile: the directory is locked.
+            if !there.contains(name) && there.contains(&partial) {
+                let path = self.join(name);
+                fs::rename(self.join(&partial), &path).map_err(SetError::io("write", &path))?;
+                moved = true;
+            }
+        }
+        if moved { self.sync() } else { Ok(()) }
     }
 
     /// The number of the next instant: no file has it, of a manifest or not.
@@ -226,12 +240,30 @@ impl Directory {
         Ok(())
     }
 
+    /// Opens a file of a backup that counts, which may not have its last name yet.
+    fn open_file(&self, name: &str) -> io::Result<File> {
+        let partial = format!("{name}{PARTIAL}");
+        // It may get it meanwhile.
+        let mut opened = open(&self.join(name));
+        for name in [partial.as_str(), name] {
+            match opened {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    opened = open(&self.join(name));
+                }
+                opened => return opened,
+            }
+        }
+        opened
+    }
+
     /// Opens the file of a backup for reading.
     ///
     /// Errors: it is not there, no regular file, or not of the size that it should be.
     pub fn open_piece(&self, entry: &Entry) -> Result<File, SetError> {
         let path = self.join(&entry.file);
-        let file = open(&path).map_err(SetError::io("open", &path))?;
+        let file = self
+            .open_file(&entry.file)
+            .map_err(SetError::io("open", &path))?;
         let metadata = file.metadata().map_err(SetError::io("read", &path))?;
         let why = if !metadata.is_file() {
             "it is no regular file".to_owned()
@@ -252,7 +284,7 @@ impl Directory {
             return Ok(all.into_iter().collect());
         };
         let path = self.join(&listed.file);
-        let text = self.read_whole(&listed.file, ranges::MAX_BYTES)?;
+        let text = Self::read_whole(self.open_file(&listed.file), &path, ranges::MAX_BYTES)?;
         let text = text.ok_or_else(|| {
             SetError::io("open", &path)(io::Error::from_raw_os_error(libc::ENOENT))
         })?;
@@ -263,13 +295,18 @@ impl Directory {
         ranges::parse(&text, entry.size).map_err(|why| SetError::BadRanges { path, why })
     }
 
-    fn read_whole(&self, name: &str, most: u64) -> Result<Option<Vec<u8>>, SetError> {
-        let path = self.join(name);
-        let file = match open(&path) {
+    /// Reads a file that was opened by `path`; `None` if there is none.
+    fn read_whole(
+        opened: io::Result<File>,
+        path: &Path,
+        most: u64,
+    ) -> Result<Option<Vec<u8>>, SetError> {
+        let file = match opened {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(SetError::io("open", path)(error)),
         };
+        let path = path.to_owned();
         let failed = || SetError::io("read", &path);
         if !file.metadata().map_err(failed())?.is_file() {
             let why = "it is no regular file".to_owned();
@@ -347,7 +384,7 @@ mod tests {
         let manifest = Manifest::new("s".to_owned());
         set.begin(&manifest).unwrap();
         set.create_partial("a.7.full.raw", 512).unwrap();
-        assert!(set.finish("a.7.full.raw").is_err());
+        assert!(set.check_free("a.7.full.raw").is_err());
         assert_eq!(set.next_point(&manifest).unwrap(), 8);
         assert_eq!(set.strangers(&manifest).unwrap(), ["a.7.full.raw"]);
         set.remove_partials().unwrap();
@@ -355,6 +392,32 @@ mod tests {
         for name in others {
             assert_eq!(fs::read_to_string(folder.path().join(name)).unwrap(), name);
         }
+    }
+
+    #[test]
+    fn a_backup_counts_by_the_manifest_before_its_files_have_their_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let set = Directory::lock(folder.path()).unwrap();
+        let text = serde_json::json!({
+            "format": "diptych-backup", "version": 1, "set": "s",
+            "disks": [{"name": "a", "stem": "a", "entries": [{
+                "point": 1, "kind": "full", "parent": null, "time": 0, "size": 512,
+                "file": "a.1.full.raw", "sha256": "0".repeat(64), "data-bytes": 0,
+                "ranges": null, "bitmap": "b", "bitmap-persistent": false,
+                "job": {"id": "j", "result": "completed", "bytes": 0, "milliseconds": 0},
+            }]}],
+        });
+        let manifest = Manifest::parse(text.to_string().as_bytes()).unwrap();
+        let entry = &manifest.disks[0].entries[0];
+        assert!(set.open_piece(entry).is_err());
+        set.create_partial("a.1.full.raw", 512).unwrap();
+        set.create_partial("a.2.full.raw", 512).unwrap();
+        set.open_piece(entry).unwrap();
+        set.complete(&manifest).unwrap();
+        set.remove_partials().unwrap();
+        set.open_piece(entry).unwrap();
+        assert_eq!(set.file_names().unwrap(), [LOCK, "a.1.full.raw"]);
+        set.complete(&manifest).unwrap();
     }
 
     #[test]

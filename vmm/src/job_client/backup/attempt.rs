@@ -286,8 +286,9 @@ impl<'a> Attempt<'a> {
         Ok(())
     }
 
-    /// Gives the files their names and writes the manifest that knows them, under a name
-    /// that is not its last one, which it gives. `manifest` is that one then.
+    /// Writes the manifest that knows the files by their last names, which they do not have
+    /// yet, under a name that is not its last one, which it gives. `manifest` is that one
+    /// then.
     ///
     /// Errors: the backup does not count; [`take_down`](Self::take_down) removes it.
     pub fn note(
@@ -312,7 +313,7 @@ impl<'a> Attempt<'a> {
                     .directory
                     .write_partial(&disk.ranges_file, text.as_bytes())?;
                 disk.created.push(written);
-                disk.finish(self.directory, &disk.ranges_file.clone())?;
+                self.directory.check_free(&disk.ranges_file)?;
                 listed = Some(RangesFile {
                     sha256: piece::sha256(text.as_bytes()),
                     count: held.len() as u64,
@@ -320,7 +321,7 @@ impl<'a> Attempt<'a> {
                     file: disk.ranges_file.clone(),
                 });
             }
-            disk.finish(self.directory, &disk.file.clone())?;
+            self.directory.check_free(&disk.file)?;
             let entry = Entry {
                 point: self.point,
                 kind: self.kind,
@@ -414,16 +415,5 @@ impl<'a> Attempt<'a> {
             }
         }
         first
-    }
-}
-
-impl DiskAttempt<'_> {
-    /// Gives one of its files its last name.
-    fn finish(&mut self, directory: &Directory, name: &str) -> Result<(), SetError> {
-        let path = directory.finish(name)?;
-        let partial = directory.join(&format!("{name}{PARTIAL}"));
-        self.created.retain(|created| *created != partial);
-        self.created.push(path);
-        Ok(())
     }
 }

@@ -25,7 +25,7 @@ use self::disks::DiskState;
 use super::error::JobError;
 use super::follow::{Ending, Follower};
 use super::mirror::{ON_ERROR, id_for};
-use super::report::{Report, clean, size};
+use super::report::{Report, clean, size, with_causes};
 use super::server::Server;
 use super::size::Size;
 use super::{status, verbs};
@@ -183,6 +183,7 @@ pub fn run(args: &BackupArgs, server: &mut Server, report: &mut Report) -> Resul
         path: directory.join(manifest::NAME),
         why,
     })?;
+    directory.complete(&manifest)?;
     disks::tidy(&states, &directory, &manifest, server)?;
     if args.incremental {
         for state in &states {
@@ -191,8 +192,8 @@ pub fn run(args: &BackupArgs, server: &mut Server, report: &mut Report) -> Resul
     }
     for name in directory.strangers(&manifest)? {
         report.note(&format!(
-            "File '{name}' is of no backup in the manifest: one ended just before it was noted, \
-             or the manifest is an older one. Remove it if it is not needed"
+            "File '{name}' is of no backup in the manifest, which may be an older one: remove it \
+             if it is not needed"
         ))?;
     }
     // Half-done would leave something behind; every answer has its deadline.
@@ -215,6 +216,12 @@ pub fn run(args: &BackupArgs, server: &mut Server, report: &mut Report) -> Resul
         // From now on it counts.
         Ok(Made::Whole) => {
             directory.sync()?;
+            // The next backup does it, if this does not.
+            if let Err(error) = directory.complete(&manifest) {
+                report
+                    .note(&with_causes(&error))
+                    .map_err(JobError::of_backup)?;
+            }
             attempt.old_bitmaps()
         }
         Ok(Made::Not(ending)) => {
