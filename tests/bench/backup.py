@@ -26,8 +26,8 @@ import tempfile
 import time
 
 import storage
-from peers import daemon
-from storage import GIB, TOOLS, Writer, make_image, median_of, phase, place
+from peers import TOOLS, daemon, turns
+from storage import GIB, Writer, make_image, median_of, phase, place
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -117,16 +117,14 @@ def bench_copy(folder, rounds, what):
         source = folder / "source.raw"
         make_image(source, kind)
         results = collections.defaultdict(list)
-        for _ in range(rounds):
-            for tool in TOOLS:
-                results[tool].append(copy_once(tool, folder, source))
+        for tool in turns(rounds, folder):
+            results[tool].append(copy_once(tool, folder, source))
         source.unlink()
         row(f"2 GiB, {kind}", results)
     if "incremental" in what:
         results = collections.defaultdict(list)
-        for _ in range(rounds):
-            for tool in TOOLS:
-                results[tool].append(incremental_once(tool, folder))
+        for tool in turns(rounds, folder):
+            results[tool].append(incremental_once(tool, folder))
         row("1 % of 8 GiB", results)
 
 
@@ -193,10 +191,9 @@ def bench_writer(folder, rounds, calm):
     make_image(folder / "source.raw", "data")
     for kind in ("fast", "slow", "fleecing"):
         results = {tool: collections.defaultdict(list) for tool in TOOLS}
-        for _ in range(rounds):
-            for tool in TOOLS:
-                for name, numbers in write_once(tool, folder, kind, calm).items():
-                    results[tool][name].append(numbers)
+        for tool in turns(rounds, folder):
+            for name, numbers in write_once(tool, folder, kind, calm).items():
+                results[tool][name].append(numbers)
         for name in ("no job", "backup"):
             cells = []
             for tool in TOOLS:

@@ -22,12 +22,13 @@ import sys
 import tempfile
 import time
 
+from peers import TOOLS, turns
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from support.guest import MAILBOX_BYTES, Guest  # noqa: E402
 from support.program import BINARY, Qmp, run  # noqa: E402
 
-TOOLS = ("diptych", "qemu")
 SIZE = 1 << 30
 WORKLOAD = "mailbox=0 mailbox_ms=5 depth=32 fill=all verify=off"
 CALM = 3
@@ -204,11 +205,10 @@ def main():
     print("|---|---|---|---|---|---|")
     for mode in args.modes or MODES:
         results = {tool: collections.defaultdict(list) for tool in TOOLS}
-        for _ in range(args.rounds):
-            for tool in TOOLS:
-                with tempfile.TemporaryDirectory(dir=args.directory) as folder:
-                    for name, numbers in attempt(tool, pathlib.Path(folder), mode).items():
-                        results[tool][name].append(numbers)
+        for tool in turns(args.rounds, args.directory):
+            with tempfile.TemporaryDirectory(dir=args.directory) as folder:
+                for name, numbers in attempt(tool, pathlib.Path(folder), mode).items():
+                    results[tool][name].append(numbers)
         for name in ("no job", "copying", "ready"):
             if name == "ready" and mode in ("backup", "fleecing"):
                 continue

@@ -1,15 +1,40 @@
-"""The storage daemons that are compared, behind one face."""
+"""The storage daemons that are compared, behind one face, and their turns."""
 import contextlib
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
 
 from tests.support.program import BINARY, Qmp  # noqa: E402
 
 TICK = os.sysconf("SC_CLK_TCK")
+TOOLS = ("diptych", "qemu")
+# Bytes that one measurement has in images at most, and in one write.
+MEMORY = 4 << 30
+PIECE = 4 << 20
+
+
+def touch_memory(folder):
+    """Writes a file of MEMORY bytes in `folder`, and removes it.
+
+    The host of a virtual machine may provide memory only when that is touched, which then
+    takes longer than what is measured, and take it back when it is not used."""
+    piece = b"\xa5" * PIECE
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        for _ in range(MEMORY // PIECE):
+            file.write(piece)
+
+
+def turns(rounds, folder):
+    """Names each tool once a round, now the one first and now the other, each time with
+    memory that is there."""
+    for number in range(rounds):
+        for tool in TOOLS[::1 if number % 2 == 0 else -1]:
+            touch_memory(folder)
+            yield tool
 
 
 class Daemon:

@@ -22,9 +22,8 @@ import subprocess
 import tempfile
 import time
 
-from peers import daemon
+from peers import TOOLS, daemon, turns
 
-TOOLS = ("diptych", "qemu")
 GIB = 1 << 30
 SIZE = 2 * GIB
 PIECE = 1 << 20
@@ -80,9 +79,8 @@ def bench_copy(folder, rounds):
         source = folder / "source.raw"
         make_image(source, kind)
         results = collections.defaultdict(list)
-        for _ in range(rounds):
-            for tool in TOOLS:
-                results[tool].append(copy_once(tool, folder, source))
+        for tool in turns(rounds, folder):
+            results[tool].append(copy_once(tool, folder, source))
         source.unlink()
         ours, theirs = (median_of(results[tool]) for tool in TOOLS)
         print(f"| {kind} | {ours[0]:.2f} s | {theirs[0]:.2f} s | {theirs[0] / ours[0]:.1f} "
@@ -169,10 +167,9 @@ def bench_writer(folder, rounds, calm):
     make_image(folder / "source.raw", "data")
     for mode in ("background", "write-blocking"):
         results = {tool: collections.defaultdict(list) for tool in TOOLS}
-        for _ in range(rounds):
-            for tool in TOOLS:
-                for name, numbers in write_once(tool, folder, mode, calm).items():
-                    results[tool][name].append(numbers)
+        for tool in turns(rounds, folder):
+            for name, numbers in write_once(tool, folder, mode, calm).items():
+                results[tool][name].append(numbers)
         for name in ("no job", "copying", "ready"):
             cells = []
             for tool in TOOLS:
