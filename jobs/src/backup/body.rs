@@ -125,6 +125,7 @@ impl<'a> Body<'a> {
                 self.let_go().await;
                 return Err(failure);
             }
+            self.look_at_saves();
             if let Some(error) = &self.failed {
                 match self.is_to_be_reported(error) {
                     // All that fail together are told once; but what hangs does not
@@ -171,6 +172,18 @@ impl<'a> Body<'a> {
                 self.wait_for_operation(wait).await;
             }
         }
+    }
+
+    /// What guests' requests did not wait for fails again and again: a failure of the target
+    /// as any other. A job that does nothing but save keeps it and goes on: the guest is told
+    /// of what fails from now on.
+    fn look_at_saves(&mut self) {
+        if self.failed.is_some() || self.driver.settings().only_guest {
+            return;
+        }
+        let side = Side::Target;
+        let failure = self.snapshot.take_save_failure();
+        self.failed = failure.map(|error| CopyError { side, error });
     }
 
     fn is_complete(&self) -> bool {

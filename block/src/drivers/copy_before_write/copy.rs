@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
+use super::behind::{self, Room};
 use super::snapshot::{Claim, Snapshot};
 use crate::backend::{Backend, InFlight};
 use crate::buffer::AlignedBuffer;
@@ -17,15 +18,16 @@ use crate::wait::Waiters;
 /// Most bytes that are copied in one piece (or one cluster).
 const PIECE: u64 = 1 << 20;
 /// Longest range that is read without asking what it is.
-const SHORT: u64 = 64 << 10;
+pub(super) const SHORT: u64 = 64 << 10;
 /// Most bytes of buffers that the copies of one snapshot have in flight: guests can ask
 /// for many at once, each for a large cluster.
-const MAX_MEMORY: u64 = if cfg!(test) { PIECE } else { 128 << 20 };
-/// Size of the buffers in stock, and how many each thread has.
-const STOCK: (usize, usize) = (SHORT as usize, 32);
+pub(super) const MAX_MEMORY: u64 = if cfg!(test) { PIECE } else { 128 << 20 };
+/// Sizes of the buffers in stock, and how many of each a thread has.
+const STOCK: [(usize, usize); 2] = [(4 << 10, 512), (SHORT as usize, 32)];
 
 thread_local! {
-    static FREE: RefCell<Vec<Arc<AlignedBuffer>>> = const { RefCell::new(Vec::new()) };
+    static FREE: RefCell<[Vec<Arc<AlignedBuffer>>; 2]> =
+        const { RefCell::new([Vec::new(), Vec::new()]) };
 }
 
 /// Where the snapshot is kept.
@@ -61,10 +63,9 @@ impl Entered {
     }
 }
 
-/// The buffers of a snapshot's copies: no more than [`MAX_MEMORY`] bytes at a time. Any
-/// thread.
-#[derive(Default)]
+/// The buffers of a snapshot's copies: no more than so many bytes at a time. Any thread.
 pub(super) struct Memory {
+    limit: u64,
     /// Bytes taken. Atomic.
     taken: AtomicU64,
     /// Those who wait for bytes to be given back.
@@ -72,21 +73,31 @@ pub(super) struct Memory {
 }
 
 /// Bytes that were taken, until it is dropped.
-pub(super) struct Taken<'a> {
+struct Taken<'a> {
     memory: &'a Memory,
     len: u64,
 }
 
 impl Memory {
-    /// Takes `len` bytes, at most [`PIECE`], once they are there. `None`: `given_up` came
-    /// true before ([`look_again`](Self::look_again)).
+    /// With `limit` bytes, [`PIECE`] at least.
+    pub(super) fn new(limit: u64) -> Self {
+        Self {
+            limit,
+            taken: AtomicU64::new(0),
+            waiters: Waiters::default(),
+        }
+    }
+
+    /// Takes `len` bytes, at most [`PIECE`], once they are there, which are to be given back
+    /// ([`give_back`](Self::give_back)). `false`: `given_up` came true before
+    /// ([`look_again`](Self::look_again)).
     ///
     /// Cancel: nothing is taken.
-    async fn take(&self, len: u64, given_up: impl Fn() -> bool) -> Option<Taken<'_>> {
+    pub(super) async fn take(&self, len: u64, given_up: impl Fn() -> bool) -> bool {
         let look = || match self.try_take(len) {
-            None if given_up() => Some(None),
-            None => None,
-            taken => Some(taken),
+            false if given_up() => Some(false),
+            false => None,
+            true => Some(true),
         };
         self.waiters.until(look).await
     }
@@ -96,20 +107,24 @@ impl Memory {
         self.waiters.wake();
     }
 
-    fn try_take(&self, len: u64) -> Option<Taken<'_>> {
-        let more = |taken: u64| taken.checked_add(len).filter(|sum| *sum <= MAX_MEMORY);
-        self.taken.fetch_update(SeqCst, SeqCst, more).ok()?;
-        Some(Taken { memory: self, len })
+    fn try_take(&self, len: u64) -> bool {
+        let more = |taken: u64| taken.checked_add(len).filter(|sum| *sum <= self.limit);
+        self.taken.fetch_update(SeqCst, SeqCst, more).is_ok()
+    }
+
+    /// Gives back what was taken.
+    pub(super) fn give_back(&self, len: u64) {
+        let before = self.taken.fetch_sub(len, SeqCst);
+        // Who waits for more than there was looks again; nobody waits below that.
+        if before + PIECE > self.limit {
+            self.waiters.wake();
+        }
     }
 }
 
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
-        let before = self.memory.taken.fetch_sub(self.len, SeqCst);
-        // Who waits for more than there was looks again; nobody waits below that.
-        if before + PIECE > MAX_MEMORY {
-            self.memory.waiters.wake();
-        }
+        self.memory.give_back(self.len);
     }
 }
 
@@ -149,7 +164,7 @@ pub(super) async fn secure(
             let piece = todo.start..todo.end.min(todo.start.saturating_add(most));
             if let Some(claim) = snapshot.claim(piece) {
                 let _counted = Counted::new(&snapshot);
-                copy(&snapshot, claim).await?;
+                copy(&snapshot, claim, &given_up).await?;
             }
             continue;
         }
@@ -166,8 +181,12 @@ pub(super) async fn secure(
     }
 }
 
-/// Copies what is claimed.
-async fn copy(snapshot: &Snapshot, mut claim: Claim) -> Result<(), IoError> {
+/// Copies what is claimed, or has it in memory and leaves the rest to a task.
+async fn copy(
+    snapshot: &Arc<Snapshot>,
+    mut claim: Claim,
+    given_up: &Cell<bool>,
+) -> Result<(), IoError> {
     // Counted there from the beginning, within the guest's request: so a section of the
     // target knows of it, also when the guest has gone on without waiting.
     let target = snapshot.target.enter();
@@ -188,6 +207,15 @@ async fn copy(snapshot: &Snapshot, mut claim: Claim) -> Result<(), IoError> {
         true => first_cluster(snapshot, &range).end,
         false => range.end,
     };
+    if end == range.end && end - range.start <= SHORT && snapshot.behind.may_release() {
+        let room = Room::take(snapshot, end - range.start, || {
+            snapshot.lets_pass() || given_up.get()
+        });
+        let room = room.await.ok_or_else(|| cancelled(snapshot, &range))?;
+        let content = fetch(snapshot, range).await?;
+        behind::save(claim.hold(), content, target, room);
+        return Ok(());
+    }
     let (mut at, mut moved) = (range.start, 0);
     while at < end {
         if snapshot.lets_pass() {
@@ -198,6 +226,7 @@ async fn copy(snapshot: &Snapshot, mut claim: Claim) -> Result<(), IoError> {
         at = piece.end;
         moved += carry_over(snapshot, &target, piece).await?;
     }
+    snapshot.behind.has_saved();
     snapshot.tell_copied(end - range.start, moved);
     claim.copied_to(end);
     snapshot.note_saved();
@@ -207,7 +236,7 @@ async fn copy(snapshot: &Snapshot, mut claim: Claim) -> Result<(), IoError> {
 
 /// Discards on the target what has been taken out of the snapshot while it was copied.
 /// Who took it out discards too, but may have done so before it was there.
-async fn forget_taken_out(snapshot: &Snapshot, target: &Entered, mut range: Range<u64>) {
+pub(super) async fn forget_taken_out(snapshot: &Snapshot, target: &Entered, mut range: Range<u64>) {
     while let Some(run) = snapshot.first_taken_out(&range) {
         range.start = run.end;
         let len = run.end - run.start;
@@ -252,31 +281,70 @@ async fn carry_over(
     range: Range<u64>,
 ) -> Result<u64, IoError> {
     let len = range.end - range.start;
+    let memory = &snapshot.memory;
+    if !memory.take(len, || snapshot.lets_pass()).await {
+        return Err(cancelled(snapshot, &range));
+    }
+    let _taken = Taken { memory, len };
+    let content = fetch(snapshot, range.clone()).await?;
+    let moved = content.put(target, &range).await?;
+    content.done_with();
+    Ok(moved)
+}
+
+/// What the snapshot has in a range.
+pub(super) enum Content {
+    Zeroes,
+    /// As long as the range, and longer.
+    Data(Arc<AlignedBuffer>),
+}
+
+/// Reads a range of at most [`PIECE`], which must not change meanwhile. Cancel: nothing is
+/// left behind.
+async fn fetch(snapshot: &Snapshot, range: Range<u64>) -> Result<Content, IoError> {
+    let len = range.end - range.start;
     let source = snapshot.source();
-    let memory = snapshot.memory.take(len, || snapshot.lets_pass()).await;
-    let _memory = memory.ok_or_else(|| cancelled(snapshot, &range))?;
     if len > SHORT {
         let extent = source.chain_status(None, range.start, len).await?;
         if extent.zero && extent.len >= len {
-            zero(target, range).await?;
-            return Ok(0);
+            return Ok(Content::Zeroes);
         }
     }
     let buffer = take_buffer(len as usize);
     let iov = buffer.io_vec(len as usize);
     source.read(range.start, iov.clone()).await?;
-    if iov.is_zero() {
-        zero(target, range).await?;
-    } else {
-        let flags = WriteFlags::default();
-        match target {
-            Entered::Child(node) => node.write(range.start, iov.clone(), flags).await?,
-            Entered::Backend(request) => request.write(range.start, iov.clone(), flags).await?,
-        }
+    if !iov.is_zero() {
+        return Ok(Content::Data(buffer));
     }
     drop(iov);
     give_back(buffer);
-    Ok(len)
+    Ok(Content::Zeroes)
+}
+
+impl Content {
+    /// Writes it to its `range` of the target. Gives the bytes that were moved. May be
+    /// called again.
+    pub(super) async fn put(&self, target: &Entered, range: &Range<u64>) -> Result<u64, IoError> {
+        let Self::Data(buffer) = self else {
+            zero(target, range.clone()).await?;
+            return Ok(0);
+        };
+        let len = range.end - range.start;
+        let iov = buffer.io_vec(len as usize);
+        let flags = WriteFlags::default();
+        match target {
+            Entered::Child(node) => node.write(range.start, iov, flags).await?,
+            Entered::Backend(request) => request.write(range.start, iov, flags).await?,
+        }
+        Ok(len)
+    }
+
+    /// It is not needed any more.
+    pub(super) fn done_with(self) {
+        if let Self::Data(buffer) = self {
+            give_back(buffer);
+        }
+    }
 }
 
 async fn zero(target: &Entered, range: Range<u64>) -> Result<(), IoError> {
@@ -306,21 +374,22 @@ async fn has_zeroes(node: &Arc<Node>, range: &Range<u64>) -> bool {
 }
 
 fn take_buffer(len: usize) -> Arc<AlignedBuffer> {
-    let in_stock = match len <= STOCK.0 {
-        true => FREE.with_borrow_mut(Vec::pop),
-        false => None,
+    let Some(size) = STOCK.iter().position(|(size, _)| len <= *size) else {
+        return AlignedBuffer::new(len);
     };
-    in_stock.unwrap_or_else(|| AlignedBuffer::new(len.max(STOCK.0)))
+    let in_stock = FREE.with_borrow_mut(|free| free[size].pop());
+    in_stock.unwrap_or_else(|| AlignedBuffer::new(STOCK[size].0))
 }
 
 /// Keeps a buffer that nobody (the kernel) uses any more.
 fn give_back(buffer: Arc<AlignedBuffer>) {
-    if buffer.len() != STOCK.0 || Arc::strong_count(&buffer) != 1 {
+    let size = STOCK.iter().position(|(size, _)| buffer.len() == *size);
+    let (Some(size), 1) = (size, Arc::strong_count(&buffer)) else {
         return;
-    }
+    };
     FREE.with_borrow_mut(|free| {
-        if free.len() < STOCK.1 {
-            free.push(buffer);
+        if free[size].len() < STOCK[size].1 {
+            free[size].push(buffer);
         }
     });
 }

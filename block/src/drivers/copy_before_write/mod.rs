@@ -4,6 +4,7 @@
 //!
 //! - `snapshot`: which clusters are copied, and who waits for one;
 //! - `copy`: carrying one over for a guest's request;
+//! - `behind`: the same while the request goes on;
 //! - `waiting`: the lists of who waits and who reads.
 //!
 //! A request to clusters that are copied takes no lock. It waits only for copies of its
@@ -23,6 +24,9 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select};
 
+mod behind;
+#[cfg(all(test, not(shuttle)))]
+mod behind_tests;
 mod copy;
 #[cfg(all(test, not(shuttle)))]
 mod fine_tests;
@@ -33,7 +37,9 @@ mod snapshot;
 mod tests;
 mod waiting;
 
+use self::behind::{Behind, Saving};
 use self::copy::Target;
+use self::snapshot::Place;
 pub use self::snapshot::{Claim, Snapshot, SnapshotAccount, SnapshotObserver, Stalls};
 use crate::buffer::IoVec;
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
@@ -145,13 +151,15 @@ impl CopyBeforeWriteDriver {
             Target::Child(target),
             account,
             policy,
+            Saving::Awaited,
         ))
     }
 
     /// As `new`, for a job that attaches the target by itself and then says
     /// so ([`Snapshot::set_target`]).
     pub fn for_job(file: Child, account: SnapshotAccount, policy: CbwPolicy) -> Self {
-        Self::with_target(file, Target::Job(OnceLock::new()), account, policy)
+        let target = Target::Job(OnceLock::new());
+        Self::with_target(file, target, account, policy, Saving::Behind)
     }
 
     /// With the right to discard the source ([`Snapshot::discard_source`]).
@@ -165,8 +173,10 @@ impl CopyBeforeWriteDriver {
         target: Target,
         account: SnapshotAccount,
         policy: CbwPolicy,
+        saving: Saving,
     ) -> Self {
-        let snapshot = Snapshot::new(file.share(), target, account);
+        let behind = Behind::new(saving, policy.on_error);
+        let snapshot = Snapshot::new(file.share(), target, account, behind);
         Self {
             file,
             snapshot: Arc::new(snapshot),
@@ -249,13 +259,13 @@ impl CopyBeforeWriteDriver {
 
 /// Lets a copy go on that nobody waits for.
 #[cfg(not(shuttle))]
-fn leave(copy: impl Future<Output = Result<(), IoError>> + 'static) {
+fn leave<T: 'static>(copy: impl Future<Output = T> + 'static) {
     runtime::spawn_local(copy).detach();
 }
 
 /// The model has no loops.
 #[cfg(shuttle)]
-fn leave(copy: impl Future<Output = Result<(), IoError>> + 'static) {
+fn leave<T: 'static>(copy: impl Future<Output = T> + 'static) {
     drop(shuttle::future::spawn_local(copy));
 }
 
@@ -269,23 +279,26 @@ impl Snapshot {
         let mut at = offset;
         while at < end {
             let denied = |errno| self.error(IoOp::Read, &(at..end), errno);
-            let place = self.look(at..end).map_err(denied)?;
-            let len = place.range.end - at;
-            let part = iov.slice((at - offset) as usize, len as usize);
-            match &place.frozen {
-                Some(_) => {
+            let (range, place) = self.look(at..end).map_err(denied)?;
+            let part = iov.slice((at - offset) as usize, (range.end - at) as usize);
+            match place {
+                Place::Source(_frozen) => {
                     self.source().read(at, part).await?;
                     // The guest may have gone on without waiting for this.
                     if self.lets_pass() {
                         return Err(denied(libc::EACCES));
                     }
                 }
-                None => {
+                Place::Held => {
+                    self.until_saved(at).await;
+                    continue;
+                }
+                Place::Target => {
                     let target = self.target.enter().ok_or_else(|| denied(libc::EACCES))?;
                     target.node().read(at, part).await?;
                 }
             }
-            at = place.range.end;
+            at = range.end;
         }
         Ok(())
     }
@@ -294,19 +307,22 @@ impl Snapshot {
     pub async fn block_status(&self, offset: u64, len: u64) -> Result<Extent, IoError> {
         let range = offset..offset.saturating_add(len);
         let denied = |errno| self.error(IoOp::BlockStatus, &range, errno);
-        let place = self.look(range.clone()).map_err(denied)?;
-        let len = place.range.end - offset;
-        let extent = match &place.frozen {
-            Some(_) => {
-                let extent = self.source().chain_status(None, offset, len).await?;
-                if self.lets_pass() {
-                    return Err(denied(libc::EACCES));
+        let extent = loop {
+            let (place_range, place) = self.look(range.clone()).map_err(denied)?;
+            let len = place_range.end - offset;
+            match place {
+                Place::Source(_frozen) => {
+                    let extent = self.source().chain_status(None, offset, len).await?;
+                    if self.lets_pass() {
+                        return Err(denied(libc::EACCES));
+                    }
+                    break extent;
                 }
-                extent
-            }
-            None => {
-                let target = self.target.enter().ok_or_else(|| denied(libc::EACCES))?;
-                target.node().chain_status(None, offset, len).await?
+                Place::Held => self.until_saved(offset).await,
+                Place::Target => {
+                    let target = self.target.enter().ok_or_else(|| denied(libc::EACCES))?;
+                    break target.node().chain_status(None, offset, len).await?;
+                }
             }
         };
         Ok(Extent {
@@ -319,8 +335,15 @@ impl Snapshot {
         })
     }
 
-    /// Whole clusters (as users know them) of the range are not needed any more: they cannot be read from now
-    /// on, are not copied, and their copies are discarded.
+    /// Waits until the target has what is in memory of the snapshot at `offset`, or nobody
+    /// needs that.
+    async fn until_saved(&self, offset: u64) {
+        let look = || self.lets_pass() || !self.is_held(offset);
+        self.until(offset..offset + 1, look).await;
+    }
+
+    /// Whole clusters (as users know them) of the range are not needed any more: they cannot
+    /// be read from now on, are not copied, and their copies are discarded.
     ///
     /// Errors: as [`read`](Self::read). Cancel: they are out of the snapshot or not.
     pub async fn discard(&self, offset: u64, len: u64) -> Result<(), IoError> {

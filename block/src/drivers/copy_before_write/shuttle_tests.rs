@@ -99,7 +99,7 @@ struct Model {
 }
 
 impl Model {
-    fn new(policy: CbwPolicy) -> Arc<Self> {
+    fn new(policy: CbwPolicy, saving: Saving) -> Arc<Self> {
         let (source, target) = (TestStorage::new(SIZE), TestStorage::new(SIZE));
         source.poke(0, &[OLD; SIZE as usize]);
         let node = |name, storage: &TestStorage| {
@@ -113,7 +113,9 @@ impl Model {
             Target::Child(Child::new(ChildRole::Target, Arc::clone(&target_node))),
             account,
             policy,
+            saving,
         );
+        driver.kept().behind.prove();
         Arc::new(Self {
             source,
             target,
@@ -188,23 +190,29 @@ impl Model {
         })
     }
 
-    /// Everything was copied, and is what the disk held.
+    /// Everything was copied, or is being saved, and is what the disk held.
     fn assert_copied(&self) {
+        while !self.snapshot.is_complete() {
+            assert!(self.snapshot.next_todo(0, SIZE).is_none());
+            thread::yield_now();
+        }
         assert!(self.snapshot.is_complete());
         let target = self.target.snapshot();
         assert!(target.iter().all(|byte| *byte == OLD), "a mixed copy");
     }
 }
 
-fn check(test: impl Fn() + Send + Sync + Copy + 'static) {
-    shuttle::check_random(test, SCHEDULES);
-    shuttle::check_pct(test, SCHEDULES, 3);
+fn check(test: impl Fn(Saving) + Send + Sync + Copy + 'static) {
+    for saving in [Saving::Awaited, Saving::Behind] {
+        shuttle::check_random(move || test(saving), SCHEDULES);
+        shuttle::check_pct(move || test(saving), SCHEDULES, 3);
+    }
 }
 
 #[test]
 fn shuttle_two_guests_a_copier_and_a_reader_see_one_instant() {
-    check(|| {
-        let model = Model::new(CbwPolicy::default());
+    check(|saving| {
+        let model = Model::new(CbwPolicy::default(), saving);
         let reader = model.reader();
         let guests = [model.guest(0, 2), model.guest(1, 3)];
         model.copier().join().unwrap();
@@ -219,8 +227,8 @@ fn shuttle_two_guests_a_copier_and_a_reader_see_one_instant() {
 
 #[test]
 fn shuttle_guests_and_two_readers_without_a_copier_never_wait_for_ever() {
-    check(|| {
-        let model = Model::new(CbwPolicy::default());
+    check(|saving| {
+        let model = Model::new(CbwPolicy::default(), saving);
         let guests = [model.guest(0, 2), model.guest(1, 3)];
         let readers = [model.reader(), model.reader()];
         for guest in guests {
@@ -233,8 +241,8 @@ fn shuttle_guests_and_two_readers_without_a_copier_never_wait_for_ever() {
 
 #[test]
 fn shuttle_a_failed_copy_fails_one_request_and_is_made_up_for() {
-    check(|| {
-        let model = Model::new(CbwPolicy::default());
+    check(|saving| {
+        let model = Model::new(CbwPolicy::default(), saving);
         model.target.fail_once(Match::any(), libc::EIO);
         let reader = model.reader();
         let guests = [model.guest(0, 2), model.guest(1, 3)];
@@ -250,12 +258,12 @@ fn shuttle_a_failed_copy_fails_one_request_and_is_made_up_for() {
 
 #[test]
 fn shuttle_a_snapshot_that_breaks_is_refused_and_never_mixed() {
-    check(|| {
+    check(|saving| {
         let policy = CbwPolicy {
             on_error: OnCbwError::BreakSnapshot,
             timeout: None,
         };
-        let model = Model::new(policy);
+        let model = Model::new(policy, saving);
         model
             .target
             .fail(Match::any().range(CLUSTER..SIZE), libc::ENOSPC);
@@ -273,12 +281,12 @@ fn shuttle_a_snapshot_that_breaks_is_refused_and_never_mixed() {
 
 #[test]
 fn shuttle_requests_that_time_out_change_nothing_and_hold_up_nobody() {
-    check(|| {
+    check(|saving| {
         let policy = CbwPolicy {
             on_error: OnCbwError::BreakGuestWrite,
             timeout: Some(Duration::from_secs(1)),
         };
-        let model = Model::new(policy);
+        let model = Model::new(policy, saving);
         let reader = model.reader();
         let guests = [model.guest(0, 2), model.guest(1, 3)];
         for guest in guests {
@@ -295,8 +303,8 @@ fn shuttle_requests_that_time_out_change_nothing_and_hold_up_nobody() {
 
 #[test]
 fn shuttle_the_end_of_a_snapshot_lets_all_requests_go_on() {
-    check(|| {
-        let model = Model::new(CbwPolicy::default());
+    check(|saving| {
+        let model = Model::new(CbwPolicy::default(), saving);
         let reader = model.reader();
         let guests = [model.guest(0, 2), model.guest(1, 3)];
         model.snapshot.end();

@@ -6,28 +6,31 @@
 //!
 //! # States of a cluster
 //!
-//! | state | `todo` | `pending` | `access` |
-//! |---|---|---|---|
-//! | to do: only the source has it | set | set | set |
-//! | busy: somebody copies it | clear | set | set |
-//! | done: the target has it | clear | clear | set |
-//! | not part of the snapshot | clear | clear | clear |
+//! | state | `todo` | `needed` | `pending` | `access` |
+//! |---|---|---|---|---|
+//! | to do: only the source has it | set | set | set | set |
+//! | busy: somebody copies it | clear | set | set | set |
+//! | held: in memory, on its way to the target | clear | clear | set | set |
+//! | done: the target has it | clear | clear | clear | set |
+//! | not part of the snapshot | clear | clear | clear | clear |
 //!
 //! Clearing a bit of `todo` is the claim: of several who try, one gets it. A copy that
-//! failed sets it again. A guest's write waits until none of its clusters is `pending`,
+//! failed sets it again. A guest's write waits until none of its clusters is `needed`,
 //! so the source keeps what the snapshot needs; one that finds it so at once has taken
 //! no lock.
 //!
 //! Who reads the snapshot from the source *freezes* the range first, and then looks
-//! whether it is still pending; who writes looks whether it is pending, and then
+//! whether it is still needed; who writes looks whether it is needed, and then
 //! whether it is frozen. All of that is sequentially consistent, so at least one of the
-//! two sees the other.
+//! two sees the other. What is `pending` and not `needed` is waited for; what ceases to be
+//! both ceases to be `pending` first, so nobody takes it for held.
 
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use super::copy::{Memory, Target};
+use super::behind::Behind;
+use super::copy::{MAX_MEMORY, Memory, Target};
 use super::waiting::{Change, Waiting};
 use crate::backend::Backend;
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
@@ -56,6 +59,7 @@ pub trait SnapshotObserver: Send + Sync {
 #[derive(Debug)]
 pub struct SnapshotAccount {
     todo: DirtyBitmap,
+    needed: DirtyBitmap,
     pending: DirtyBitmap,
     access: DirtyBitmap,
     /// See [`Snapshot`].
@@ -71,11 +75,17 @@ impl SnapshotAccount {
         let new = || DirtyBitmap::new(size, cluster);
         let account = Self {
             todo: new()?,
+            needed: new()?,
             pending: new()?,
             access: new()?,
             shown: cluster,
         };
-        let all = [&account.access, &account.pending, &account.todo];
+        let all = [
+            &account.access,
+            &account.pending,
+            &account.needed,
+            &account.todo,
+        ];
         match part {
             None => all.into_iter().for_each(DirtyBitmap::set_all),
             Some(part) => {
@@ -129,7 +139,10 @@ pub struct Snapshot {
     pub(super) target: Target,
     /// Clusters to be copied that nobody copies. Atomic.
     todo: DirtyBitmap,
-    /// Clusters to be copied, whether or not somebody copies them. Atomic.
+    /// Clusters that only the source has: they must not be written over. Atomic.
+    needed: DirtyBitmap,
+    /// Clusters that the target does not have yet, whether or not somebody copies them.
+    /// Atomic.
     pending: DirtyBitmap,
     /// Clusters that can be read. Atomic.
     access: DirtyBitmap,
@@ -143,6 +156,8 @@ pub struct Snapshot {
     pub(super) copies: AtomicUsize,
     /// Of those.
     pub(super) memory: Memory,
+    /// What is saved behind the backs of guests' requests.
+    pub(super) behind: Behind,
     /// Only what this node's own layer has is copied, at the cost of a look at each
     /// cluster. Atomic; set before requests come, and cleared once everything else is
     /// out of the snapshot.
@@ -158,9 +173,15 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// A snapshot of `source` as it is at this moment, of which nothing is copied.
-    pub(super) fn new(source: Child, target: Target, account: SnapshotAccount) -> Self {
+    pub(super) fn new(
+        source: Child,
+        target: Target,
+        account: SnapshotAccount,
+        behind: Behind,
+    ) -> Self {
         let SnapshotAccount {
             todo,
+            needed,
             pending,
             access,
             shown,
@@ -172,13 +193,15 @@ impl Snapshot {
             source,
             target,
             todo,
+            needed,
             pending,
             access,
             broken: AtomicI32::new(0),
             ended: AtomicBool::new(false),
             frozen: AtomicUsize::new(0),
             copies: AtomicUsize::new(0),
-            memory: Memory::default(),
+            memory: Memory::new(MAX_MEMORY),
+            behind,
             only_allocated: AtomicBool::new(false),
             waiting: Waiting::default(),
             observer: OnceLock::new(),
@@ -186,6 +209,11 @@ impl Snapshot {
             stalled: Stalled::default(),
             most_saved: AtomicU64::new(0),
         }
+    }
+
+    /// Whether what the snapshot has at `offset` is in memory.
+    pub(super) fn is_held(&self, offset: u64) -> bool {
+        !self.needed.is_dirty(offset) && self.pending.is_dirty(offset)
     }
 
     /// A job's way to the target, before requests come. The first call counts.
@@ -321,15 +349,19 @@ impl Snapshot {
                 error = %std::io::Error::from_raw_os_error(errno),
                 "a snapshot is broken: what the guest wrote over could not be saved"
             );
-            self.memory.look_again();
-            self.changed(0..self.size);
+            self.let_all_look_again();
         }
     }
 
     /// The snapshot is not needed any more: guests' requests pass.
     pub fn end(&self) {
         self.ended.store(true, SeqCst);
+        self.let_all_look_again();
+    }
+
+    fn let_all_look_again(&self) {
         self.memory.look_again();
+        self.behind.look_again();
         self.changed(0..self.size);
     }
 
@@ -411,8 +443,7 @@ impl Snapshot {
             let end = range.end.min(at.saturating_add(STEP * self.cluster));
             self.access.clear(at, end - at);
             for run in self.todo.take(at, end - at) {
-                self.pending.clear(run.start, run.end - run.start);
-                self.changed(run);
+                self.settle(run);
             }
             at = end;
         }
@@ -421,7 +452,7 @@ impl Snapshot {
     /// Whether a write to `range` may go to the source at once.
     pub(super) fn is_free(&self, range: &Range<u64>) -> bool {
         // In this order: see the module's head.
-        if self.any(&self.pending, range) {
+        if self.any(&self.needed, range) {
             return false;
         }
         self.frozen.load(SeqCst) == 0 || !self.waiting.is_frozen(range)
@@ -461,9 +492,31 @@ impl Snapshot {
         self.waiting.until(range, test)
     }
 
-    /// Something has changed in `range`.
+    /// Something has changed in `range` that whoever copies the rest has to know.
     pub(super) fn changed(&self, range: Range<u64>) {
         self.waiting.changed(&range);
+        self.tell_changed();
+    }
+
+    /// The target has the clusters of `range`, or nobody needs them.
+    fn settle(&self, range: Range<u64>) {
+        let len = range.end - range.start;
+        // In this order: see the module's head.
+        self.pending.clear(range.start, len);
+        self.needed.clear(range.start, len);
+        self.settled(range);
+    }
+
+    /// Tells of it. What is left for an observer to do becomes less, and only the end of
+    /// that is worth waking it.
+    fn settled(&self, range: Range<u64>) {
+        self.waiting.changed(&range);
+        if self.is_complete() {
+            self.tell_changed();
+        }
+    }
+
+    pub(super) fn tell_changed(&self) {
         if let Some(observer) = self.observer.get() {
             observer.changed();
         }
@@ -475,15 +528,16 @@ impl Snapshot {
         }
     }
 
-    /// Looks where the snapshot has the bytes from the start of `range` on, and sees to
-    /// it that they stay there until the result is dropped.
+    /// Looks where the snapshot has the bytes from the start of `range` on, up to where, and
+    /// sees to it that they stay there until the result is dropped.
     ///
     /// Errors: an errno; `EACCES` if the snapshot is lost, or does not have them.
-    pub(super) fn look(&self, range: Range<u64>) -> Result<Place<'_>, i32> {
+    pub(super) fn look(&self, range: Range<u64>) -> Result<(Range<u64>, Place<'_>), i32> {
         let mut freeze = Freeze::new(self, range.clone());
         if self.lets_pass() {
             return Err(libc::EACCES);
         }
+        let needed = self.needed.is_dirty(range.start);
         let pending = self.pending.is_dirty(range.start);
         // Whatever is taken out is not readable before it ceases to be pending.
         if !self.access.is_dirty(range.start) {
@@ -495,19 +549,23 @@ impl Snapshot {
                 .next_dirty_area(range.start, 1)
                 .map(|area| area.start),
         };
+        // What is needed is read from the source, also if the target has it by now.
         let ends = [
             Some(range.end),
-            end(&self.pending, pending),
+            end(&self.needed, needed),
+            (!needed).then(|| end(&self.pending, pending)).flatten(),
             end(&self.access, true),
         ];
         let end = ends.into_iter().flatten().min().unwrap_or(range.end);
-        if pending {
-            freeze.narrow(end);
-        }
-        Ok(Place {
-            range: range.start..end,
-            frozen: pending.then_some(freeze),
-        })
+        let place = match (needed, pending) {
+            (true, _) => {
+                freeze.narrow(end);
+                Place::Source(freeze)
+            }
+            (false, true) => Place::Held,
+            (false, false) => Place::Target,
+        };
+        Ok((range.start..end, place))
     }
 
     /// How many wait for a change.
@@ -657,10 +715,21 @@ impl Claim {
 
     fn settle(&self, done: Range<u64>) {
         if !done.is_empty() {
-            self.snapshot
-                .pending
-                .clear(done.start, done.end - done.start);
-            self.snapshot.changed(done);
+            self.snapshot.settle(done);
+        }
+    }
+
+    /// What the snapshot had in all of them is in memory: guests may write over it.
+    pub(super) fn hold(mut self) -> Held {
+        let range = self.range.clone();
+        self.range.start = range.end;
+        let snapshot = Arc::clone(&self.snapshot);
+        snapshot.needed.clear(range.start, range.end - range.start);
+        snapshot.waiting.changed(&range);
+        Held {
+            snapshot,
+            range,
+            saved: AtomicBool::new(false),
         }
     }
 }
@@ -671,12 +740,51 @@ impl Drop for Claim {
     }
 }
 
+/// Clusters that are in memory, on their way to the target. Dropped before that has them,
+/// the snapshot is broken, unless nobody needs it.
+#[derive(Debug)]
+#[must_use = "dropping it breaks the snapshot"]
+pub(super) struct Held {
+    snapshot: Arc<Snapshot>,
+    /// Whole clusters.
+    range: Range<u64>,
+    saved: AtomicBool,
+}
+
+impl Held {
+    pub(super) fn snapshot(&self) -> &Arc<Snapshot> {
+        &self.snapshot
+    }
+
+    /// The clusters, in bytes.
+    pub(super) fn range(&self) -> Range<u64> {
+        self.range.clone()
+    }
+
+    /// The target has them.
+    pub(super) fn saved(&self) {
+        self.saved.store(true, SeqCst);
+        let len = self.range.end - self.range.start;
+        self.snapshot.pending.clear(self.range.start, len);
+        self.snapshot.settled(self.range.clone());
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if !self.saved.load(SeqCst) && !self.snapshot.lets_pass() {
+            self.snapshot.set_broken(libc::ECANCELED);
+        }
+    }
+}
+
 /// Where the snapshot has a range.
-pub(super) struct Place<'a> {
-    pub(super) range: Range<u64>,
-    /// In the source, where guests' writes wait until this is dropped; else in the
-    /// target.
-    pub(super) frozen: Option<Freeze<'a>>,
+pub(super) enum Place<'a> {
+    /// In the source, where guests' writes wait until this is dropped.
+    Source(Freeze<'a>),
+    /// In memory, and soon in the target.
+    Held,
+    Target,
 }
 
 /// A range of the source that is being read. Dropped, it may be written.

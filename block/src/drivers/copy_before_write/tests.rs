@@ -296,13 +296,13 @@ fn a_write_that_was_held_by_the_end_of_a_long_read_goes_on_when_that_is_not_need
     run(async {
         let rig = rig();
         let whole = rig.snapshot.look(0..2 * CLUSTER).ok().unwrap();
-        assert_eq!(whole.range, 0..2 * CLUSTER);
+        assert_eq!(whole.0, 0..2 * CLUSTER);
         let write = rig.begin_write(CLUSTER, 2);
         settle().await;
         assert!(!write.is_finished());
         // The second cluster is copied by now.
         let front = rig.snapshot.look(0..2 * CLUSTER).ok().unwrap();
-        assert_eq!(front.range, 0..CLUSTER);
+        assert_eq!(front.0, 0..CLUSTER);
         drop(whole);
         write.await.unwrap();
         drop(front);

@@ -1,9 +1,10 @@
 //! Tests of the whole backup: a real graph, real iothreads, storages that hold chosen
 //! requests.
 //!
-//! Lives here: the rig. `bitmaps` has what becomes of a bitmap, `fleecing` what a scratch
-//! file changes, `hang` storages that do not answer, `life` starts, ends and failures,
-//! `race` what the guest does meanwhile, `sections` drained sections of others.
+//! Lives here: the rig. `behind` has copies that guests do not wait for, `bitmaps` what
+//! becomes of a bitmap, `fleecing` what a scratch file changes, `hang` storages that do not
+//! answer, `life` starts, ends and failures, `race` what the guest does meanwhile, `sections`
+//! drained sections of others.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -24,6 +25,7 @@ use crate::{
 
 use super::{BackupError, BackupSpec, start_backup};
 
+mod behind;
 mod bitmaps;
 mod fleecing;
 mod hang;
