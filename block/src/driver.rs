@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::future::Future;
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -55,7 +56,7 @@ pub struct ExtentFlags {
     pub allocated: bool,
 }
 
-/// A range of an open file of the host.
+/// A range of an open file of the host, or parts of one.
 #[derive(Clone, Debug)]
 pub struct FileRange {
     pub(crate) file: Arc<File>,
@@ -64,6 +65,28 @@ pub struct FileRange {
     pub(crate) len: u64,
     /// The file is in memory: nothing is waited for.
     pub(crate) in_memory: bool,
+    /// What of it is meant, from its start, in order; all of it if there are none.
+    pub(crate) parts: Vec<Range<u64>>,
+}
+
+impl FileRange {
+    /// Only `parts` of it, which are in order and apart: offsets in bytes from its start.
+    /// What is not in the range is left out.
+    pub fn only(mut self, parts: impl IntoIterator<Item = Range<u64>>) -> Self {
+        let inside = |part: Range<u64>| part.start..part.end.min(self.len);
+        let parts = parts.into_iter().map(inside);
+        self.parts = parts.filter(|part| !part.is_empty()).collect();
+        if self.parts.is_empty() {
+            self.len = 0;
+        }
+        self
+    }
+
+    /// What of it is meant: offsets in bytes from its start.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let all = self.parts.is_empty().then_some(0..self.len);
+        all.into_iter().chain(self.parts.iter().cloned())
+    }
 }
 
 /// A run of bytes of one kind, from the start of the range that was asked for.
@@ -293,7 +316,7 @@ pub trait BlockDriver: Send + Sync + 'static {
         None
     }
 
-    /// Writes what `from` holds at `offset`, with no memory of the caller's between.
+    /// Writes what `from` holds (its parts, and nothing between them) at `offset`, with no memory of the caller's between.
     /// `false`: it cannot be done so, or failed, and any part of it may have been
     /// written; who reads and writes instead learns why. The default cannot.
     ///

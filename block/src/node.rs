@@ -8,10 +8,12 @@
 //! thread.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use smallvec::SmallVec;
 
 use crate::bitmaps::NamedBitmaps;
 use crate::bitmaps::kept::{Intent, Keeping, Writing};
@@ -323,11 +325,12 @@ impl Node {
         let Ok(_writing) = self.begin_writing(IoOp::Write, offset, len).await else {
             return false;
         };
-        let _mark = Mark {
+        let mark = |part: Range<u64>| Mark {
             node: self,
-            offset,
-            len,
+            offset: offset + part.start,
+            len: part.end - part.start,
         };
+        let _marks: SmallVec<[Mark<'_>; 1]> = from.parts().map(mark).collect();
         self.driver.copy_from(offset, from).await
     }
 

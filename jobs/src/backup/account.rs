@@ -6,6 +6,10 @@ use std::sync::Arc;
 
 use block::{BitmapError, Claim, DirtyBitmap, Snapshot, SnapshotAccount};
 
+/// Most short runs that are copied together, and bytes from the first to the end of the last.
+const MAX_RUNS: usize = 256;
+const REACH: u64 = 8 << 20;
+
 /// The account. Any thread.
 #[derive(Clone)]
 pub(super) enum Account {
@@ -217,6 +221,27 @@ impl Account {
             fleecing: Arc::clone(fleecing),
             range: first,
         }))
+    }
+
+    /// Takes on more runs behind `first`, until all are `most` bytes together, or many.
+    pub(super) fn gather(&self, first: BodyClaim, most: u64) -> Vec<BodyClaim> {
+        let Range { start, end } = first.range();
+        let (mut bytes, mut from) = (end - start, end);
+        let mut claims = vec![first];
+        while bytes < most && claims.len() < MAX_RUNS {
+            let next = self.next_todo(from, most - bytes);
+            let Some(next) = next.filter(|next| next.end - start <= REACH) else {
+                break;
+            };
+            from = next.end;
+            // A guest's request may have been first.
+            if let Some(claim) = self.claim(next) {
+                let range = claim.range();
+                bytes += range.end - range.start;
+                claims.push(claim);
+            }
+        }
+        claims
     }
 
     /// The whole clusters inside the range; empty if there are none.

@@ -2,7 +2,6 @@
 //!
 //! One task on the job's home; its operations run inside it, side by side.
 
-use std::cell::RefCell;
 use std::ops::Range;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -14,13 +13,14 @@ use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::copying::{
-    BACKUP_TOLERANCE, BufferPool, Carrier, Copied, CopyError, Entered, INTERVAL, Look, PATIENCE,
-    Pace, Rules, Side, enter, let_target_go, window_of_speed,
+    BACKUP_TOLERANCE, BufferPool, Carrier, CopyError, Entered, INTERVAL, Look, PATIENCE, Pace,
+    Rules, Side, enter, let_target_go, window_of_speed,
 };
 use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, OnError, SLICE};
 
 use super::account::{Account, BodyClaim};
 use super::driver::{BackupDriver, Places};
+use super::operation::{Done, Operation};
 
 /// Largest buffer, which is the largest request to a node.
 const MAX_REQUEST: u64 = 1 << 20;
@@ -34,15 +34,6 @@ const MAX_LEAP: u64 = 1 << 30;
 const BUSY: Duration = Duration::from_millis(1);
 /// Buffers that are kept.
 const BUFFERS: usize = 16;
-
-/// An operation in flight.
-struct Done {
-    /// What it counts for in the window.
-    cost: u64,
-    /// End of what it claimed.
-    end: u64,
-    result: Result<Copied, CopyError>,
-}
 
 /// State of the body. Home only.
 pub(super) struct Body<'a> {
@@ -60,6 +51,8 @@ pub(super) struct Body<'a> {
     cursor: u64,
     /// The source has data there.
     data: Range<u64>,
+    /// Short runs that begin there are copied one by one.
+    one_by_one: Range<u64>,
     /// How much to look at at once where extents are not known.
     leap: u64,
     /// Bytes started since the last rest.
@@ -100,6 +93,7 @@ impl<'a> Body<'a> {
                 .with_tolerance(BACKUP_TOLERANCE),
             cursor: 0,
             data: 0..0,
+            one_by_one: 0..0,
             leap: request,
             since_rest: 0,
             not_before: None,
@@ -378,8 +372,21 @@ impl<'a> Body<'a> {
             let Some(claim) = self.account.claim(range.clone()) else {
                 continue;
             };
-            self.cursor = claim.range().end;
-            self.start(claim, look, cost, nodes);
+            let operation = Operation {
+                carrier: Rc::clone(&self.carrier),
+                snapshot: Arc::clone(&self.snapshot),
+                nodes,
+                discards: self.driver.settings().discard_source,
+            };
+            if self.goes_with_others(&range) {
+                let claims = self.account.gather(claim, request);
+                self.start_runs(operation, claims);
+            } else {
+                self.cursor = claim.range().end;
+                self.window_used += cost;
+                self.operations
+                    .push(Box::pin(operation.carry(claim, look, cost)));
+            }
             self.since_rest += cost;
             if self.since_rest >= self.pace.floor() {
                 self.since_rest = 0;
@@ -391,33 +398,18 @@ impl<'a> Body<'a> {
         }
     }
 
-    fn start(&mut self, claim: BodyClaim, look: Look, cost: u64, nodes: Entered) {
-        self.window_used += cost;
-        let carrier = Rc::clone(&self.carrier);
-        let snapshot = Arc::clone(&self.snapshot);
-        let discards = self.driver.settings().discard_source;
-        self.operations.push(Box::pin(async move {
-            let range = claim.range();
-            let end = range.end;
-            let claim = RefCell::new(claim);
-            // The guest need not wait for what is left to others.
-            let leave = |end| claim.borrow_mut().leave_from(end);
-            let result = carrier.carry(range, look, &nodes, leave).await;
-            if let Ok(copied) = &result {
-                claim.into_inner().copied_to(copied.range.end).await;
-                // Counted at the source. Of a job that has ended nothing is discarded:
-                // somebody else may write there by now.
-                let may_discard = discards && !carrier.is_stopped();
-                let counted = may_discard.then(|| nodes.source()).flatten();
-                if counted.is_some()
-                    && let Err(error) = snapshot.discard_source(copied.range.clone()).await
-                {
-                    // It is a hint, and the copy is there.
-                    tracing::debug!(%error, "backup: the source is not discarded");
-                }
-            }
-            Done { cost, end, result }
-        }));
+    /// Whether what is to be copied there is what guests' requests have left over, and is
+    /// copied together with more of that.
+    fn goes_with_others(&self, range: &Range<u64>) -> bool {
+        range.end - range.start < MIN_REQUEST && !self.one_by_one.contains(&range.start)
+    }
+
+    fn start_runs(&mut self, operation: Operation, claims: Vec<BodyClaim>) {
+        for range in claims.iter().map(BodyClaim::range) {
+            self.cursor = range.end;
+            self.window_used += range.end - range.start;
+        }
+        self.operations.push(Box::pin(operation.copy_runs(claims)));
     }
 
     /// Size of a request under this window: several fit in it, so that the guest never
@@ -473,10 +465,12 @@ impl<'a> Body<'a> {
 
     fn ended(&mut self, done: Done) {
         self.window_used -= done.cost;
+        if !done.one_by_one.is_empty() {
+            self.one_by_one = done.one_by_one;
+        }
         match done.result {
             Ok(copied) => {
-                let len = copied.range.end - copied.range.start;
-                self.ctx.progress().add_done(len);
+                self.ctx.progress().add_done(done.bytes);
                 self.notifier.charge(copied.charged);
                 self.backoff.reset();
                 if copied.range.end < done.end {

@@ -20,6 +20,7 @@ mod account;
 mod body;
 mod driver;
 mod error;
+mod operation;
 mod spec;
 mod start;
 #[cfg(all(test, not(shuttle)))]

@@ -66,6 +66,19 @@ pub(crate) enum Look {
     Short,
 }
 
+/// What became of runs that were to be copied together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Runs {
+    /// All of them are copied.
+    Copied,
+    /// Not between these nodes, or it failed: one by one they are, or say why not.
+    Impossible,
+    /// There are holes among them.
+    NotOnlyData,
+    /// Somebody drains a node, or nothing is to be begun any more.
+    Held,
+}
+
 /// What holds for all of one job's operations.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rules {
@@ -256,6 +269,37 @@ impl Carrier {
             data: 0..0,
             was_zero: false,
         })
+    }
+
+    /// Copies short runs (whole units, in order and apart) from file to file, in one request.
+    /// They are held as for [`carry`](Self::carry).
+    ///
+    /// Cancel: what was being written to the target is undefined.
+    pub(crate) async fn copy_runs(&self, runs: &[Range<u64>], nodes: &Entered) -> Runs {
+        let (Some(first), Some(last)) = (runs.first(), runs.last()) else {
+            return Runs::Impossible;
+        };
+        let (start, len) = (first.start, last.end - first.start);
+        let Ok(source) = self.source(nodes) else {
+            return Runs::Held;
+        };
+        let Some(from) = source.file_range(start, len) else {
+            return Runs::Impossible;
+        };
+        let extent = source.node().chain_status(None, start, len).await;
+        if !extent.is_ok_and(|extent| !extent.zero && extent.len >= len) {
+            return Runs::NotOnlyData;
+        }
+        if self.is_stopped() {
+            return Runs::Held;
+        }
+        let parts = runs.iter().map(|run| run.start - start..run.end - start);
+        let copied = nodes.target.copy_from(start, from.only(parts)).await;
+        (self.written)();
+        match copied {
+            true => Runs::Copied,
+            false => Runs::Impossible,
+        }
     }
 
     /// Whether the source has zeroes from the start of `range`, and how far that answer

@@ -14,7 +14,7 @@ mod plan;
 mod pool;
 mod undo;
 
-pub(crate) use carry::{Carrier, Copied, CopyError, Entered, Look, Rules, Side, enter};
+pub(crate) use carry::{Carrier, Copied, CopyError, Entered, Look, Rules, Runs, Side, enter};
 pub(crate) use hold::FilterHold;
 pub(crate) use leave::{
     PATIENCE, detach_when_idle, let_target_go, take_out, take_out_some_time, wait_until_idle,

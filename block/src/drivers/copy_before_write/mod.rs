@@ -58,7 +58,7 @@ use crate::sync::atomic::Ordering::SeqCst;
 pub const MIN_CLUSTER: u64 = 64 << 10;
 /// Smallest cluster in bytes where nobody sees how large it is.
 const FINE_CLUSTER: u64 = 4 << 10;
-/// Most clusters of that size: larger disks have larger ones. Their bitmaps take 24 MiB.
+/// Most clusters of that size: larger disks have larger ones. Their bitmaps take 32 MiB.
 const MAX_FINE: u64 = 64 << 20;
 
 /// `on-cbw-error`: what a failed copy means.

@@ -18,6 +18,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -118,6 +119,7 @@ impl FileDriver {
             offset,
             len,
             in_memory: self.in_memory,
+            parts: Vec::new(),
         })
     }
 
@@ -213,20 +215,16 @@ impl Copies {
         }
 
         let _leaving = Leaving(self);
-        let mut done = 0;
-        let mut copied = Ok(());
-        while done < from.len && copied.is_ok() {
-            self.do_writes(true);
-            let piece = FileRange {
-                file: Arc::clone(&from.file),
-                offset: from.offset + done,
-                len: PAGES.min(from.len - done),
-                in_memory: true,
-            };
-            copied = copy_pages(&piece, into, offset + done);
-            done += piece.len;
+        for part in from.parts() {
+            let mut at = part.start;
+            while at < part.end {
+                self.do_writes(true);
+                let piece = at..part.end.min(at + PAGES);
+                at = piece.end;
+                copy_pages(from, piece, into, offset)?;
+            }
         }
-        copied
+        Ok(())
     }
 
     /// Whether another thread is to [`run`](Self::run), of `threads` at most.
@@ -302,10 +300,11 @@ impl Copies {
         }
         // All of it is on its way from the storage while the first piece is waited for.
         sys::will_need(&from.file, from.offset, from.len);
-        if pages {
-            copy_pages(from, into, offset)?;
-        } else {
-            copy_bytes(from, into, offset)?;
+        for part in from.parts() {
+            match pages {
+                true => copy_pages(from, part, into, offset)?,
+                false => copy_bytes(from, part, into, offset)?,
+            }
         }
         // The flush that follows such copying, and those of others on the same file
         // system, would else wait for all of it.
@@ -318,30 +317,32 @@ impl Copies {
     }
 }
 
-fn copy_pages(from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
-    let mut done = 0;
-    while done < from.len {
-        let left = from.len - done;
-        match sys::copy(&from.file, from.offset + done, into, offset + done, left)? {
+/// Copies a part of `from` to its place in what begins at `offset` of `into`. Blocks.
+fn copy_pages(from: &FileRange, part: Range<u64>, into: &File, offset: u64) -> io::Result<()> {
+    let mut at = part.start;
+    while at < part.end {
+        let left = part.end - at;
+        match sys::copy(&from.file, from.offset + at, into, offset + at, left)? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            copied => done += copied,
+            copied => at += copied,
         }
     }
     Ok(())
 }
 
-fn copy_bytes(from: &FileRange, into: &File, offset: u64) -> io::Result<()> {
+/// As [`copy_pages`], by a buffer.
+fn copy_bytes(from: &FileRange, part: Range<u64>, into: &File, offset: u64) -> io::Result<()> {
     BUFFER.with_borrow_mut(|buffer| {
         let page = buffer.as_ptr().align_offset(PAGE).min(PAGE);
         let buffer = &mut buffer[page..page + PIECE];
-        let mut done = 0;
-        while done < from.len {
+        let mut at = part.start;
+        while at < part.end {
             // At most a piece, so it fits.
-            let len = (from.len - done).min(PIECE as u64) as usize;
+            let len = (part.end - at).min(PIECE as u64) as usize;
             let piece = &mut buffer[..len];
-            from.file.read_exact_at(piece, from.offset + done)?;
-            into.write_all_at(piece, offset + done)?;
-            done += len as u64;
+            from.file.read_exact_at(piece, from.offset + at)?;
+            into.write_all_at(piece, offset + at)?;
+            at += len as u64;
         }
         Ok(())
     })

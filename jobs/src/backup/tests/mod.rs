@@ -3,8 +3,8 @@
 //!
 //! Lives here: the rig. `behind` has copies that guests do not wait for, `bitmaps` what
 //! becomes of a bitmap, `fleecing` what a scratch file changes, `hang` storages that do not
-//! answer, `life` starts, ends and failures, `race` what the guest does meanwhile, `sections`
-//! drained sections of others.
+//! answer, `life` starts, ends and failures, `race` what the guest does meanwhile, `runs` short
+//! runs between files, `sections` drained sections of others.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -31,6 +31,7 @@ mod fleecing;
 mod hang;
 mod life;
 mod race;
+mod runs;
 mod sections;
 
 const KIB: u64 = 1024;

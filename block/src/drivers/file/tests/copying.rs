@@ -153,3 +153,38 @@ fn writes_beside_copies_all_arrive() {
         assert!(after[at..at + 4096].iter().all(|it| *it == byte), "{at}");
     }
 }
+
+#[test]
+fn of_a_range_only_the_parts_that_are_meant_are_copied() {
+    const LEN: usize = 1 << 20;
+    for place in places() {
+        let source = image_in(&place, 0);
+        std::fs::write(source.path(), pattern(LEN)).unwrap();
+        let target = image_in(&place, 0);
+        std::fs::write(target.path(), vec![0xee; LEN]).unwrap();
+        let node = |path: &std::path::Path| {
+            let options = NodeOptions::default();
+            Node::new("node", Box::new(open_image(path, false)), options)
+        };
+        let (from, into) = (node(source.path()), node(target.path()));
+        let bitmap = Arc::new(DirtyBitmap::new(LEN as u64, 4096).unwrap());
+        into.attach_bitmap(&bitmap);
+        // The second is longer than what is copied between two looks at other writes.
+        let parts = [0..4096, 8192..299_008, 400_384..400_896, 900_096..u64::MAX];
+        let copied = EventLoop::new("test").unwrap().block_on(async {
+            let range = from.file_range(4096, 512_000).unwrap();
+            into.copy_from(8192, range.only(parts.clone())).await
+        });
+        assert!(copied);
+        let mut expected = vec![0xee; LEN];
+        for part in &parts[..3] {
+            let (start, end) = (part.start as usize, part.end as usize);
+            let content = pattern(LEN)[4096 + start..4096 + end].to_vec();
+            expected[8192 + start..8192 + end].copy_from_slice(&content);
+        }
+        assert!(std::fs::read(target.path()).unwrap() == expected);
+        assert!(bitmap.is_dirty(8192) && bitmap.is_dirty(8192 + 400_384));
+        assert!(!bitmap.is_dirty(8192 + 4096), "between two parts");
+        assert!(!bitmap.is_dirty(8192 + 350_000));
+    }
+}
