@@ -377,6 +377,7 @@ impl<'a> Body<'a> {
                 snapshot: Arc::clone(&self.snapshot),
                 nodes,
                 discards: self.driver.settings().discard_source,
+                began: Instant::now(),
             };
             if self.goes_with_others(&range) {
                 let claims = self.account.gather(claim, request);
@@ -470,6 +471,9 @@ impl<'a> Body<'a> {
         }
         match done.result {
             Ok(copied) => {
+                if copied.charged > 0 {
+                    self.pace.note_request(done.took);
+                }
                 self.ctx.progress().add_done(done.bytes);
                 self.notifier.charge(copied.charged);
                 self.backoff.reset();

@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use block::Snapshot;
 
@@ -21,6 +22,8 @@ pub(super) struct Done {
     pub(super) end: u64,
     /// Bytes of clusters that the target has now.
     pub(super) bytes: u64,
+    /// How long it took.
+    pub(super) took: Duration,
     /// Short runs that begin there are not to be copied together.
     pub(super) one_by_one: Range<u64>,
     pub(super) result: Result<Copied, CopyError>,
@@ -33,6 +36,7 @@ pub(super) struct Operation {
     pub(super) nodes: Entered,
     /// What is copied is discarded on the source.
     pub(super) discards: bool,
+    pub(super) began: Instant,
 }
 
 impl Operation {
@@ -56,6 +60,7 @@ impl Operation {
             cost,
             end,
             bytes,
+            took: self.began.elapsed(),
             one_by_one: 0..0,
             result,
         }
@@ -81,6 +86,7 @@ impl Operation {
             cost,
             end,
             bytes,
+            took: self.began.elapsed(),
             one_by_one: match became {
                 Runs::Copied | Runs::Held => 0..0,
                 Runs::NotOnlyData => start..end,

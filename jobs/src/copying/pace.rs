@@ -58,6 +58,10 @@ const CALM_EVERY: Duration = Duration::from_secs(2);
 const CALM_MEASURED: u32 = 2;
 /// How long a calm waits for what is in flight.
 const CALM_PATIENCE: Duration = Duration::from_millis(300);
+/// How much longer than the quickest one a request of the copier may take while the guest is
+/// active. What takes longer has waited for others at the target, and so do the guest's copies
+/// that come after it.
+const MAX_QUEUED: Duration = Duration::from_millis(20);
 /// Requests per second weigh a quarter of what they were before.
 const RATE_WEIGHT: u64 = 4;
 /// Longest rest after a floor's worth of requests when the mirror is ready, which leaves it
@@ -110,6 +114,10 @@ pub(crate) struct Pace {
     next_decision: Instant,
     /// When the calm began that is, or was last.
     calm_began: Instant,
+    /// What the copier's quickest request took.
+    quickest: Option<Duration>,
+    /// How much longer one has taken since the last decision, at most.
+    queued: Duration,
 }
 
 impl Pace {
@@ -134,6 +142,8 @@ impl Pace {
             last_decision: now,
             next_decision: now + INTERVAL,
             calm_began: now,
+            quickest: None,
+            queued: Duration::ZERO,
         }
     }
 
@@ -175,6 +185,13 @@ impl Pace {
             && now.saturating_duration_since(self.calm_began) < CALM_PATIENCE
     }
 
+    /// A request of the copier, which moved something, took so long.
+    pub(crate) fn note_request(&mut self, took: Duration) {
+        let quickest = self.quickest.map_or(took, |quickest| quickest.min(took));
+        self.quickest = Some(quickest);
+        self.queued = self.queued.max(took - quickest);
+    }
+
     /// Requests of the guest wait for copies, and none has ended since the last
     /// decision: it is not idle, but cannot go on.
     pub(crate) fn guest_waits(&mut self, now: Instant) {
@@ -198,6 +215,7 @@ impl Pace {
         let took = now.saturating_duration_since(self.last_decision);
         self.last_decision = now;
         self.next_decision = now + INTERVAL;
+        let is_queued = std::mem::take(&mut self.queued) > MAX_QUEUED;
         let Some(felt) = felt else {
             self.calm = None;
             self.next_calm = now;
@@ -238,7 +256,7 @@ impl Pace {
             self.calm_began = now;
             return;
         }
-        if !self.is_fine(felt.mean_ns) {
+        if is_queued || !self.is_fine(felt.mean_ns) {
             self.give_way();
         } else if !self.rest.is_zero() {
             let rest = match self.ready || self.gentle {
@@ -413,6 +431,22 @@ mod tests {
         let mut pace =
             Pace::new(256 * KIB, 16384 * KIB, Instant::now()).with_tolerance(BACKUP_TOLERANCE);
         assert_eq!(felt(&mut pace), 16384 * KIB);
+    }
+
+    #[test]
+    fn what_waits_at_a_slow_target_is_kept_short_while_the_guest_is_active() {
+        let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
+        let mut longest = |guest: Option<u64>| {
+            for _ in 0..200 {
+                // A target of 64 MiB/s.
+                pace.note_request(Duration::from_millis(4));
+                pace.note_request(Duration::from_micros(pace.window() / 64));
+                run(&mut pace, 1, |_| guest);
+            }
+            pace.window()
+        };
+        assert!(longest(Some(1_000_000)) < 2048 * KIB);
+        assert_eq!(longest(None), 16384 * KIB, "nobody waits behind it");
     }
 
     #[test]
