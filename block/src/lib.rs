@@ -54,7 +54,7 @@ pub use driver::{
     Limits, Reopen, Reopened, UnnamedBitmap, WriteFlags, ZeroFlags,
 };
 pub use drivers::copy_before_write::{
-    CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Snapshot, SnapshotAccount,
+    CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Save, Snapshot, SnapshotAccount,
     SnapshotObserver, Stalls, broken_snapshot, cluster_of, fine_cluster,
 };
 pub use drivers::file::image_is_in_use;

@@ -6,8 +6,7 @@ use std::sync::Arc;
 
 use block::{BitmapError, Claim, DirtyBitmap, Snapshot, SnapshotAccount};
 
-/// Most short runs that are copied together, and bytes from the first to the end of the last.
-const MAX_RUNS: usize = 256;
+/// Bytes from the first to the end of the last of short runs that are copied together.
 const REACH: u64 = 8 << 20;
 
 /// The account. Any thread.
@@ -223,12 +222,12 @@ impl Account {
         }))
     }
 
-    /// Takes on more runs behind `first`, until all are `most` bytes together, or many.
-    pub(super) fn gather(&self, first: BodyClaim, most: u64) -> Vec<BodyClaim> {
+    /// Takes on more runs behind `first`, until all are `most` bytes together, or `runs`.
+    pub(super) fn gather(&self, first: BodyClaim, most: u64, runs: usize) -> Vec<BodyClaim> {
         let Range { start, end } = first.range();
         let (mut bytes, mut from) = (end - start, end);
         let mut claims = vec![first];
-        while bytes < most && claims.len() < MAX_RUNS {
+        while bytes < most && claims.len() < runs {
             let next = self.next_todo(from, most - bytes);
             let Some(next) = next.filter(|next| next.end - start <= REACH) else {
                 break;

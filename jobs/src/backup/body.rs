@@ -13,14 +13,14 @@ use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::copying::{
-    BACKUP_TOLERANCE, BufferPool, Carrier, CopyError, Entered, INTERVAL, Look, PATIENCE, Pace,
-    Rules, Side, enter, let_target_go, window_of_speed,
+    BACKUP_TOLERANCE, BufferPool, Carrier, Copied, CopyError, Entered, INTERVAL, Look, PATIENCE,
+    Pace, Rules, Runs, Side, enter, let_target_go, window_of_speed,
 };
 use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, OnError, SLICE};
 
 use super::account::{Account, BodyClaim};
 use super::driver::{BackupDriver, Places};
-use super::operation::{Done, Operation};
+use super::operation::{Done, Operation, What, write_save};
 
 /// Largest buffer, which is the largest request to a node.
 const MAX_REQUEST: u64 = 1 << 20;
@@ -34,6 +34,12 @@ const MAX_LEAP: u64 = 1 << 30;
 const BUSY: Duration = Duration::from_millis(1);
 /// Buffers that are kept.
 const BUFFERS: usize = 16;
+/// Most requests in flight for what guests' requests did not wait for.
+const MAX_SAVES: usize = 64;
+/// Short runs that are copied together: fewest and most, and the time that decides, since
+/// guests wait for all of them.
+const RUNS: (usize, usize) = (8, 256);
+const RUNS_TIME: Duration = Duration::from_millis(10);
 
 /// State of the body. Home only.
 pub(super) struct Body<'a> {
@@ -51,7 +57,12 @@ pub(super) struct Body<'a> {
     cursor: u64,
     /// The source has data there.
     data: Range<u64>,
-    /// Short runs that begin there are copied one by one.
+    /// Operations that write what guests' requests did not wait for.
+    saves: usize,
+    /// Short runs can be copied together, as far as is known; so many at most; but not those
+    /// that begin in this range.
+    copies_runs: bool,
+    runs: usize,
     one_by_one: Range<u64>,
     /// How much to look at at once where extents are not known.
     leap: u64,
@@ -59,6 +70,8 @@ pub(super) struct Body<'a> {
     since_rest: u64,
     /// Nothing is started before this instant (rest, failure).
     not_before: Option<Instant>,
+    /// Nothing that guests did not wait for is written before this instant (failure).
+    retry_at: Option<Instant>,
     backoff: Backoff,
     /// The first failure since the policy was last asked: nothing is started until
     /// everything has ended, and the policy has been asked.
@@ -93,10 +106,14 @@ impl<'a> Body<'a> {
                 .with_tolerance(BACKUP_TOLERANCE),
             cursor: 0,
             data: 0..0,
+            saves: 0,
+            copies_runs: true,
+            runs: RUNS.1,
             one_by_one: 0..0,
             leap: request,
             since_rest: 0,
             not_before: None,
+            retry_at: None,
             backoff: Backoff::new(),
             failed: None,
             snapshot,
@@ -119,8 +136,8 @@ impl<'a> Body<'a> {
                 self.let_go().await;
                 return Err(failure);
             }
-            self.look_at_saves();
             if let Some(error) = &self.failed {
+                self.snapshot.save_behind(false);
                 match self.is_to_be_reported(error) {
                     // All that fail together are told once; but what hangs does not
                     // keep the failure.
@@ -137,6 +154,8 @@ impl<'a> Body<'a> {
                 }
             }
             if self.ctx.is_pause_requested() {
+                // What is kept stays so; guests wait for nobody who is paused.
+                self.snapshot.save_behind(false);
                 self.quiesce().await;
                 self.report_progress();
                 if self.failed.is_none() && !self.has_to_end() {
@@ -147,6 +166,7 @@ impl<'a> Body<'a> {
             if self.driver.take_user_resumed() {
                 // Who resumed the job has done something about what failed.
                 self.not_before = None;
+                self.retry_at = None;
                 self.backoff.reset();
             }
             if self.is_complete() {
@@ -157,7 +177,10 @@ impl<'a> Body<'a> {
                 }
                 continue;
             }
+            self.snapshot
+                .save_behind(self.driver.settings().saves_behind);
             self.adapt();
+            self.start_saves();
             let wait = self.start_operations();
             self.report_progress();
             if self.operations.is_empty() {
@@ -166,18 +189,6 @@ impl<'a> Body<'a> {
                 self.wait_for_operation(wait).await;
             }
         }
-    }
-
-    /// What guests' requests did not wait for fails again and again: a failure of the target
-    /// as any other. A job that does nothing but save keeps it and goes on: the guest is told
-    /// of what fails from now on.
-    fn look_at_saves(&mut self) {
-        if self.failed.is_some() || self.driver.settings().only_guest {
-            return;
-        }
-        let side = Side::Target;
-        let failure = self.snapshot.take_save_failure();
-        self.failed = failure.map(|error| CopyError { side, error });
     }
 
     fn is_complete(&self) -> bool {
@@ -333,6 +344,22 @@ impl<'a> Body<'a> {
         (!left.is_zero()).then_some(left)
     }
 
+    /// Writes what guests' requests did not wait for.
+    fn start_saves(&mut self) {
+        let is_backing_off = self.retry_at.is_some_and(|at| at > Instant::now());
+        while self.saves < MAX_SAVES && self.failed.is_none() && !is_backing_off {
+            let Some(save) = self.snapshot.take_save() else {
+                return;
+            };
+            // Not while somebody drains the target; then it is kept.
+            let Some(target) = enter(&self.places.target_backend) else {
+                return;
+            };
+            self.saves += 1;
+            self.operations.push(Box::pin(write_save(save, target)));
+        }
+    }
+
     /// Starts what may be started; gives the time after which there may be more to start
     /// even if nothing ends, at most a slice.
     fn start_operations(&mut self) -> Duration {
@@ -346,7 +373,7 @@ impl<'a> Body<'a> {
             if self.pace.is_calm() {
                 return INTERVAL;
             }
-            if self.operations.len() >= self.driver.settings().max_workers {
+            if self.operations.len() - self.saves >= self.driver.settings().max_workers {
                 return SLICE;
             }
             let limited = self.ctx.throttle_wait();
@@ -358,7 +385,7 @@ impl<'a> Body<'a> {
             let Some((range, look)) = self.next_range(request) else {
                 return SLICE;
             };
-            let cost = (range.end - range.start).min(request);
+            let mut cost = (range.end - range.start).min(request);
             // One request at least goes out, since nothing is under way then.
             let window = window.min(window_of_speed(self.ctx.speed(), 0));
             if self.window_used > 0 && self.window_used + cost > window {
@@ -380,8 +407,10 @@ impl<'a> Body<'a> {
                 began: Instant::now(),
             };
             if self.goes_with_others(&range) {
-                let claims = self.account.gather(claim, request);
-                self.start_runs(operation, claims);
+                // As many as the window has room for.
+                let most = request.min(window.saturating_sub(self.window_used));
+                let claims = self.account.gather(claim, most, self.runs);
+                cost = self.start_runs(operation, claims);
             } else {
                 self.cursor = claim.range().end;
                 self.window_used += cost;
@@ -402,15 +431,21 @@ impl<'a> Body<'a> {
     /// Whether what is to be copied there is what guests' requests have left over, and is
     /// copied together with more of that.
     fn goes_with_others(&self, range: &Range<u64>) -> bool {
-        range.end - range.start < MIN_REQUEST && !self.one_by_one.contains(&range.start)
+        range.end - range.start < MIN_REQUEST
+            && self.copies_runs
+            && !self.one_by_one.contains(&range.start)
     }
 
-    fn start_runs(&mut self, operation: Operation, claims: Vec<BodyClaim>) {
+    /// Gives the bytes of the runs.
+    fn start_runs(&mut self, operation: Operation, claims: Vec<BodyClaim>) -> u64 {
+        let mut cost = 0;
         for range in claims.iter().map(BodyClaim::range) {
             self.cursor = range.end;
-            self.window_used += range.end - range.start;
+            cost += range.end - range.start;
         }
+        self.window_used += cost;
         self.operations.push(Box::pin(operation.copy_runs(claims)));
+        cost
     }
 
     /// Size of a request under this window: several fit in it, so that the guest never
@@ -466,33 +501,55 @@ impl<'a> Body<'a> {
 
     fn ended(&mut self, done: Done) {
         self.window_used -= done.cost;
-        if !done.one_by_one.is_empty() {
-            self.one_by_one = done.one_by_one;
+        self.ctx.progress().add_done(done.bytes);
+        self.notifier.charge(done.moved);
+        if done.bytes > 0 {
+            self.backoff.reset();
         }
-        match done.result {
-            Ok(copied) => {
-                if copied.charged > 0 {
+        match done.what {
+            What::Save => self.saves -= 1,
+            What::Range(end, copied) => {
+                if done.moved > 0 {
                     self.pace.note_request(done.took);
                 }
-                self.ctx.progress().add_done(done.bytes);
-                self.notifier.charge(copied.charged);
-                self.backoff.reset();
-                if copied.range.end < done.end {
+                if let Some(copied) = copied {
+                    self.learn(end, copied);
+                }
+            }
+            What::Runs(range, became) => {
+                if done.bytes < done.cost {
                     // What was left comes next, and not after all the others.
-                    self.cursor = self.cursor.min(copied.range.end);
+                    self.cursor = self.cursor.min(range.start);
                 }
-                if copied.was_zero {
-                    self.leap = self.leap.saturating_mul(2).min(MAX_LEAP);
-                } else {
-                    self.leap = self.carrier.pool().buffer_size() as u64;
-                }
-                if copied.data.end > self.data.end || !self.data.contains(&self.cursor) {
-                    self.data = copied.data;
+                match became {
+                    Runs::Copied(0) => self.one_by_one = range,
+                    Runs::Copied(_) => {
+                        self.pace.note_request(done.took);
+                        self.runs = next_runs(self.runs, done.took);
+                    }
+                    Runs::Impossible => self.copies_runs = false,
+                    Runs::Held => {}
                 }
             }
-            Err(error) => {
-                self.failed.get_or_insert(error);
-            }
+        }
+        if let Some(error) = done.error {
+            self.failed.get_or_insert(error);
+        }
+    }
+
+    /// What carrying a range to `end` has told of what follows.
+    fn learn(&mut self, end: u64, copied: Copied) {
+        if copied.range.end < end {
+            // What was left comes next, and not after all the others.
+            self.cursor = self.cursor.min(copied.range.end);
+        }
+        if copied.was_zero {
+            self.leap = self.leap.saturating_mul(2).min(MAX_LEAP);
+        } else {
+            self.leap = self.carrier.pool().buffer_size() as u64;
+        }
+        if copied.data.end > self.data.end || !self.data.contains(&self.cursor) {
+            self.data = copied.data;
         }
     }
 
@@ -511,7 +568,11 @@ impl<'a> Body<'a> {
             ErrorAction::Report => Err(JobFailure::from(&error)),
             ErrorAction::Ignore | ErrorAction::Stop => {
                 self.cursor = 0;
-                self.not_before = Some(Instant::now() + self.backoff.failed());
+                let retry_at = Instant::now() + self.backoff.failed();
+                self.not_before = Some(retry_at);
+                self.retry_at = Some(retry_at);
+                // What was copied together is looked at one by one, and then anew.
+                self.copies_runs = true;
                 Ok(())
             }
         }
@@ -543,5 +604,13 @@ impl<'a> Body<'a> {
     fn report_progress(&self) {
         let left = self.account.pending_bytes();
         self.ctx.progress().set_remaining(left);
+    }
+}
+
+/// How many short runs are copied together after `runs` at most have taken so long.
+fn next_runs(runs: usize, took: Duration) -> usize {
+    match took > RUNS_TIME {
+        true => (runs / 2).max(RUNS.0),
+        false => (runs * 2).min(RUNS.1),
     }
 }

@@ -39,6 +39,8 @@ pub(super) struct Settings {
     /// What lower layers have is not part of the backup.
     pub(super) only_top: bool,
     pub(super) discard_source: bool,
+    /// Guests' requests need not wait until the target has what they change.
+    pub(super) saves_behind: bool,
     /// See [`Rules`](crate::copying::Rules).
     pub(super) explicit_zeroes: bool,
 }

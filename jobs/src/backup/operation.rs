@@ -1,6 +1,7 @@
-//! One operation of the body: it carries over a range that has been claimed, or short runs.
+//! One operation of the body: it carries over a range that has been claimed, or short runs, or
+//! writes what a guest's request did not wait for.
 //!
-//! Not here: what is claimed next, and what a failure means (`body`).
+//! Not here: what is done next, and what a failure means (`body`).
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -8,9 +9,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::Snapshot;
+use block::{InFlight, Save, Snapshot};
 
-use crate::copying::{Carrier, Copied, CopyError, Entered, Look, Runs};
+use crate::copying::{Carrier, Copied, CopyError, Entered, Look, Runs, Side};
 
 use super::account::BodyClaim;
 
@@ -18,18 +19,49 @@ use super::account::BodyClaim;
 pub(super) struct Done {
     /// What it counts for in the window.
     pub(super) cost: u64,
-    /// End of what it claimed.
-    pub(super) end: u64,
     /// Bytes of clusters that the target has now.
     pub(super) bytes: u64,
+    /// Bytes that were moved.
+    pub(super) moved: u64,
     /// How long it took.
     pub(super) took: Duration,
-    /// Short runs that begin there are not to be copied together.
-    pub(super) one_by_one: Range<u64>,
-    pub(super) result: Result<Copied, CopyError>,
+    pub(super) what: What,
+    /// Why it failed. What is not done is to be done again.
+    pub(super) error: Option<CopyError>,
 }
 
-/// What an operation uses.
+/// What an operation was about.
+pub(super) enum What {
+    /// A range, to this end. What was found out by carrying it, unless that failed.
+    Range(u64, Option<Copied>),
+    /// Short runs in this range.
+    Runs(Range<u64>, Runs),
+    /// What a guest's request did not wait for.
+    Save,
+}
+
+/// Writes what a guest's request did not wait for.
+///
+/// Cancel: it is kept, for another operation.
+pub(super) async fn write_save(save: Save, target: InFlight) -> Done {
+    let (began, range) = (Instant::now(), save.range());
+    let written = save.write(target).await;
+    let bytes = match written {
+        Ok(_) => range.end - range.start,
+        Err(_) => 0,
+    };
+    let side = Side::Target;
+    Done {
+        cost: 0,
+        bytes,
+        moved: *written.as_ref().unwrap_or(&0),
+        took: began.elapsed(),
+        what: What::Save,
+        error: written.err().map(|error| CopyError { side, error }),
+    }
+}
+
+/// What an operation of the body's own uses.
 pub(super) struct Operation {
     pub(super) carrier: Rc<Carrier>,
     pub(super) snapshot: Arc<Snapshot>,
@@ -46,27 +78,35 @@ impl Operation {
     /// Cancel: as for [`Carrier::carry`].
     pub(super) async fn carry(self, claim: BodyClaim, look: Look, cost: u64) -> Done {
         let range = claim.range();
-        let (start, end) = (range.start, range.end);
+        let end = range.end;
         let claim = RefCell::new(claim);
         // The guest need not wait for what is left to others.
         let leave = |end| claim.borrow_mut().leave_from(end);
-        let result = self.carrier.carry(range, look, &self.nodes, leave).await;
-        let mut bytes = 0;
-        if let Ok(copied) = &result {
-            bytes = copied.range.end - start;
-            self.settle(claim.into_inner(), copied.range.end).await;
-        }
-        Done {
+        let carried = self.carrier.carry(range, look, &self.nodes, leave).await;
+        let (copied, error) = match carried {
+            Ok(copied) => (Some(copied), None),
+            Err(error) => (None, Some(error)),
+        };
+        let mut done = Done {
             cost,
-            end,
-            bytes,
+            bytes: 0,
+            moved: 0,
             took: self.began.elapsed(),
-            one_by_one: 0..0,
-            result,
+            what: What::Range(end, None),
+            error,
+        };
+        if let Some(copied) = copied {
+            done.bytes = copied.range.end - copied.range.start;
+            done.moved = copied.charged;
+            claim.into_inner().copied_to(copied.range.end).await;
+            self.discard(copied.range.clone()).await;
+            done.what = What::Range(end, Some(copied));
         }
+        done
     }
 
-    /// Copies short runs together, in order, if the nodes can.
+    /// Copies short runs together, in order, if the nodes can. What is not copied is to be
+    /// copied again.
     ///
     /// Cancel: as for [`Carrier::copy_runs`].
     pub(super) async fn copy_runs(self, claims: Vec<BodyClaim>) -> Done {
@@ -75,36 +115,32 @@ impl Operation {
         let end = runs.last().map_or(0, |last| last.end);
         let cost = runs.iter().map(|run| run.end - run.start).sum();
         let became = self.carrier.copy_runs(&runs, &self.nodes).await;
-        let is_copied = became == Runs::Copied;
-        if is_copied {
-            for (claim, run) in claims.into_iter().zip(runs) {
-                self.settle(claim, run.end).await;
-            }
+        let took = self.began.elapsed();
+        let copied = match became {
+            Runs::Copied(copied) => copied,
+            Runs::Impossible | Runs::Held => 0,
+        };
+        // First all that guests may be waiting for.
+        for (claim, run) in claims.into_iter().zip(&runs).take(copied) {
+            claim.copied_to(run.end).await;
         }
-        let bytes = if is_copied { cost } else { 0 };
+        let mut bytes = 0;
+        for run in runs.into_iter().take(copied) {
+            bytes += run.end - run.start;
+            self.discard(run).await;
+        }
         Done {
             cost,
-            end,
             bytes,
-            took: self.began.elapsed(),
-            one_by_one: match became {
-                Runs::Copied | Runs::Held => 0..0,
-                Runs::NotOnlyData => start..end,
-                Runs::Impossible => 0..u64::MAX,
-            },
-            result: Ok(Copied {
-                range: start..if is_copied { end } else { start },
-                charged: bytes,
-                data: 0..0,
-                was_zero: false,
-            }),
+            moved: bytes,
+            took,
+            what: What::Runs(start..end, became),
+            error: None,
         }
     }
 
-    /// The target has what is claimed up to `end`.
-    async fn settle(&self, claim: BodyClaim, end: u64) {
-        let range = claim.range().start..end;
-        claim.copied_to(end).await;
+    /// Discards on the source what has been copied, if that is wanted.
+    async fn discard(&self, range: Range<u64>) {
         // Counted at the source. Of a job that has ended nothing is discarded: somebody else
         // may write there by now.
         let may_discard = self.discards && !self.carrier.is_stopped();

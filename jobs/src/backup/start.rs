@@ -421,6 +421,11 @@ fn settings(spec: &BackupSpec, plan: &Plan, only_top: bool) -> Settings {
         only_guest: spec.sync == BackupSync::None,
         only_top,
         discard_source: spec.discard_source,
+        // What a target without an end of its own (`none`) has, and what one shows of the source
+        // below it, has to be right at any moment; and a scratch file is no target of the body.
+        saves_behind: spec.sync != BackupSync::None
+            && spec.scratch.is_none()
+            && spec.target.backing().is_none(),
         explicit_zeroes: explicit_zeroes(spec),
     }
 }

@@ -69,12 +69,10 @@ pub(crate) enum Look {
 /// What became of runs that were to be copied together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Runs {
-    /// All of them are copied.
-    Copied,
+    /// So many from the first on are copied. Of the next one not all is data.
+    Copied(usize),
     /// Not between these nodes, or it failed: one by one they are, or say why not.
     Impossible,
-    /// There are holes among them.
-    NotOnlyData,
     /// Somebody drains a node, or nothing is to be begun any more.
     Held,
 }
@@ -271,7 +269,8 @@ impl Carrier {
         })
     }
 
-    /// Copies short runs (whole units, in order and apart) from file to file, in one request.
+    /// Copies short runs (whole units, in order and apart) from file to file, in one request, as
+    /// far as the source has data from the first one on.
     /// They are held as for [`carry`](Self::carry).
     ///
     /// Cancel: what was being written to the target is undefined.
@@ -287,17 +286,24 @@ impl Carrier {
             return Runs::Impossible;
         };
         let extent = source.node().chain_status(None, start, len).await;
-        if !extent.is_ok_and(|extent| !extent.zero && extent.len >= len) {
-            return Runs::NotOnlyData;
+        let data = match extent {
+            Ok(extent) if !extent.zero => extent.len,
+            Ok(_) | Err(_) => 0,
+        };
+        let of_span = |run: &Range<u64>| run.start - start..run.end - start;
+        let parts: Vec<_> = runs.iter().map(of_span).collect();
+        let of_data = parts.iter().take_while(|part| part.end <= data).count();
+        if of_data == 0 {
+            return Runs::Copied(0);
         }
         if self.is_stopped() {
             return Runs::Held;
         }
-        let parts = runs.iter().map(|run| run.start - start..run.end - start);
-        let copied = nodes.target.copy_from(start, from.only(parts)).await;
+        let from = from.only(parts.into_iter().take(of_data));
+        let copied = nodes.target.copy_from(start, from).await;
         (self.written)();
         match copied {
-            true => Runs::Copied,
+            true => Runs::Copied(of_data),
             false => Runs::Impossible,
         }
     }

@@ -1,81 +1,75 @@
 //! Saving behind the guest's back: once what a request is about to change has been read into
-//! memory, the request goes on, and a task writes that to the target.
+//! memory, the request goes on, and a job writes that to the target.
 //!
-//! Only where the target belongs to a job, which can do something about a failure; and only
-//! to a target that has shown that it takes what it gets: so a guest that writes to one that
-//! fails is told as it was asked for (`on-cbw-error`). If one fails later, what is in memory
-//! is kept and tried again, the job is told, and requests wait for their copies again.
+//! Only while a job, which owns the target, says that it takes what there is; and only once
+//! guests' copies have reached the target ([`PROOF`]): so a guest that writes to one that fails
+//! is told, as it was asked for (`on-cbw-error`). What is in memory is kept until the target has
+//! it, or nobody needs it.
 //!
-//! Requests wait once so much is in memory that the target cannot be keeping up, for no
-//! longer than `cbw-timeout`.
+//! Requests wait for room once so much is in memory that the target cannot be keeping up, for
+//! no longer than `cbw-timeout`. If the job takes no more, they have their copies made as
+//! without.
 
-use std::pin::pin;
+use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 
-use futures_util::future::select;
-
-use super::copy::{Content, Entered, Memory, forget_taken_out};
-use super::snapshot::{Held, Snapshot};
-use super::{OnCbwError, leave};
+use super::copy::{Content, Entered, Memory, buffer_size, forget_taken_out};
+use super::snapshot::{Claim, Snapshot};
+use crate::backend::InFlight;
 use crate::error::IoError;
-use crate::runtime;
-use crate::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use crate::sync::{Mutex, lock};
 
 /// Most bytes in memory: what a target that is as fast as the guest has not got to yet.
 const ROOM: u64 = if cfg!(test) { 1 << 20 } else { 8 << 20 };
-/// Copies that reach the target before one is left behind.
+/// Copies that reach the target before a request goes on without its own.
 const PROOF: u32 = 32;
-/// Time until what failed is tried again.
-const RETRY: Duration = Duration::from_millis(200);
-
-/// How long a guest's request waits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Saving {
-    /// Until the target has what the request changes.
-    Awaited,
-    /// Until that is in memory, where the target can be relied on.
-    Behind,
-}
 
 /// What is saved behind guests' backs. Any thread.
 pub(super) struct Behind {
-    saving: Saving,
-    /// What a failed copy means.
-    on_error: OnCbwError,
-    /// Copies that have reached the target since one failed, up to [`PROOF`]. Atomic.
+    /// A job takes what is kept. Atomic.
+    open: AtomicBool,
+    /// Guests' copies that have reached the target since something failed there, up to
+    /// [`PROOF`]. Atomic.
     proof: AtomicU32,
     room: Memory,
-    /// Why what is in memory cannot be saved. A leaf lock, held for a move: by who fails,
-    /// and by the job.
-    failure: Mutex<Option<IoError>>,
+    /// What nobody is writing, the oldest first. A leaf lock, held for a move: by requests
+    /// that go on, and by the job.
+    kept: Mutex<VecDeque<Kept>>,
+}
+
+/// What the snapshot had in some clusters.
+struct Kept {
+    /// Whole clusters.
+    range: Range<u64>,
+    content: Content,
+    /// Bytes of room that it takes.
+    room: u64,
+}
+
+impl Default for Behind {
+    fn default() -> Self {
+        Self {
+            open: AtomicBool::new(false),
+            proof: AtomicU32::new(0),
+            room: Memory::new(ROOM),
+            kept: Mutex::default(),
+        }
+    }
 }
 
 impl Behind {
-    pub(super) fn new(saving: Saving, on_error: OnCbwError) -> Self {
-        Self {
-            saving,
-            on_error,
-            proof: AtomicU32::new(0),
-            room: Memory::new(ROOM),
-            failure: Mutex::default(),
-        }
-    }
-
     /// Whether a request may go on once what it changes is in memory.
     pub(super) fn may_release(&self) -> bool {
-        self.saving == Saving::Behind && self.proof.load(SeqCst) >= PROOF
+        self.open.load(SeqCst) && self.proof.load(SeqCst) >= PROOF
     }
 
-    /// A copy has reached the target.
-    pub(super) fn has_saved(&self) {
-        if self.saving == Saving::Awaited || self.proof.load(SeqCst) >= PROOF {
-            return;
+    /// A guest's copy has reached the target.
+    pub(super) fn has_copied(&self) {
+        if self.proof.load(SeqCst) < PROOF {
+            self.proof.fetch_add(1, SeqCst);
         }
-        self.proof.fetch_add(1, SeqCst);
-        // It takes what it gets again.
-        drop(self.take_failure());
     }
 
     /// Lets all who wait for room look again.
@@ -83,30 +77,37 @@ impl Behind {
         self.room.look_again();
     }
 
-    fn take_failure(&self) -> Option<IoError> {
-        lock(&self.failure).take()
+    /// Nobody needs what is kept.
+    pub(super) fn forget(&self) {
+        let kept = std::mem::take(&mut *lock(&self.kept));
+        for one in kept {
+            self.done_with(one);
+        }
+        self.look_again();
     }
 
-    fn set_failure(&self, error: IoError) {
-        let before = lock(&self.failure).replace(error);
-        drop(before);
+    fn done_with(&self, kept: Kept) {
+        self.room.give_back(kept.room);
+        kept.content.done_with();
     }
 
-    /// As if enough copies had reached the target.
+    /// As if enough copies had reached the target, and a job took what is kept.
     #[cfg(test)]
     pub(super) fn prove(&self) {
         self.proof.store(PROOF, SeqCst);
+        self.open.store(true, SeqCst);
     }
 }
 
-/// Room for what is in memory, until it is dropped.
+/// Room for what is to be in memory, until it is dropped.
 pub(super) struct Room {
     snapshot: Arc<Snapshot>,
-    len: u64,
+    bytes: u64,
 }
 
 impl Room {
-    /// Room for `len` bytes, once there is. `None`: `given_up` came true before.
+    /// Room for `len` bytes, once there is. `None`: `given_up` came true before, or requests do
+    /// not go on any more without their copies.
     ///
     /// Cancel: nothing is taken.
     pub(super) async fn take(
@@ -114,78 +115,116 @@ impl Room {
         len: u64,
         given_up: impl Fn() -> bool,
     ) -> Option<Self> {
-        let taken = snapshot.behind.room.take(len, given_up).await;
+        let bytes = buffer_size(len as usize) as u64;
+        let behind = &snapshot.behind;
+        let given_up = || given_up() || !behind.may_release();
+        let taken = behind.room.take(bytes, given_up).await;
         taken.then(|| Self {
             snapshot: Arc::clone(snapshot),
-            len,
+            bytes,
         })
+    }
+
+    /// Keeps what the snapshot has in the claimed clusters: they may be written over.
+    pub(super) fn keep(mut self, claim: Claim, content: Content) {
+        let kept = Kept {
+            range: claim.range(),
+            content,
+            room: std::mem::take(&mut self.bytes),
+        };
+        let snapshot = &self.snapshot;
+        let is_first = {
+            let mut all = lock(&snapshot.behind.kept);
+            all.push_back(kept);
+            all.len() == 1
+        };
+        claim.hold();
+        if snapshot.lets_pass() {
+            // Whoever ended it may have looked before this was there.
+            snapshot.behind.forget();
+        } else if is_first {
+            snapshot.tell_changed();
+        }
     }
 }
 
 impl Drop for Room {
     fn drop(&mut self) {
-        self.snapshot.behind.room.give_back(self.len);
+        self.snapshot.behind.room.give_back(self.bytes);
+    }
+}
+
+/// What a guest's request did not wait for. Dropped before the target has it, it is kept for
+/// the next call of [`Snapshot::take_save`].
+#[must_use = "it is to be written"]
+pub struct Save {
+    snapshot: Arc<Snapshot>,
+    /// There until the target has it.
+    kept: Option<Kept>,
+}
+
+impl Save {
+    /// The clusters, in bytes.
+    pub fn range(&self) -> Range<u64> {
+        self.kept.as_ref().map_or(0..0, |kept| kept.range.clone())
+    }
+
+    /// Writes it to the target, and gives the bytes that were moved.
+    ///
+    /// Errors: it is kept. From now on requests wait for their copies again, until enough have
+    /// reached the target. Cancel: it is kept.
+    pub async fn write(self, target: InFlight) -> Result<u64, IoError> {
+        self.write_to(Entered::Backend(target)).await
+    }
+
+    pub(super) async fn write_to(mut self, target: Entered) -> Result<u64, IoError> {
+        let Some(kept) = &self.kept else {
+            return Ok(0);
+        };
+        let range = kept.range.clone();
+        let written = kept.content.put(&target, &range).await;
+        if written.is_err() {
+            self.snapshot.behind.proof.store(0, SeqCst);
+            self.snapshot.behind.look_again();
+        }
+        let moved = written?;
+        if let Some(kept) = self.kept.take() {
+            self.snapshot.behind.done_with(kept);
+        }
+        self.snapshot.saved(range.clone());
+        forget_taken_out(&self.snapshot, &target, range).await;
+        Ok(moved)
+    }
+}
+
+impl Drop for Save {
+    fn drop(&mut self) {
+        let Some(kept) = self.kept.take() else {
+            return;
+        };
+        let behind = &self.snapshot.behind;
+        lock(&behind.kept).push_front(kept);
+        if self.snapshot.lets_pass() {
+            behind.forget();
+        }
     }
 }
 
 impl Snapshot {
-    /// Why what guests' requests were not kept waiting for cannot be saved, if that has been
-    /// tried more than once. It is kept in memory and tried again as long as the snapshot is
-    /// needed.
-    pub fn take_save_failure(&self) -> Option<IoError> {
-        self.behind.take_failure()
+    /// Whether a job takes what guests' requests did not wait for: then they go on as soon as
+    /// that is in memory. If not they wait, and what is in memory is kept.
+    pub fn save_behind(&self, open: bool) {
+        if self.behind.open.swap(open, SeqCst) && !open {
+            self.behind.look_again();
+        }
     }
-}
 
-/// Leaves what is held to a task, which writes `content` to the target.
-pub(super) fn save(held: Held, content: Content, target: Entered, room: Room) {
-    leave(async move {
-        let is_saved = write(&held, &content, target).await;
-        drop(room);
-        if is_saved {
-            content.done_with();
-        }
-        drop(held);
-    });
-}
-
-/// Writes it until the target has it (`true`), or nobody needs it.
-async fn write(held: &Held, content: &Content, target: Entered) -> bool {
-    let (snapshot, range) = (held.snapshot(), held.range());
-    let mut target = Some(target);
-    let mut has_failed = false;
-    loop {
-        // Looked at after it has been entered: whoever ends the snapshot then waits for this.
-        let entered = target.take().or_else(|| snapshot.target.enter());
-        if snapshot.lets_pass() {
-            return false;
-        }
-        // In a drained section of the target there is none.
-        if let Some(entered) = entered {
-            match content.put(&entered, &range).await {
-                Ok(moved) => {
-                    snapshot.behind.has_saved();
-                    snapshot.tell_copied(range.end - range.start, moved);
-                    held.saved();
-                    snapshot.note_saved();
-                    forget_taken_out(snapshot, &entered, range).await;
-                    return true;
-                }
-                Err(error) => failed(snapshot, error, &mut has_failed),
-            }
-        }
-        let retry = pin!(runtime::sleep(RETRY));
-        let ended = pin!(snapshot.until(range.clone(), || snapshot.lets_pass()));
-        select(retry, ended).await;
-    }
-}
-
-fn failed(snapshot: &Snapshot, error: IoError, has_failed: &mut bool) {
-    snapshot.behind.proof.store(0, SeqCst);
-    if snapshot.behind.on_error == OnCbwError::BreakSnapshot {
-        snapshot.set_broken(error.errno);
-    } else if !snapshot.lets_pass() && std::mem::replace(has_failed, true) {
-        snapshot.behind.set_failure(error);
-        snapshot.tell_changed();
+    /// The oldest of what guests' requests did not wait for, and nobody is writing.
+    pub fn take_save(self: &Arc<Self>) -> Option<Save> {
+        let kept = lock(&self.behind.kept).pop_front()?;
+        Some(Save {
+            snapshot: Arc::clone(self),
+            kept: Some(kept),
+        })
     }
 }

@@ -1,6 +1,8 @@
-//! Saving behind the guest's back: a save is held or fails, and what is to happen meanwhile
-//! happens.
+//! Saving behind the guest's back: what is kept is written, or fails, or is not needed any more,
+//! at the moment in question.
 
+use super::behind::Save;
+use super::copy::Entered;
 use super::tests::{Rig, child, run, settle};
 use super::*;
 use crate::chain::tests::node;
@@ -13,8 +15,22 @@ const SIZE: u64 = 256 * CLUSTER;
 /// Clusters that fit in memory.
 const ROOM: u64 = (1 << 20) / CLUSTER;
 
-/// Of a target that has not shown anything yet.
-fn new_rig(policy: CbwPolicy) -> Rig {
+/// A filter, a way to its target for whoever saves, and what becomes of requests.
+struct Kept {
+    rig: Rig,
+    kept_in: Arc<Node>,
+}
+
+impl std::ops::Deref for Kept {
+    type Target = Rig;
+
+    fn deref(&self) -> &Rig {
+        &self.rig
+    }
+}
+
+/// With a target that has not shown anything yet, and a job that takes what there is.
+fn new_rig(policy: CbwPolicy) -> Kept {
     let (source, target) = (TestStorage::new(SIZE), TestStorage::new(SIZE));
     source.poke(0, &[1; SIZE as usize]);
     let unmap = NodeOptions {
@@ -22,50 +38,63 @@ fn new_rig(policy: CbwPolicy) -> Rig {
         ..NodeOptions::default()
     };
     let file = child(ChildRole::File, &Node::new("src", source.driver(), unmap));
-    let kept = Node::new("dst", target.driver(), unmap);
-    let kept = Target::Child(child(ChildRole::Target, &kept));
-    let account = SnapshotAccount::new(SIZE, CLUSTER, None).unwrap();
-    let driver = CopyBeforeWriteDriver::with_target(file, kept, account, policy, Saving::Behind);
+    let kept_in = Node::new("dst", target.driver(), unmap);
+    let kept = child(ChildRole::Target, &kept_in);
+    let driver = CopyBeforeWriteDriver::new(file, kept, policy, None).unwrap();
     let snapshot = Arc::clone(driver.kept());
+    snapshot.save_behind(true);
     let filter = node("cbw", Box::new(driver));
     let access = SnapshotAccessDriver::new(child(ChildRole::File, &filter));
-    Rig {
+    let rig = Rig {
         source,
         target,
         snapshot,
         access: node("acc", Box::new(access)),
         filter,
-    }
+    };
+    Kept { rig, kept_in }
 }
 
-fn rig() -> Rig {
-    let rig = new_rig(CbwPolicy::default());
+fn rig_with(policy: CbwPolicy) -> Kept {
+    let rig = new_rig(policy);
     rig.snapshot.behind.prove();
     rig
 }
 
-impl Rig {
-    /// What is held at the target, and is let go on.
-    async fn release_saves(&self) {
-        self.target.stop_holding();
-        self.target.release_all();
-        let all = || self.snapshot.pending_bytes() == self.snapshot.todo_bytes();
-        self.snapshot.until(0..SIZE, all).await;
+fn rig() -> Kept {
+    rig_with(CbwPolicy::default())
+}
+
+impl Kept {
+    async fn write_save(&self, save: Save) -> Result<u64, IoError> {
+        save.write_to(Entered::Child(Arc::clone(&self.kept_in)))
+            .await
+    }
+
+    async fn save_all(&self) {
+        while let Some(save) = self.snapshot.take_save() {
+            self.write_save(save).await.unwrap();
+        }
+    }
+
+    /// Guests write until no more is kept.
+    async fn fill_room(&self) {
+        for cluster in 0..ROOM {
+            self.write(cluster * CLUSTER, 2).await;
+        }
     }
 }
 
 #[test]
-fn a_write_goes_on_while_what_it_changes_is_on_its_way() {
+fn a_write_goes_on_before_the_target_has_what_it_changes() {
     run(async {
         let rig = rig();
-        rig.target.hold(Match::op(IoOp::Write));
         rig.write(0, 2).await;
-        rig.target.wait_held(1).await;
         assert_eq!(rig.source.peek(0, 1), [2]);
         // And so does the next one to the same cluster.
         rig.write(0, 3).await;
-        assert_eq!(rig.target.held(), 1);
-        rig.release_saves().await;
+        assert_eq!(rig.target.peek(0, 1), [0]);
+        rig.save_all().await;
         assert_eq!(rig.target.peek(0, CLUSTER as usize), [1; CLUSTER as usize]);
         assert_eq!(rig.seen(0).await, 1);
     });
@@ -87,9 +116,8 @@ fn a_target_has_to_show_first_that_it_takes_what_it_gets() {
             cluster += 1;
         }
         assert!(cluster > 1);
-        rig.target.hold(Match::op(IoOp::Write));
         rig.write(cluster * CLUSTER, 2).await;
-        rig.release_saves().await;
+        assert!(rig.snapshot.take_save().is_some());
     });
 }
 
@@ -97,20 +125,18 @@ fn a_target_has_to_show_first_that_it_takes_what_it_gets() {
 fn what_is_in_memory_is_not_copied_yet_and_who_reads_it_waits() {
     run(async {
         let rig = rig();
-        rig.target.hold(Match::op(IoOp::Write));
         rig.write(CLUSTER, 2).await;
-        rig.target.wait_held(1).await;
         assert_eq!(rig.snapshot.pending_bytes(), SIZE);
         assert_eq!(rig.snapshot.todo_bytes(), SIZE - CLUSTER);
         assert!(rig.snapshot.not_copied().unwrap().is_dirty(CLUSTER));
-        // Also of a read that begins before it, and of block status.
+        // Also who reads what is before it as well, and who asks for block status.
         let read = rig.begin_read(0, 3 * CLUSTER);
         let access = Arc::clone(&rig.access);
         let status = runtime::spawn_local(async move { access.block_status(CLUSTER, 512).await });
         settle().await;
         assert!(!read.is_finished() && !status.is_finished());
         assert_eq!(rig.seen(0).await, 1, "elsewhere nobody waits");
-        rig.release_saves().await;
+        rig.save_all().await;
         assert!(read.await.unwrap().iter().all(|byte| *byte == 1));
         assert!(status.await.unwrap().flags.data);
         assert_eq!(rig.snapshot.pending_bytes(), SIZE - CLUSTER);
@@ -121,20 +147,23 @@ fn what_is_in_memory_is_not_copied_yet_and_who_reads_it_waits() {
 fn who_writes_more_than_there_is_room_for_waits_until_some_is_saved() {
     run(async {
         let rig = rig();
-        rig.target.hold(Match::op(IoOp::Write));
-        for cluster in 0..ROOM {
-            rig.write(cluster * CLUSTER, 2).await;
-        }
-        rig.target.wait_held(ROOM as usize).await;
-        let write = rig.begin_write(ROOM * CLUSTER, 2);
+        rig.fill_room().await;
+        let first = rig.begin_write(ROOM * CLUSTER, 2);
         settle().await;
-        assert!(!write.is_finished());
+        let second = rig.begin_write((ROOM + 1) * CLUSTER, 2);
+        settle().await;
+        assert!(!first.is_finished() && !second.is_finished());
         assert!(rig.snapshot.holds_guests());
-        assert!(rig.target.release_one());
-        write.await.unwrap();
+        let save = rig.snapshot.take_save().unwrap();
+        assert_eq!(save.range(), 0..CLUSTER, "the oldest");
+        rig.write_save(save).await.unwrap();
+        first.await.unwrap();
+        assert!(!second.is_finished());
+        rig.save_all().await;
+        second.await.unwrap();
         assert!(!rig.snapshot.holds_guests());
-        rig.release_saves().await;
-        for cluster in 0..=ROOM {
+        rig.save_all().await;
+        for cluster in 0..ROOM + 2 {
             assert_eq!(rig.target.peek(cluster * CLUSTER, 1), [1]);
         }
     });
@@ -143,105 +172,108 @@ fn who_writes_more_than_there_is_room_for_waits_until_some_is_saved() {
 #[test]
 fn who_waits_for_room_too_long_is_told() {
     run(async {
-        let policy = CbwPolicy {
+        let rig = rig_with(CbwPolicy {
             timeout: Some(Duration::from_millis(50)),
             ..CbwPolicy::default()
-        };
-        let rig = new_rig(policy);
-        rig.snapshot.behind.prove();
-        rig.target.hold(Match::op(IoOp::Write));
-        for cluster in 0..ROOM {
-            rig.write(cluster * CLUSTER, 2).await;
-        }
+        });
+        rig.fill_room().await;
         let error = rig.begin_write(ROOM * CLUSTER, 2).await.unwrap_err();
         assert_eq!(error.errno, libc::ETIMEDOUT);
         assert_eq!(rig.source.peek(ROOM * CLUSTER, 1), [1]);
-        rig.release_saves().await;
+        rig.save_all().await;
         assert!(rig.snapshot.broken().is_none());
     });
 }
 
 #[test]
-fn what_fails_is_kept_and_requests_wait_again() {
+fn what_fails_is_kept_and_requests_wait_for_their_copies_again() {
     run(async {
         let rig = rig();
+        rig.fill_room().await;
+        let waiting = rig.begin_write(ROOM * CLUSTER, 2);
+        settle().await;
         rig.target.fail(Match::op(IoOp::Write), libc::ENOSPC);
-        rig.write(0, 2).await;
-        while rig.snapshot.behind.may_release() {
-            settle().await;
-        }
-        // The guest is told from now on, as it was asked for.
-        let error = rig.begin_write(CLUSTER, 2).await.unwrap_err();
+        let save = rig.snapshot.take_save().unwrap();
+        let error = rig.write_save(save).await.unwrap_err();
         assert_eq!(error.errno, libc::ENOSPC);
-        assert_eq!(rig.source.peek(CLUSTER, 1), [1]);
-        assert!(rig.snapshot.broken().is_none());
-        // Who copies the rest is told when it has failed again.
-        let failure = loop {
-            match rig.snapshot.take_save_failure() {
-                Some(failure) => break failure,
-                None => runtime::sleep(Duration::from_millis(10)).await,
-            }
-        };
-        assert_eq!((failure.errno, failure.offset), (libc::ENOSPC, 0));
+        // Also who waits for room already.
+        assert_eq!(waiting.await.unwrap_err().errno, libc::ENOSPC);
+        assert_eq!(rig.source.peek(ROOM * CLUSTER, 1), [1]);
         rig.target.stop_failing();
-        assert_eq!(rig.seen(0).await, 1);
-        assert_eq!(rig.target.peek(0, CLUSTER as usize), [1; CLUSTER as usize]);
-        assert!(rig.snapshot.take_save_failure().is_none());
+        rig.save_all().await;
+        rig.target.hold(Match::op(IoOp::Write));
+        let write = rig.begin_write(ROOM * CLUSTER, 2);
+        rig.target.wait_held(1).await;
+        assert!(!write.is_finished());
+        rig.target.release_all();
+        write.await.unwrap();
+        for cluster in 0..=ROOM {
+            assert_eq!(rig.seen(cluster * CLUSTER).await, 1);
+        }
+        assert!(rig.snapshot.broken().is_none());
     });
 }
 
 #[test]
-fn what_fails_once_is_told_to_nobody() {
+fn a_job_that_takes_no_more_has_requests_wait_for_their_copies() {
     run(async {
         let rig = rig();
-        rig.target.fail_once(Match::op(IoOp::Write), libc::EIO);
-        rig.write(0, 2).await;
-        assert_eq!(rig.seen(0).await, 1);
-        assert!(rig.snapshot.take_save_failure().is_none());
+        rig.fill_room().await;
+        let waiting = rig.begin_write(ROOM * CLUSTER, 2);
+        settle().await;
+        assert!(!waiting.is_finished());
+        rig.snapshot.save_behind(false);
+        waiting.await.unwrap();
+        assert_eq!(rig.target.peek(ROOM * CLUSTER, 1), [1]);
+        rig.write((ROOM + 1) * CLUSTER, 2).await;
+        assert_eq!(rig.target.peek((ROOM + 1) * CLUSTER, 1), [1]);
+        // What is kept stays for when it goes on.
+        assert_eq!(rig.target.peek(0, 1), [0]);
+        rig.save_all().await;
         assert_eq!(rig.target.peek(0, 1), [1]);
     });
 }
 
 #[test]
-fn what_fails_breaks_a_snapshot_that_is_to_be_broken_then() {
+fn a_save_that_is_dropped_is_the_next_one_again() {
     run(async {
-        let policy = CbwPolicy {
-            on_error: OnCbwError::BreakSnapshot,
-            timeout: None,
-        };
-        let rig = new_rig(policy);
-        rig.snapshot.behind.prove();
-        rig.target.fail(Match::op(IoOp::Write), libc::ENOSPC);
+        let rig = rig();
         rig.write(0, 2).await;
-        let broken = || rig.snapshot.broken().is_some();
-        rig.snapshot.until(0..SIZE, broken).await;
-        assert_eq!(rig.snapshot.broken(), Some(libc::ENOSPC));
-        assert!(!rig.snapshot.is_complete());
-        assert_eq!(
-            rig.begin_read(0, 512).await.unwrap_err().errno,
-            libc::EACCES
-        );
+        rig.write(CLUSTER, 2).await;
+        drop(rig.snapshot.take_save());
+        rig.target.hold(Match::op(IoOp::Write));
+        let first = rig.snapshot.take_save().unwrap();
+        assert_eq!(first.range(), 0..CLUSTER);
+        {
+            let mut write = pin!(rig.write_save(first));
+            assert!(futures_util::poll!(write.as_mut()).is_pending());
+        }
+        rig.target.stop_holding();
+        rig.target.release_all();
+        rig.save_all().await;
+        assert_eq!(rig.seen(0).await, 1);
+        assert_eq!(rig.seen(CLUSTER).await, 1);
     });
 }
 
 #[test]
-fn the_end_of_the_snapshot_is_the_end_of_what_is_tried_again() {
+fn at_the_end_of_the_snapshot_what_is_kept_is_forgotten() {
     run(async {
         let rig = rig();
-        rig.target.fail(Match::op(IoOp::Write), libc::EIO);
-        rig.write(0, 2).await;
-        rig.target.wait_ended(1).await;
+        rig.fill_room().await;
+        let save = rig.snapshot.take_save().unwrap();
+        let waiting = rig.begin_write(ROOM * CLUSTER, 2);
         let read = rig.begin_read(0, 512);
         settle().await;
-        assert!(!read.is_finished());
+        assert!(!waiting.is_finished() && !read.is_finished());
         rig.snapshot.end();
+        waiting.await.unwrap();
         assert_eq!(read.await.unwrap_err().errno, libc::EACCES);
-        settle().await;
-        rig.target.stop_failing();
-        rig.target.forget_ended();
+        assert!(rig.snapshot.take_save().is_none());
+        drop(save);
+        assert!(rig.snapshot.take_save().is_none());
+        assert!(rig.target.ended().is_empty());
         assert!(rig.snapshot.not_copied().unwrap().is_dirty(0));
-        runtime::sleep(Duration::from_millis(300)).await;
-        assert!(rig.target.ended().is_empty(), "nobody wants it any more");
         assert!(rig.snapshot.broken().is_none());
     });
 }
@@ -250,18 +282,11 @@ fn the_end_of_the_snapshot_is_the_end_of_what_is_tried_again() {
 fn what_is_taken_out_of_the_snapshot_meanwhile_is_discarded_once_it_is_saved() {
     run(async {
         let rig = rig();
-        rig.target.hold(Match::op(IoOp::Write));
         rig.write(0, 2).await;
-        rig.target.wait_held(1).await;
         rig.snapshot.discard(0, CLUSTER).await.unwrap();
-        rig.release_saves().await;
-        let discards = || {
-            let ended = rig.target.ended();
-            ended.iter().filter(|it| it.op == IoOp::Discard).count()
-        };
-        while discards() < 2 {
-            settle().await;
-        }
+        rig.save_all().await;
+        let ended = rig.target.ended();
+        assert_eq!(ended.last().map(|it| it.op), Some(IoOp::Discard));
         assert_eq!(rig.target.peek(0, 1), [0]);
     });
 }
@@ -280,7 +305,8 @@ fn a_long_request_waits_for_its_copies() {
         settle().await;
         assert!(!zeroes.is_finished());
         assert_eq!(rig.source.peek(0, CHUNK as usize), [1; CHUNK as usize]);
-        rig.release_saves().await;
+        rig.target.release_all();
+        rig.target.stop_holding();
         zeroes.await.unwrap();
     });
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
-use super::behind::{self, Room};
+use super::behind::Room;
 use super::snapshot::{Claim, Snapshot};
 use crate::backend::{Backend, InFlight};
 use crate::buffer::AlignedBuffer;
@@ -13,12 +13,14 @@ use crate::driver::{WriteFlags, ZeroFlags};
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node};
 use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use crate::wait::Waiters;
+use crate::wait::Line;
 
 /// Most bytes that are copied in one piece (or one cluster).
 const PIECE: u64 = 1 << 20;
 /// Longest range that is read without asking what it is.
-pub(super) const SHORT: u64 = 64 << 10;
+const SHORT: u64 = 64 << 10;
+/// Longest range that is kept in memory for a job to write.
+const MAX_KEPT: u64 = 64 << 10;
 /// Most bytes of buffers that the copies of one snapshot have in flight: guests can ask
 /// for many at once, each for a large cluster.
 pub(super) const MAX_MEMORY: u64 = if cfg!(test) { PIECE } else { 128 << 20 };
@@ -68,8 +70,8 @@ pub(super) struct Memory {
     limit: u64,
     /// Bytes taken. Atomic.
     taken: AtomicU64,
-    /// Those who wait for bytes to be given back.
-    waiters: Waiters,
+    /// Those who wait for bytes to be given back, in the order in which they get them.
+    line: Line,
 }
 
 /// Bytes that were taken, until it is dropped.
@@ -84,41 +86,30 @@ impl Memory {
         Self {
             limit,
             taken: AtomicU64::new(0),
-            waiters: Waiters::default(),
+            line: Line::default(),
         }
     }
 
-    /// Takes `len` bytes, at most [`PIECE`], once they are there, which are to be given back
-    /// ([`give_back`](Self::give_back)). `false`: `given_up` came true before
-    /// ([`look_again`](Self::look_again)).
+    /// Takes `len` bytes, at most [`PIECE`], once they are there and nobody has waited for
+    /// longer. They are to be given back ([`give_back`](Self::give_back)). `false`: `given_up`
+    /// came true before ([`look_again`](Self::look_again)).
     ///
     /// Cancel: nothing is taken.
-    pub(super) async fn take(&self, len: u64, given_up: impl Fn() -> bool) -> bool {
-        let look = || match self.try_take(len) {
-            false if given_up() => Some(false),
-            false => None,
-            true => Some(true),
-        };
-        self.waiters.until(look).await
+    pub(super) async fn take(&self, len: u64, given_up: impl Fn() -> bool + Unpin) -> bool {
+        let more = |taken: u64| taken.checked_add(len).filter(|sum| *sum <= self.limit);
+        let try_take = || self.taken.fetch_update(SeqCst, SeqCst, more).is_ok();
+        self.line.turn(try_take, given_up).await
     }
 
     /// Lets all who wait look again.
     pub(super) fn look_again(&self) {
-        self.waiters.wake();
-    }
-
-    fn try_take(&self, len: u64) -> bool {
-        let more = |taken: u64| taken.checked_add(len).filter(|sum| *sum <= self.limit);
-        self.taken.fetch_update(SeqCst, SeqCst, more).is_ok()
+        self.line.wake_all();
     }
 
     /// Gives back what was taken.
     pub(super) fn give_back(&self, len: u64) {
-        let before = self.taken.fetch_sub(len, SeqCst);
-        // Who waits for more than there was looks again; nobody waits below that.
-        if before + PIECE > self.limit {
-            self.waiters.wake();
-        }
+        self.taken.fetch_sub(len, SeqCst);
+        self.line.wake_first();
     }
 }
 
@@ -181,12 +172,41 @@ pub(super) async fn secure(
     }
 }
 
-/// Copies what is claimed, or has it in memory and leaves the rest to a task.
+/// Has in memory what is claimed, if a job then takes it from there. Else gives the claim back.
+///
+/// The target is not entered: who waits for room waits for those who do.
+async fn release(
+    snapshot: &Arc<Snapshot>,
+    claim: Claim,
+    given_up: &Cell<bool>,
+) -> Result<Option<Claim>, IoError> {
+    let range = claim.range();
+    let len = range.end - range.start;
+    if len > MAX_KEPT || snapshot.looks_at_layers() || !snapshot.behind.may_release() {
+        return Ok(Some(claim));
+    }
+    let given_up = || snapshot.lets_pass() || given_up.get();
+    let Some(room) = Room::take(snapshot, len, given_up).await else {
+        return match given_up() {
+            true => Err(cancelled(snapshot, &range)),
+            false => Ok(Some(claim)),
+        };
+    };
+    let content = fetch(snapshot, range).await?;
+    room.keep(claim, content);
+    Ok(None)
+}
+
+/// Copies what is claimed, or has it in memory.
 async fn copy(
     snapshot: &Arc<Snapshot>,
-    mut claim: Claim,
+    claim: Claim,
     given_up: &Cell<bool>,
 ) -> Result<(), IoError> {
+    let Some(claim) = release(snapshot, claim, given_up).await? else {
+        return Ok(());
+    };
+    let mut claim = claim;
     // Counted there from the beginning, within the guest's request: so a section of the
     // target knows of it, also when the guest has gone on without waiting.
     let target = snapshot.target.enter();
@@ -207,15 +227,6 @@ async fn copy(
         true => first_cluster(snapshot, &range).end,
         false => range.end,
     };
-    if end == range.end && end - range.start <= SHORT && snapshot.behind.may_release() {
-        let room = Room::take(snapshot, end - range.start, || {
-            snapshot.lets_pass() || given_up.get()
-        });
-        let room = room.await.ok_or_else(|| cancelled(snapshot, &range))?;
-        let content = fetch(snapshot, range).await?;
-        behind::save(claim.hold(), content, target, room);
-        return Ok(());
-    }
     let (mut at, mut moved) = (range.start, 0);
     while at < end {
         if snapshot.lets_pass() {
@@ -226,7 +237,7 @@ async fn copy(
         at = piece.end;
         moved += carry_over(snapshot, &target, piece).await?;
     }
-    snapshot.behind.has_saved();
+    snapshot.behind.has_copied();
     snapshot.tell_copied(end - range.start, moved);
     claim.copied_to(end);
     snapshot.note_saved();
@@ -373,12 +384,17 @@ async fn has_zeroes(node: &Arc<Node>, range: &Range<u64>) -> bool {
     }
 }
 
+/// Size of the buffer for `len` bytes.
+pub(super) fn buffer_size(len: usize) -> usize {
+    let in_stock = STOCK.iter().map(|(size, _)| *size);
+    in_stock.clone().find(|size| len <= *size).unwrap_or(len)
+}
+
 fn take_buffer(len: usize) -> Arc<AlignedBuffer> {
-    let Some(size) = STOCK.iter().position(|(size, _)| len <= *size) else {
-        return AlignedBuffer::new(len);
-    };
-    let in_stock = FREE.with_borrow_mut(|free| free[size].pop());
-    in_stock.unwrap_or_else(|| AlignedBuffer::new(STOCK[size].0))
+    let size = buffer_size(len);
+    let stock = STOCK.iter().position(|(of_stock, _)| size == *of_stock);
+    let in_stock = stock.and_then(|stock| FREE.with_borrow_mut(|free| free[stock].pop()));
+    in_stock.unwrap_or_else(|| AlignedBuffer::new(size))
 }
 
 /// Keeps a buffer that nobody (the kernel) uses any more.

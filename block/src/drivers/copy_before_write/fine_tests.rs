@@ -24,13 +24,7 @@ fn rig_with(source: TestStorage, target: TestStorage, part: Option<&DirtyBitmap>
     let fine = fine_cluster(&file.node(), &kept.node()).unwrap_or(cluster);
     let account = SnapshotAccount::fine(SIZE, cluster, fine, part).unwrap();
     let kept = Target::Child(kept);
-    let driver = CopyBeforeWriteDriver::with_target(
-        file,
-        kept,
-        account,
-        CbwPolicy::default(),
-        Saving::Awaited,
-    );
+    let driver = CopyBeforeWriteDriver::with_target(file, kept, account, CbwPolicy::default());
     let snapshot = Arc::clone(driver.kept());
     let filter = node("cbw", Box::new(driver));
     let access = SnapshotAccessDriver::new(child(ChildRole::File, &filter));

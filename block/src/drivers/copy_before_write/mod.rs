@@ -37,7 +37,7 @@ mod snapshot;
 mod tests;
 mod waiting;
 
-use self::behind::{Behind, Saving};
+pub use self::behind::Save;
 use self::copy::Target;
 use self::snapshot::Place;
 pub use self::snapshot::{Claim, Snapshot, SnapshotAccount, SnapshotObserver, Stalls};
@@ -151,15 +151,13 @@ impl CopyBeforeWriteDriver {
             Target::Child(target),
             account,
             policy,
-            Saving::Awaited,
         ))
     }
 
     /// As `new`, for a job that attaches the target by itself and then says
     /// so ([`Snapshot::set_target`]).
     pub fn for_job(file: Child, account: SnapshotAccount, policy: CbwPolicy) -> Self {
-        let target = Target::Job(OnceLock::new());
-        Self::with_target(file, target, account, policy, Saving::Behind)
+        Self::with_target(file, Target::Job(OnceLock::new()), account, policy)
     }
 
     /// With the right to discard the source ([`Snapshot::discard_source`]).
@@ -173,10 +171,8 @@ impl CopyBeforeWriteDriver {
         target: Target,
         account: SnapshotAccount,
         policy: CbwPolicy,
-        saving: Saving,
     ) -> Self {
-        let behind = Behind::new(saving, policy.on_error);
-        let snapshot = Snapshot::new(file.share(), target, account, behind);
+        let snapshot = Snapshot::new(file.share(), target, account);
         Self {
             file,
             snapshot: Arc::new(snapshot),
@@ -259,13 +255,13 @@ impl CopyBeforeWriteDriver {
 
 /// Lets a copy go on that nobody waits for.
 #[cfg(not(shuttle))]
-fn leave<T: 'static>(copy: impl Future<Output = T> + 'static) {
+fn leave(copy: impl Future<Output = Result<(), IoError>> + 'static) {
     runtime::spawn_local(copy).detach();
 }
 
 /// The model has no loops.
 #[cfg(shuttle)]
-fn leave<T: 'static>(copy: impl Future<Output = T> + 'static) {
+fn leave(copy: impl Future<Output = Result<(), IoError>> + 'static) {
     drop(shuttle::future::spawn_local(copy));
 }
 

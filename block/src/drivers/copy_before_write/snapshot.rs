@@ -51,7 +51,7 @@ pub trait SnapshotObserver: Send + Sync {
     /// A guest's request has copied `len` bytes, `moved` of them as data.
     fn copied_by_guest(&self, len: u64, moved: u64);
 
-    /// Something is done, to be done again, or the snapshot is broken.
+    /// Nothing is left to be done, something is to be done (again), or the snapshot is broken.
     fn changed(&self);
 }
 
@@ -173,12 +173,7 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// A snapshot of `source` as it is at this moment, of which nothing is copied.
-    pub(super) fn new(
-        source: Child,
-        target: Target,
-        account: SnapshotAccount,
-        behind: Behind,
-    ) -> Self {
+    pub(super) fn new(source: Child, target: Target, account: SnapshotAccount) -> Self {
         let SnapshotAccount {
             todo,
             needed,
@@ -201,7 +196,7 @@ impl Snapshot {
             frozen: AtomicUsize::new(0),
             copies: AtomicUsize::new(0),
             memory: Memory::new(MAX_MEMORY),
-            behind,
+            behind: Behind::default(),
             only_allocated: AtomicBool::new(false),
             waiting: Waiting::default(),
             observer: OnceLock::new(),
@@ -361,7 +356,7 @@ impl Snapshot {
 
     fn let_all_look_again(&self) {
         self.memory.look_again();
-        self.behind.look_again();
+        self.behind.forget();
         self.changed(0..self.size);
     }
 
@@ -514,6 +509,13 @@ impl Snapshot {
         if self.is_complete() {
             self.tell_changed();
         }
+    }
+
+    /// The target has what was in memory of `range`.
+    pub(super) fn saved(&self, range: Range<u64>) {
+        self.pending.clear(range.start, range.end - range.start);
+        self.settled(range);
+        self.note_saved();
     }
 
     pub(super) fn tell_changed(&self) {
@@ -720,61 +722,18 @@ impl Claim {
     }
 
     /// What the snapshot had in all of them is in memory: guests may write over it.
-    pub(super) fn hold(mut self) -> Held {
+    pub(super) fn hold(mut self) {
         let range = self.range.clone();
         self.range.start = range.end;
-        let snapshot = Arc::clone(&self.snapshot);
+        let snapshot = &self.snapshot;
         snapshot.needed.clear(range.start, range.end - range.start);
         snapshot.waiting.changed(&range);
-        Held {
-            snapshot,
-            range,
-            saved: AtomicBool::new(false),
-        }
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
         self.give_back(self.range.clone());
-    }
-}
-
-/// Clusters that are in memory, on their way to the target. Dropped before that has them,
-/// the snapshot is broken, unless nobody needs it.
-#[derive(Debug)]
-#[must_use = "dropping it breaks the snapshot"]
-pub(super) struct Held {
-    snapshot: Arc<Snapshot>,
-    /// Whole clusters.
-    range: Range<u64>,
-    saved: AtomicBool,
-}
-
-impl Held {
-    pub(super) fn snapshot(&self) -> &Arc<Snapshot> {
-        &self.snapshot
-    }
-
-    /// The clusters, in bytes.
-    pub(super) fn range(&self) -> Range<u64> {
-        self.range.clone()
-    }
-
-    /// The target has them.
-    pub(super) fn saved(&self) {
-        self.saved.store(true, SeqCst);
-        let len = self.range.end - self.range.start;
-        self.snapshot.pending.clear(self.range.start, len);
-        self.snapshot.settled(self.range.clone());
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        if !self.saved.load(SeqCst) && !self.snapshot.lets_pass() {
-            self.snapshot.set_broken(libc::ECANCELED);
-        }
     }
 }
 

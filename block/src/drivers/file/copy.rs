@@ -299,7 +299,9 @@ impl Copies {
             return self.copy_beside_writes(from, into, offset);
         }
         // All of it is on its way from the storage while the first piece is waited for.
-        sys::will_need(&from.file, from.offset, from.len);
+        for part in from.parts() {
+            sys::will_need(&from.file, from.offset + part.start, part.end - part.start);
+        }
         for part in from.parts() {
             match pages {
                 true => copy_pages(from, part, into, offset)?,

@@ -97,25 +97,72 @@ fn a_job_that_stops_for_what_cannot_be_saved_has_it_when_it_goes_on() {
 }
 
 #[test]
-fn a_job_that_only_saves_keeps_what_it_could_not() {
+fn a_resumed_job_does_not_stop_again_for_what_was_before() {
+    with_rig(|rig| async move {
+        let spec = BackupSpec {
+            on_target_error: OnError::Stop,
+            ..rig.spec()
+        };
+        let key = rig.start_and_prove(spec).await;
+        rig.target.fail(place(), libc::ENOSPC);
+        rig.assert_write_waits_for_nothing().await;
+        rig.wait_for(JobStatus::Paused).await;
+        // Paused, it tries nothing, not in sections of others either.
+        let target = rig.node("dst");
+        let section = rig.graph.drain_within(&target, &[], LIMIT).await;
+        let tried = rig.target.ended().len();
+        runtime::sleep(SHORTLY * 6).await;
+        assert_eq!(rig.target.ended().len(), tried);
+        drop(section.expect("nothing is in flight"));
+        rig.target.stop_failing();
+        rig.go_on(key);
+        rig.act(|jobs| jobs.resume(key));
+        assert_eq!(rig.end().await, None);
+        assert_eq!(rig.errors(), 1);
+        rig.assert_instant();
+    });
+}
+
+#[test]
+fn a_paused_job_holds_no_guest_up() {
+    with_rig(|rig| async move {
+        let key = rig.start_and_prove(rig.spec()).await;
+        rig.target.hold(place());
+        rig.assert_write_waits_for_nothing().await;
+        rig.target.wait_held(1).await;
+        rig.target.release_all();
+        rig.target.stop_holding();
+        rig.act(|jobs| jobs.pause(key));
+        rig.wait_for(JobStatus::Paused).await;
+        // Each has its copy made before it goes on.
+        for chunk in 1..4 {
+            let at = PLACE + chunk * CHUNK;
+            rig.write(at, CHUNK, 9).await;
+            let saved = &rig.instant[at as usize..][..CHUNK as usize];
+            assert!(rig.target.peek(at, CHUNK as usize) == saved);
+        }
+        rig.go_on(key);
+        rig.act(|jobs| jobs.resume(key));
+        assert_eq!(rig.end().await, None);
+        rig.assert_instant();
+    });
+}
+
+#[test]
+fn where_the_target_has_to_be_right_at_any_moment_guests_wait_for_it() {
     with_rig(|rig| async move {
         let spec = BackupSpec {
             sync: BackupSync::None,
             ..rig.spec()
         };
         let key = rig.start_and_prove(spec).await;
-        rig.target.fail(place(), libc::EIO);
-        rig.assert_write_waits_for_nothing().await;
-        let failures = || {
-            let ended = rig.target.ended();
-            ended.iter().filter(|it| it.offset == PLACE).count()
-        };
-        rig.until(|| failures() > 2).await;
-        rig.target.stop_failing();
-        let saved = &rig.instant[PLACE as usize..][..CHUNK as usize];
-        rig.until(|| rig.target.peek(PLACE, CHUNK as usize) == saved)
-            .await;
-        assert_eq!(rig.errors(), 0);
+        rig.target.hold(place());
+        let write = rig.begin_write(PLACE, CHUNK, 9);
+        rig.target.wait_held(1).await;
+        assert!(!write.is_finished());
+        assert_ne!(rig.source.peek(PLACE, 1), [9]);
+        rig.target.release_all();
+        write.await.expect("a guest write succeeds");
         rig.act(|jobs| jobs.cancel(key, true));
         rig.wait_for(JobStatus::Null).await;
         rig.assert_no_traces();
