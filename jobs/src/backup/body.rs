@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use block::{Snapshot, broken_snapshot, runtime};
+use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
@@ -495,6 +496,11 @@ impl<'a> Body<'a> {
             Either::Right(_) => None,
         };
         if let Some(done) = done {
+            self.ended(done);
+        }
+        // What else has ended by now: a look at all the rest for each would take longer than
+        // many of them did.
+        while let Some(Some(done)) = self.operations.next().now_or_never() {
             self.ended(done);
         }
     }
