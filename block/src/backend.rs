@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::buffer::IoVec;
-use crate::driver::{ChildRole, Extent, FileRange, WriteFlags, ZeroFlags};
+use crate::copy_source::CopySource;
+use crate::driver::{ChildRole, Extent, WriteFlags, ZeroFlags};
 use crate::error::{IoError, IoOp};
 use crate::gate::{Gate, ShardIndex};
 use crate::latency::GuestLatency;
@@ -378,8 +379,9 @@ impl InFlight {
     }
 
     /// As [`Node::copy_from`], if the backend has the right to.
-    pub async fn copy_from(&self, offset: u64, from: FileRange) -> bool {
-        let may = self.check_right(IoOp::Write, offset, from.len, false);
+    pub async fn copy_from(&self, offset: u64, from: impl Into<CopySource>) -> bool {
+        let from = from.into();
+        let may = self.check_right(IoOp::Write, offset, from.len(), false);
         may.is_ok() && self.node.copy_from(offset, from).await
     }
 

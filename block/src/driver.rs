@@ -3,14 +3,13 @@
 //! Drivers are called by `Node` only, which has checked bounds
 //! and rights before.
 
-use std::fs::File;
 use std::future::Future;
-use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use crate::bitmaps::kept::ImageFile;
 use crate::buffer::IoVec;
+use crate::copy_source::{CopySource, FileRange};
 use crate::debug_event::DebugEvent;
 use crate::drivers::ReopenError;
 use crate::drivers::copy_before_write::Snapshot;
@@ -54,39 +53,6 @@ pub struct ExtentFlags {
     pub zero: bool,
     /// Allocated in this layer (not taken from a backing image).
     pub allocated: bool,
-}
-
-/// A range of an open file of the host, or parts of one.
-#[derive(Clone, Debug)]
-pub struct FileRange {
-    pub(crate) file: Arc<File>,
-    /// In bytes, as the length is.
-    pub(crate) offset: u64,
-    pub(crate) len: u64,
-    /// The file is in memory: nothing is waited for.
-    pub(crate) in_memory: bool,
-    /// What of it is meant, from its start, in order; all of it if there are none.
-    pub(crate) parts: Vec<Range<u64>>,
-}
-
-impl FileRange {
-    /// Only `parts` of it, which are in order and apart: offsets in bytes from its start.
-    /// What is not in the range is left out.
-    pub fn only(mut self, parts: impl IntoIterator<Item = Range<u64>>) -> Self {
-        let inside = |part: Range<u64>| part.start..part.end.min(self.len);
-        let parts = parts.into_iter().map(inside);
-        self.parts = parts.filter(|part| !part.is_empty()).collect();
-        if self.parts.is_empty() {
-            self.len = 0;
-        }
-        self
-    }
-
-    /// What of it is meant: offsets in bytes from its start.
-    pub(crate) fn parts(&self) -> impl Iterator<Item = Range<u64>> + '_ {
-        let all = self.parts.is_empty().then_some(0..self.len);
-        all.into_iter().chain(self.parts.iter().cloned())
-    }
 }
 
 /// A run of bytes of one kind, from the start of the range that was asked for.
@@ -316,12 +282,12 @@ pub trait BlockDriver: Send + Sync + 'static {
         None
     }
 
-    /// Writes what `from` holds (its parts, and nothing between them) at `offset`, with no memory of the caller's between.
+    /// Writes what `from` holds (its parts, and nothing between them) at `offset`.
     /// `false`: it cannot be done so, or failed, and any part of it may have been
     /// written; who reads and writes instead learns why. The default cannot.
     ///
     /// Cancel: as for a write, which may go on; the files stay open until it ends.
-    fn copy_from<'a>(&'a self, offset: u64, from: FileRange) -> BoxFuture<'a, bool> {
+    fn copy_from<'a>(&'a self, offset: u64, from: CopySource) -> BoxFuture<'a, bool> {
         let _ = (offset, from);
         Box::pin(async { false })
     }

@@ -17,6 +17,7 @@ mod backend;
 mod bitmaps;
 mod buffer;
 mod chain;
+mod copy_source;
 mod debug_event;
 mod dirty_bitmap;
 mod driver;
@@ -47,14 +48,15 @@ pub use bitmaps::{
 };
 pub use buffer::{AlignedBuffer, IoVec, MemoryOwner};
 pub use chain::ChainExtent;
+pub use copy_source::{CopySource, FileRange, Pieces};
 pub use debug_event::DebugEvent;
 pub use dirty_bitmap::{BitmapError, DirtyBitmap};
 pub use driver::{
-    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ExtentFlags, FileRange, ImageDetails,
-    Limits, Reopen, Reopened, UnnamedBitmap, WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ExtentFlags, ImageDetails, Limits,
+    Reopen, Reopened, UnnamedBitmap, WriteFlags, ZeroFlags,
 };
 pub use drivers::copy_before_write::{
-    CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Save, Snapshot, SnapshotAccount,
+    CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Saved, Saves, Snapshot, SnapshotAccount,
     SnapshotObserver, Stalls, broken_snapshot, cluster_of, fine_cluster,
 };
 pub use drivers::file::image_is_in_use;

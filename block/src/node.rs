@@ -18,11 +18,10 @@ use smallvec::SmallVec;
 use crate::bitmaps::NamedBitmaps;
 use crate::bitmaps::kept::{Intent, Keeping, Writing};
 use crate::buffer::{AlignedBuffer, IoVec};
+use crate::copy_source::{CopySource, FileRange};
 use crate::debug_event::DebugEvent;
 use crate::dirty_bitmap::DirtyBitmap;
-use crate::driver::{
-    BlockDriver, CancelReach, Extent, ExtentFlags, FileRange, Limits, WriteFlags, ZeroFlags,
-};
+use crate::driver::{BlockDriver, CancelReach, Extent, ExtentFlags, Limits, WriteFlags, ZeroFlags};
 use crate::error::{IoError, IoOp};
 use crate::options::{DetectZeroes, DiscardMode};
 
@@ -309,12 +308,17 @@ impl Node {
         self.driver.file_range(offset, len)
     }
 
-    /// Writes the content of a range of a file at `offset`: less work than reading and
-    /// writing it. `false`: not possible here, or it failed, and any part may have been
-    /// written; read and write it instead, which tells why. Bitmaps as in
+    /// Writes the content of a range of a file, or pieces in memory, at `offset`: less work
+    /// than reading it and writing each part. `false`: not possible here, or it failed, and any
+    /// part may have been written; write it instead, which tells why. Bitmaps as in
     /// [`write`](Self::write).
-    pub async fn copy_from(&self, offset: u64, from: FileRange) -> bool {
-        let len = from.len;
+    pub async fn copy_from(&self, offset: u64, from: impl Into<CopySource>) -> bool {
+        let from = from.into();
+        let len = from.len();
+        // Pieces may be far from each other, and all between would be noted as being written.
+        if matches!(from, CopySource::Memory(_)) && self.intent.get().is_some() {
+            return false;
+        }
         let may = self
             .check_writable(IoOp::Write, offset, len)
             .and_then(|()| self.check_range(IoOp::Write, offset, len));
@@ -330,7 +334,8 @@ impl Node {
             offset: offset + part.start,
             len: part.end - part.start,
         };
-        let _marks: SmallVec<[Mark<'_>; 1]> = from.parts().map(mark).collect();
+        let mut marks: SmallVec<[Mark<'_>; 1]> = SmallVec::new();
+        from.for_each_part(|part| marks.push(mark(part)));
         self.driver.copy_from(offset, from).await
     }
 

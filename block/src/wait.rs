@@ -264,7 +264,7 @@ mod line_tests {
             given_up.set(true);
             assert_eq!(poll!(first.as_mut()), Poll::Ready(false));
             drop(first);
-            assert_eq!(second.await, true);
+            assert!(second.await);
         });
     }
 }

@@ -5,10 +5,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::bitmaps::kept::ImageFile;
 use crate::buffer::IoVec;
+use crate::copy_source::{CopySource, FileRange};
 use crate::debug_event::DebugEvent;
 use crate::driver::{
-    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ExtentFlags, FileRange, Limits, Reopen,
-    Reopened, WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, CancelReach, ChildRole, Extent, ExtentFlags, Limits, Reopen, Reopened,
+    WriteFlags, ZeroFlags,
 };
 use crate::drivers::{OpenError, ReopenError};
 use crate::error::{IoError, IoOp};
@@ -183,9 +184,9 @@ impl BlockDriver for RawDriver {
         self.file.node().file_range(at, len)
     }
 
-    fn copy_from<'a>(&'a self, offset: u64, from: FileRange) -> BoxFuture<'a, bool> {
+    fn copy_from<'a>(&'a self, offset: u64, from: CopySource) -> BoxFuture<'a, bool> {
         Box::pin(async move {
-            match self.below(IoOp::Write, offset, from.len) {
+            match self.below(IoOp::Write, offset, from.len()) {
                 Ok(at) => self.file.node().copy_from(at, from).await,
                 Err(_) => false,
             }

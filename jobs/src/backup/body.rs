@@ -21,7 +21,7 @@ use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, O
 
 use super::account::{Account, BodyClaim};
 use super::driver::{BackupDriver, Places};
-use super::operation::{Done, Operation, What, write_save};
+use super::operation::{Done, Operation, What, write_saves};
 
 /// Largest buffer, which is the largest request to a node.
 const MAX_REQUEST: u64 = 1 << 20;
@@ -35,8 +35,8 @@ const MAX_LEAP: u64 = 1 << 30;
 const BUSY: Duration = Duration::from_millis(1);
 /// Buffers that are kept.
 const BUFFERS: usize = 16;
-/// Most requests in flight for what guests' requests did not wait for.
-const MAX_SAVES: usize = 64;
+/// Most operations for what guests' requests did not wait for.
+const MAX_SAVES: usize = 4;
 /// Short runs that are copied together: fewest and most, and the time that decides, since
 /// guests wait for all of them.
 const RUNS: (usize, usize) = (8, 256);
@@ -349,7 +349,7 @@ impl<'a> Body<'a> {
     fn start_saves(&mut self) {
         let is_backing_off = self.retry_at.is_some_and(|at| at > Instant::now());
         while self.saves < MAX_SAVES && self.failed.is_none() && !is_backing_off {
-            let Some(save) = self.snapshot.take_save() else {
+            let Some(saves) = self.snapshot.take_saves() else {
                 return;
             };
             // Not while somebody drains the target; then it is kept.
@@ -357,7 +357,7 @@ impl<'a> Body<'a> {
                 return;
             };
             self.saves += 1;
-            self.operations.push(Box::pin(write_save(save, target)));
+            self.operations.push(Box::pin(write_saves(saves, target)));
         }
     }
 
@@ -513,7 +513,7 @@ impl<'a> Body<'a> {
             self.backoff.reset();
         }
         match done.what {
-            What::Save => self.saves -= 1,
+            What::Saves => self.saves -= 1,
             What::Range(end, copied) => {
                 if done.moved > 0 {
                     self.pace.note_request(done.took);

@@ -1,5 +1,5 @@
 //! One operation of the body: it carries over a range that has been claimed, or short runs, or
-//! writes what a guest's request did not wait for.
+//! writes what guests' requests did not wait for.
 //!
 //! Not here: what is done next, and what a failure means (`body`).
 
@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::{InFlight, Save, Snapshot};
+use block::{InFlight, Saves, Snapshot};
 
 use crate::copying::{Carrier, Copied, CopyError, Entered, Look, Runs, Side};
 
@@ -36,28 +36,24 @@ pub(super) enum What {
     Range(u64, Option<Copied>),
     /// Short runs in this range.
     Runs(Range<u64>, Runs),
-    /// What a guest's request did not wait for.
-    Save,
+    /// What guests' requests did not wait for.
+    Saves,
 }
 
-/// Writes what a guest's request did not wait for.
+/// Writes what guests' requests did not wait for.
 ///
 /// Cancel: it is kept, for another operation.
-pub(super) async fn write_save(save: Save, target: InFlight) -> Done {
-    let (began, range) = (Instant::now(), save.range());
-    let written = save.write(target).await;
-    let bytes = match written {
-        Ok(_) => range.end - range.start,
-        Err(_) => 0,
-    };
+pub(super) async fn write_saves(saves: Saves, target: InFlight) -> Done {
+    let began = Instant::now();
+    let saved = saves.write(target).await;
     let side = Side::Target;
     Done {
         cost: 0,
-        bytes,
-        moved: *written.as_ref().unwrap_or(&0),
+        bytes: saved.bytes,
+        moved: saved.moved,
         took: began.elapsed(),
-        what: What::Save,
-        error: written.err().map(|error| CopyError { side, error }),
+        what: What::Saves,
+        error: saved.error.map(|error| CopyError { side, error }),
     }
 }
 

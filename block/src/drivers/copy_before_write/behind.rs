@@ -4,7 +4,8 @@
 //! Only while a job, which owns the target, says that it takes what there is; and only once
 //! guests' copies have reached the target ([`PROOF`]): so a guest that writes to one that fails
 //! is told, as it was asked for (`on-cbw-error`). What is in memory is kept until the target has
-//! it, or nobody needs it.
+//! it, or nobody needs it. The job writes what has gathered in one go: nobody waits for one of
+//! them, and to wake the job for each would take longer than most of them do.
 //!
 //! Requests wait for room once so much is in memory that the target cannot be keeping up, for
 //! no longer than `cbw-timeout`. If the job takes no more, they have their copies made as
@@ -14,9 +15,12 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::copy::{Content, Entered, Memory, buffer_size, forget_taken_out};
+use futures_util::future::join_all;
+
+use super::copy::{Content, Entered, Memory, Stock, buffer_size, forget_taken_out};
 use super::snapshot::{Claim, Snapshot};
 use crate::backend::InFlight;
+use crate::copy_source::{CopySource, Pieces};
 use crate::error::IoError;
 use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use crate::sync::{Mutex, lock};
@@ -25,6 +29,12 @@ use crate::sync::{Mutex, lock};
 const ROOM: u64 = if cfg!(test) { 1 << 20 } else { 8 << 20 };
 /// Copies that reach the target before a request goes on without its own.
 const PROOF: u32 = 32;
+/// How many are written in one go at most, and how many bytes.
+const TOGETHER: (usize, u64) = if cfg!(test) {
+    (4, 1 << 20)
+} else {
+    (128, 1 << 20)
+};
 
 /// What is saved behind guests' backs. Any thread.
 pub(super) struct Behind {
@@ -34,9 +44,62 @@ pub(super) struct Behind {
     /// [`PROOF`]. Atomic.
     proof: AtomicU32,
     room: Memory,
-    /// What nobody is writing, the oldest first. A leaf lock, held for a move: by requests
-    /// that go on, and by the job.
-    kept: Mutex<VecDeque<Kept>>,
+    /// A leaf lock, held for a move: by requests that go on, and by the job.
+    queue: Mutex<Queue>,
+    /// Buffers that requests may use again.
+    stock: Stock,
+}
+
+#[derive(Default)]
+struct Queue {
+    /// What nobody is writing, the oldest first.
+    kept: VecDeque<Kept>,
+    /// Bytes of room that it takes.
+    bytes: u64,
+    /// How often some was taken and is not done with: then the job looks here again, without
+    /// being told.
+    taken: usize,
+}
+
+impl Queue {
+    /// Adds one. Whether the job is to be told that it may take some.
+    fn push(&mut self, kept: Kept) -> bool {
+        let had_gathered = self.has_gathered();
+        self.bytes += kept.room;
+        self.kept.push_back(kept);
+        !had_gathered && self.has_gathered()
+    }
+
+    /// Puts back what has been taken, the oldest first.
+    fn put_back(&mut self, kept: VecDeque<Kept>) {
+        for last in kept.into_iter().rev() {
+            self.bytes += last.room;
+            self.kept.push_front(last);
+        }
+    }
+
+    /// Whether there is as much as is written in one go, or nothing is being written.
+    fn has_gathered(&self) -> bool {
+        let (count, bytes) = match self.taken {
+            0 => (1, u64::MAX),
+            _ => TOGETHER,
+        };
+        self.kept.len() >= count || self.bytes >= bytes
+    }
+
+    /// As much as is written in one go, and one at least.
+    fn take(&mut self) -> VecDeque<Kept> {
+        let mut bytes = 0;
+        let fits = |kept: &&Kept| {
+            bytes += kept.room;
+            bytes <= TOGETHER.1
+        };
+        let count = self.kept.iter().take(TOGETHER.0).take_while(fits).count();
+        let rest = self.kept.split_off(count.max(1).min(self.kept.len()));
+        let taken = std::mem::replace(&mut self.kept, rest);
+        self.bytes -= taken.iter().map(|kept| kept.room).sum::<u64>();
+        taken
+    }
 }
 
 /// What the snapshot had in some clusters.
@@ -48,13 +111,24 @@ struct Kept {
     room: u64,
 }
 
+impl Kept {
+    /// Bytes that are moved to write it.
+    fn moves(&self) -> u64 {
+        match self.content {
+            Content::Zeroes => 0,
+            Content::Data(_) => self.range.end - self.range.start,
+        }
+    }
+}
+
 impl Default for Behind {
     fn default() -> Self {
         Self {
             open: AtomicBool::new(false),
             proof: AtomicU32::new(0),
             room: Memory::new(ROOM),
-            kept: Mutex::default(),
+            queue: Mutex::default(),
+            stock: Stock::default(),
         }
     }
 }
@@ -79,16 +153,28 @@ impl Behind {
 
     /// Nobody needs what is kept.
     pub(super) fn forget(&self) {
-        let kept = std::mem::take(&mut *lock(&self.kept));
-        for one in kept {
-            self.done_with(one);
-        }
+        let kept = {
+            let mut queue = lock(&self.queue);
+            queue.bytes = 0;
+            std::mem::take(&mut queue.kept)
+        };
+        self.done_with(kept);
         self.look_again();
     }
 
-    fn done_with(&self, kept: Kept) {
-        self.room.give_back(kept.room);
-        kept.content.done_with();
+    /// Buffers that requests may use again.
+    pub(super) fn stock(&self) -> &Stock {
+        &self.stock
+    }
+
+    fn done_with(&self, all: impl IntoIterator<Item = Kept>) {
+        let mut room = 0;
+        let buffers = all.into_iter().filter_map(|kept| {
+            room += kept.room;
+            kept.content.into_buffer()
+        });
+        self.stock.add(buffers);
+        self.room.give_back(room);
     }
 
     /// As if enough copies had reached the target, and a job took what is kept.
@@ -119,10 +205,12 @@ impl Room {
         let behind = &snapshot.behind;
         let given_up = || given_up() || !behind.may_release();
         let taken = behind.room.take(bytes, given_up).await;
-        taken.then(|| Self {
+        let room = taken.then(|| Self {
             snapshot: Arc::clone(snapshot),
             bytes,
-        })
+        });
+        // There may be room because something failed.
+        room.filter(|_| behind.may_release())
     }
 
     /// Keeps what the snapshot has in the claimed clusters: they may be written over.
@@ -133,16 +221,12 @@ impl Room {
             room: std::mem::take(&mut self.bytes),
         };
         let snapshot = &self.snapshot;
-        let is_first = {
-            let mut all = lock(&snapshot.behind.kept);
-            all.push_back(kept);
-            all.len() == 1
-        };
+        let tell = lock(&snapshot.behind.queue).push(kept);
         claim.hold();
         if snapshot.lets_pass() {
             // Whoever ended it may have looked before this was there.
             snapshot.behind.forget();
-        } else if is_first {
+        } else if tell {
             snapshot.tell_changed();
         }
     }
@@ -154,56 +238,110 @@ impl Drop for Room {
     }
 }
 
-/// What a guest's request did not wait for. Dropped before the target has it, it is kept for
-/// the next call of [`Snapshot::take_save`].
+/// What some requests of guests did not wait for. What is dropped before the target has it is
+/// kept for the next call of [`Snapshot::take_saves`].
 #[must_use = "it is to be written"]
-pub struct Save {
+pub struct Saves {
     snapshot: Arc<Snapshot>,
-    /// There until the target has it.
-    kept: Option<Kept>,
+    /// What the target does not have, the oldest first.
+    kept: VecDeque<Kept>,
 }
 
-impl Save {
-    /// The clusters, in bytes.
-    pub fn range(&self) -> Range<u64> {
-        self.kept.as_ref().map_or(0..0, |kept| kept.range.clone())
-    }
+/// What has become of [`Saves`].
+#[derive(Debug)]
+pub struct Saved {
+    /// Bytes of clusters that the target has now.
+    pub bytes: u64,
+    /// Bytes that were moved.
+    pub moved: u64,
+    /// Why the rest is kept. From now on requests wait for their copies again, until enough
+    /// have reached the target.
+    pub error: Option<IoError>,
+}
 
-    /// Writes it to the target, and gives the bytes that were moved.
+impl Saves {
+    /// Writes them to the target.
     ///
-    /// Errors: it is kept. From now on requests wait for their copies again, until enough have
-    /// reached the target. Cancel: it is kept.
-    pub async fn write(self, target: InFlight) -> Result<u64, IoError> {
+    /// Cancel: they are kept.
+    pub async fn write(self, target: InFlight) -> Saved {
         self.write_to(Entered::Backend(target)).await
     }
 
-    pub(super) async fn write_to(mut self, target: Entered) -> Result<u64, IoError> {
-        let Some(kept) = &self.kept else {
-            return Ok(0);
+    pub(super) async fn write_to(mut self, target: Entered) -> Saved {
+        let written = match self.write_together(&target).await {
+            true => self.kept.iter().map(|kept| Ok(kept.moves())).collect(),
+            false => {
+                let all = self.kept.iter();
+                join_all(all.map(|kept| kept.content.put(&target, &kept.range))).await
+            }
         };
-        let range = kept.range.clone();
-        let written = kept.content.put(&target, &range).await;
-        if written.is_err() {
-            self.snapshot.behind.proof.store(0, SeqCst);
-            self.snapshot.behind.look_again();
+        let (mut done, mut failed) = (Vec::new(), VecDeque::new());
+        let mut saved = Saved {
+            bytes: 0,
+            moved: 0,
+            error: None,
+        };
+        for (kept, written) in std::mem::take(&mut self.kept).into_iter().zip(written) {
+            match written {
+                Ok(moved) => {
+                    saved.moved += moved;
+                    saved.bytes += kept.range.end - kept.range.start;
+                    done.push(kept);
+                }
+                Err(error) => {
+                    saved.error.get_or_insert(error);
+                    failed.push_back(kept);
+                }
+            }
         }
-        let moved = written?;
-        if let Some(kept) = self.kept.take() {
-            self.snapshot.behind.done_with(kept);
+        self.kept = failed;
+        let snapshot = &self.snapshot;
+        if saved.error.is_some() {
+            // Before there is room for one more.
+            snapshot.behind.proof.store(0, SeqCst);
+            snapshot.behind.look_again();
         }
-        self.snapshot.saved(range.clone());
-        forget_taken_out(&self.snapshot, &target, range).await;
-        Ok(moved)
+        let ranges: Vec<_> = done.iter().map(|kept| kept.range.clone()).collect();
+        snapshot.behind.done_with(done);
+        snapshot.saved(&ranges);
+        for range in ranges {
+            forget_taken_out(snapshot, &target, range).await;
+        }
+        saved
+    }
+
+    /// Has the target write all in one go. `false`: it cannot, or it failed, and some may have
+    /// been written.
+    async fn write_together(&self, target: &Entered) -> bool {
+        if self.kept.len() < 2 {
+            return false;
+        }
+        let piece = |kept: &Kept| Some((kept.range.start, kept.content.data(&kept.range)?));
+        let Some(pieces) = self.kept.iter().map(piece).collect::<Option<Vec<_>>>() else {
+            return false;
+        };
+        let Some((start, pieces)) = Pieces::new(pieces) else {
+            return false;
+        };
+        target.copy_from(start, CopySource::Memory(pieces)).await
     }
 }
 
-impl Drop for Save {
+#[cfg(test)]
+impl Saves {
+    pub(super) fn ranges(&self) -> Vec<Range<u64>> {
+        self.kept.iter().map(|kept| kept.range.clone()).collect()
+    }
+}
+
+impl Drop for Saves {
     fn drop(&mut self) {
-        let Some(kept) = self.kept.take() else {
-            return;
-        };
         let behind = &self.snapshot.behind;
-        lock(&behind.kept).push_front(kept);
+        {
+            let mut queue = lock(&behind.queue);
+            queue.taken -= 1;
+            queue.put_back(std::mem::take(&mut self.kept));
+        }
         if self.snapshot.lets_pass() {
             behind.forget();
         }
@@ -219,12 +357,18 @@ impl Snapshot {
         }
     }
 
-    /// The oldest of what guests' requests did not wait for, and nobody is writing.
-    pub fn take_save(self: &Arc<Self>) -> Option<Save> {
-        let kept = lock(&self.behind.kept).pop_front()?;
-        Some(Save {
+    /// The oldest of what guests' requests did not wait for and nobody is writing, once as much
+    /// has gathered as is written in one go, or nothing is being written. To be called again
+    /// when what was taken is done with, and when the observer is told of a change.
+    pub fn take_saves(self: &Arc<Self>) -> Option<Saves> {
+        let mut queue = lock(&self.behind.queue);
+        if !queue.has_gathered() {
+            return None;
+        }
+        queue.taken += 1;
+        Some(Saves {
             snapshot: Arc::clone(self),
-            kept: Some(kept),
+            kept: queue.take(),
         })
     }
 }

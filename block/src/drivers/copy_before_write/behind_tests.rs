@@ -1,13 +1,15 @@
 //! Saving behind the guest's back: what is kept is written, or fails, or is not needed any more,
 //! at the moment in question.
 
-use super::behind::Save;
+use super::behind::{Saved, Saves};
 use super::copy::Entered;
 use super::tests::{Rig, child, run, settle};
 use super::*;
 use crate::chain::tests::node;
+use crate::drivers::file::tests::open_image;
 use crate::drivers::snapshot_access::SnapshotAccessDriver;
 use crate::node::NodeOptions;
+use crate::sync::atomic::AtomicU64;
 use crate::test_storage::{CHUNK, Match, TestStorage};
 
 const CLUSTER: u64 = MIN_CLUSTER;
@@ -26,6 +28,18 @@ impl std::ops::Deref for Kept {
 
     fn deref(&self) -> &Rig {
         &self.rig
+    }
+}
+
+/// How often a job was told.
+#[derive(Default)]
+struct Told(AtomicU64);
+
+impl SnapshotObserver for Told {
+    fn copied_by_guest(&self, _: u64, _: u64) {}
+
+    fn changed(&self) {
+        self.0.fetch_add(1, SeqCst);
     }
 }
 
@@ -66,14 +80,16 @@ fn rig() -> Kept {
 }
 
 impl Kept {
-    async fn write_save(&self, save: Save) -> Result<u64, IoError> {
-        save.write_to(Entered::Child(Arc::clone(&self.kept_in)))
+    async fn write_saves(&self, saves: Saves) -> Saved {
+        saves
+            .write_to(Entered::Child(Arc::clone(&self.kept_in)))
             .await
     }
 
     async fn save_all(&self) {
-        while let Some(save) = self.snapshot.take_save() {
-            self.write_save(save).await.unwrap();
+        while let Some(saves) = self.snapshot.take_saves() {
+            let saved = self.write_saves(saves).await;
+            assert!(saved.error.is_none(), "{saved:?}");
         }
     }
 
@@ -117,7 +133,7 @@ fn a_target_has_to_show_first_that_it_takes_what_it_gets() {
         }
         assert!(cluster > 1);
         rig.write(cluster * CLUSTER, 2).await;
-        assert!(rig.snapshot.take_save().is_some());
+        assert!(rig.snapshot.take_saves().is_some());
     });
 }
 
@@ -154,12 +170,12 @@ fn who_writes_more_than_there_is_room_for_waits_until_some_is_saved() {
         settle().await;
         assert!(!first.is_finished() && !second.is_finished());
         assert!(rig.snapshot.holds_guests());
-        let save = rig.snapshot.take_save().unwrap();
-        assert_eq!(save.range(), 0..CLUSTER, "the oldest");
-        rig.write_save(save).await.unwrap();
+        let saves = rig.snapshot.take_saves().unwrap();
+        assert!(saves.ranges().len() < ROOM as usize);
+        assert_eq!(saves.ranges()[0], 0..CLUSTER, "the oldest");
+        let saved = rig.write_saves(saves).await;
+        assert!(saved.error.is_none() && saved.moved == saved.bytes);
         first.await.unwrap();
-        assert!(!second.is_finished());
-        rig.save_all().await;
         second.await.unwrap();
         assert!(!rig.snapshot.holds_guests());
         rig.save_all().await;
@@ -192,10 +208,13 @@ fn what_fails_is_kept_and_requests_wait_for_their_copies_again() {
         rig.fill_room().await;
         let waiting = rig.begin_write(ROOM * CLUSTER, 2);
         settle().await;
-        rig.target.fail(Match::op(IoOp::Write), libc::ENOSPC);
-        let save = rig.snapshot.take_save().unwrap();
-        let error = rig.write_save(save).await.unwrap_err();
-        assert_eq!(error.errno, libc::ENOSPC);
+        // Some of it, and what the guest waits for.
+        rig.target
+            .fail(Match::op(IoOp::Write).range(CLUSTER..SIZE), libc::ENOSPC);
+        let saves = rig.snapshot.take_saves().unwrap();
+        let saved = rig.write_saves(saves).await;
+        assert_eq!(saved.error.unwrap().errno, libc::ENOSPC);
+        assert_eq!((saved.bytes, saved.moved), (CLUSTER, CLUSTER));
         // Also who waits for room already.
         assert_eq!(waiting.await.unwrap_err().errno, libc::ENOSPC);
         assert_eq!(rig.source.peek(ROOM * CLUSTER, 1), [1]);
@@ -235,17 +254,79 @@ fn a_job_that_takes_no_more_has_requests_wait_for_their_copies() {
 }
 
 #[test]
-fn a_save_that_is_dropped_is_the_next_one_again() {
+fn while_some_is_being_written_more_gathers_and_the_job_is_told_of_it_once() {
+    run(async {
+        let rig = rig();
+        let told = Arc::new(Told::default());
+        rig.snapshot
+            .observe(Arc::clone(&told) as Arc<dyn SnapshotObserver>);
+        let count = || told.0.load(SeqCst);
+        rig.write(0, 2).await;
+        assert_eq!(count(), 1);
+        rig.write(CLUSTER, 2).await;
+        assert_eq!(count(), 1, "the job has not looked yet");
+        let first = rig.snapshot.take_saves().unwrap();
+        assert_eq!(first.ranges().len(), 2);
+        for cluster in 2..5 {
+            rig.write(cluster * CLUSTER, 2).await;
+        }
+        assert!(rig.snapshot.take_saves().is_none());
+        assert_eq!(count(), 1, "it will look when that is done");
+        rig.write(5 * CLUSTER, 2).await;
+        assert_eq!(count(), 2, "enough for another");
+        let second = rig.snapshot.take_saves().unwrap();
+        assert_eq!(second.ranges().len(), 4);
+        rig.write(6 * CLUSTER, 2).await;
+        assert!(rig.snapshot.take_saves().is_none());
+        for saves in [second, first] {
+            assert!(rig.write_saves(saves).await.error.is_none());
+        }
+        rig.save_all().await;
+        for cluster in 0..7 {
+            assert_eq!(rig.target.peek(cluster * CLUSTER, 1), [1]);
+        }
+    });
+}
+
+#[test]
+fn what_the_target_takes_together_is_all_there() {
+    run(async {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(SIZE).unwrap();
+        let rig = rig();
+        let disk = open_image(file.path(), false);
+        let disk = Node::new("disk", Box::new(disk), NodeOptions::default());
+        // Not in the order of the disk, and some beside each other.
+        let clusters = [40, 7, 100, 8];
+        for cluster in clusters {
+            rig.write(cluster * CLUSTER, 2).await;
+        }
+        let saves = rig.snapshot.take_saves().unwrap();
+        let saved = saves.write_to(Entered::Child(disk)).await;
+        assert!(saved.error.is_none());
+        assert_eq!((saved.bytes, saved.moved), (4 * CLUSTER, 4 * CLUSTER));
+        let bytes = std::fs::read(file.path()).unwrap();
+        for (at, cluster) in bytes.chunks(CLUSTER as usize).enumerate() {
+            let saved = clusters.contains(&(at as u64));
+            assert!(cluster.iter().all(|byte| *byte == u8::from(saved)), "{at}");
+        }
+        assert_eq!(rig.snapshot.pending_bytes(), SIZE - 4 * CLUSTER);
+        assert!(rig.target.ended().is_empty());
+    });
+}
+
+#[test]
+fn what_is_dropped_before_it_is_saved_is_the_next_again() {
     run(async {
         let rig = rig();
         rig.write(0, 2).await;
         rig.write(CLUSTER, 2).await;
-        drop(rig.snapshot.take_save());
+        drop(rig.snapshot.take_saves());
         rig.target.hold(Match::op(IoOp::Write));
-        let first = rig.snapshot.take_save().unwrap();
-        assert_eq!(first.range(), 0..CLUSTER);
+        let saves = rig.snapshot.take_saves().unwrap();
+        assert_eq!(saves.ranges(), [0..CLUSTER, CLUSTER..2 * CLUSTER]);
         {
-            let mut write = pin!(rig.write_save(first));
+            let mut write = pin!(rig.write_saves(saves));
             assert!(futures_util::poll!(write.as_mut()).is_pending());
         }
         rig.target.stop_holding();
@@ -261,7 +342,7 @@ fn at_the_end_of_the_snapshot_what_is_kept_is_forgotten() {
     run(async {
         let rig = rig();
         rig.fill_room().await;
-        let save = rig.snapshot.take_save().unwrap();
+        let saves = rig.snapshot.take_saves().unwrap();
         let waiting = rig.begin_write(ROOM * CLUSTER, 2);
         let read = rig.begin_read(0, 512);
         settle().await;
@@ -269,9 +350,9 @@ fn at_the_end_of_the_snapshot_what_is_kept_is_forgotten() {
         rig.snapshot.end();
         waiting.await.unwrap();
         assert_eq!(read.await.unwrap_err().errno, libc::EACCES);
-        assert!(rig.snapshot.take_save().is_none());
-        drop(save);
-        assert!(rig.snapshot.take_save().is_none());
+        assert!(rig.snapshot.take_saves().is_none());
+        drop(saves);
+        assert!(rig.snapshot.take_saves().is_none());
         assert!(rig.target.ended().is_empty());
         assert!(rig.snapshot.not_copied().unwrap().is_dirty(0));
         assert!(rig.snapshot.broken().is_none());

@@ -8,11 +8,13 @@ use std::sync::{Arc, OnceLock};
 use super::behind::Room;
 use super::snapshot::{Claim, Snapshot};
 use crate::backend::{Backend, InFlight};
-use crate::buffer::AlignedBuffer;
+use crate::buffer::{AlignedBuffer, IoVec};
+use crate::copy_source::CopySource;
 use crate::driver::{WriteFlags, ZeroFlags};
 use crate::error::{IoError, IoOp};
 use crate::node::{Child, Node};
 use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use crate::sync::{Mutex, lock};
 use crate::wait::Line;
 
 /// Most bytes that are copied in one piece (or one cluster).
@@ -26,6 +28,28 @@ const MAX_KEPT: u64 = 64 << 10;
 pub(super) const MAX_MEMORY: u64 = if cfg!(test) { PIECE } else { 128 << 20 };
 /// Sizes of the buffers in stock, and how many of each a thread has.
 const STOCK: [(usize, usize); 2] = [(4 << 10, 512), (SHORT as usize, 32)];
+
+/// Buffers that have come to another thread than the one that takes them.
+#[derive(Default)]
+pub(super) struct Stock {
+    /// A leaf lock, held for a move.
+    buffers: Mutex<Vec<Arc<AlignedBuffer>>>,
+}
+
+impl Stock {
+    /// Adds buffers that their owners do not use any more.
+    pub(super) fn add(&self, buffers: impl Iterator<Item = Arc<AlignedBuffer>>) {
+        // Not under the lock: more may be freed than are kept.
+        let buffers: Vec<_> = buffers.collect();
+        lock(&self.buffers).extend(buffers);
+    }
+
+    /// Gives all to this thread.
+    fn take_all(&self) {
+        let buffers = std::mem::take(&mut *lock(&self.buffers));
+        buffers.into_iter().for_each(give_back);
+    }
+}
 
 thread_local! {
     static FREE: RefCell<[Vec<Arc<AlignedBuffer>>; 2]> =
@@ -61,6 +85,14 @@ impl Entered {
         match self {
             Self::Child(node) => node,
             Self::Backend(request) => request.node(),
+        }
+    }
+
+    /// As [`Node::copy_from`].
+    pub(super) async fn copy_from(&self, offset: u64, from: CopySource) -> bool {
+        match self {
+            Self::Child(node) => node.copy_from(offset, from).await,
+            Self::Backend(request) => request.copy_from(offset, from).await,
         }
     }
 }
@@ -299,7 +331,9 @@ async fn carry_over(
     let _taken = Taken { memory, len };
     let content = fetch(snapshot, range.clone()).await?;
     let moved = content.put(target, &range).await?;
-    content.done_with();
+    if let Some(buffer) = content.into_buffer() {
+        give_back(buffer);
+    }
     Ok(moved)
 }
 
@@ -321,7 +355,7 @@ async fn fetch(snapshot: &Snapshot, range: Range<u64>) -> Result<Content, IoErro
             return Ok(Content::Zeroes);
         }
     }
-    let buffer = take_buffer(len as usize);
+    let buffer = take_buffer(len as usize, snapshot.behind.stock());
     let iov = buffer.io_vec(len as usize);
     source.read(range.start, iov.clone()).await?;
     if !iov.is_zero() {
@@ -336,12 +370,11 @@ impl Content {
     /// Writes it to its `range` of the target. Gives the bytes that were moved. May be
     /// called again.
     pub(super) async fn put(&self, target: &Entered, range: &Range<u64>) -> Result<u64, IoError> {
-        let Self::Data(buffer) = self else {
+        let Some(iov) = self.data(range) else {
             zero(target, range.clone()).await?;
             return Ok(0);
         };
         let len = range.end - range.start;
-        let iov = buffer.io_vec(len as usize);
         let flags = WriteFlags::default();
         match target {
             Entered::Child(node) => node.write(range.start, iov, flags).await?,
@@ -350,10 +383,19 @@ impl Content {
         Ok(len)
     }
 
+    /// What is to be written to `range`, if it is not zeroes.
+    pub(super) fn data(&self, range: &Range<u64>) -> Option<IoVec> {
+        match self {
+            Self::Zeroes => None,
+            Self::Data(buffer) => Some(buffer.io_vec((range.end - range.start) as usize)),
+        }
+    }
+
     /// It is not needed any more.
-    pub(super) fn done_with(self) {
-        if let Self::Data(buffer) = self {
-            give_back(buffer);
+    pub(super) fn into_buffer(self) -> Option<Arc<AlignedBuffer>> {
+        match self {
+            Self::Zeroes => None,
+            Self::Data(buffer) => Some(buffer),
         }
     }
 }
@@ -390,11 +432,15 @@ pub(super) fn buffer_size(len: usize) -> usize {
     in_stock.clone().find(|size| len <= *size).unwrap_or(len)
 }
 
-fn take_buffer(len: usize) -> Arc<AlignedBuffer> {
+fn take_buffer(len: usize, stock: &Stock) -> Arc<AlignedBuffer> {
     let size = buffer_size(len);
-    let stock = STOCK.iter().position(|(of_stock, _)| size == *of_stock);
-    let in_stock = stock.and_then(|stock| FREE.with_borrow_mut(|free| free[stock].pop()));
-    in_stock.unwrap_or_else(|| AlignedBuffer::new(size))
+    let of_size = STOCK.iter().position(|(of_stock, _)| size == *of_stock);
+    let take = || of_size.and_then(|of_size| FREE.with_borrow_mut(|free| free[of_size].pop()));
+    if let Some(buffer) = take() {
+        return buffer;
+    }
+    stock.take_all();
+    take().unwrap_or_else(|| AlignedBuffer::new(size))
 }
 
 /// Keeps a buffer that nobody (the kernel) uses any more.

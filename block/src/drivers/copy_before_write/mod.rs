@@ -37,7 +37,7 @@ mod snapshot;
 mod tests;
 mod waiting;
 
-pub use self::behind::Save;
+pub use self::behind::{Saved, Saves};
 use self::copy::Target;
 use self::snapshot::Place;
 pub use self::snapshot::{Claim, Snapshot, SnapshotAccount, SnapshotObserver, Stalls};

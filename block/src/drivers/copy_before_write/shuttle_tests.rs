@@ -204,10 +204,10 @@ impl Model {
 
     /// Writes what a guest's request did not wait for, if there is something.
     fn save_one(&self) {
-        if let Some(save) = self.snapshot.take_save() {
+        if let Some(saves) = self.snapshot.take_saves() {
             let target = Entered::Child(Arc::clone(&self.target_node));
             // What fails is kept.
-            let _ = future::block_on(save.write_to(target));
+            let _ = future::block_on(saves.write_to(target));
         }
     }
 

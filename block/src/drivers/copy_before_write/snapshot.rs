@@ -506,15 +506,24 @@ impl Snapshot {
     /// that is worth waking it.
     fn settled(&self, range: Range<u64>) {
         self.waiting.changed(&range);
+        self.tell_if_complete();
+    }
+
+    fn tell_if_complete(&self) {
         if self.is_complete() {
             self.tell_changed();
         }
     }
 
-    /// The target has what was in memory of `range`.
-    pub(super) fn saved(&self, range: Range<u64>) {
-        self.pending.clear(range.start, range.end - range.start);
-        self.settled(range);
+    /// The target has what was in memory of `ranges`.
+    pub(super) fn saved(&self, ranges: &[Range<u64>]) {
+        for range in ranges {
+            self.pending.clear(range.start, range.end - range.start);
+        }
+        for range in ranges {
+            self.waiting.changed(range);
+        }
+        self.tell_if_complete();
         self.note_saved();
     }
 

@@ -1,4 +1,4 @@
-//! Copying from file to file, through the page cache.
+//! Copying from file to file, through the page cache, and writing many pieces at once.
 //!
 //! On file systems that move pages of their own to each other's files, the kernel is
 //! asked to (`copy_file_range`). Not on those that would let both files share their
@@ -7,6 +7,9 @@
 //! Elsewhere a thread reads and writes by a small buffer, and finds what it has read in
 //! the processor's cache when it writes it. Many large requests in flight do not: each
 //! byte then comes from memory twice more.
+//!
+//! Pieces that are in memory already go before ranges of files: they are short, and their
+//! memory is waited for.
 //!
 //! It is done by threads of its own, which stand back behind those that the guest waits
 //! for. While one of them copies pages into a file in memory it has the lock of the file
@@ -28,7 +31,7 @@ use futures_channel::oneshot;
 
 use super::{FileDriver, sys};
 use crate::buffer::IoVec;
-use crate::driver::FileRange;
+use crate::copy_source::{CopySource, FileRange, Pieces};
 use crate::runtime;
 
 /// Bytes that are read before they are written. Measured: docs/performance.md.
@@ -75,8 +78,16 @@ struct Queue {
     writes: Vec<Write>,
 }
 
+impl Queue {
+    fn first_of_files(&self) -> usize {
+        let is_file = |copy: &Copy| matches!(copy.from, CopySource::File(_));
+        let first = self.waiting.iter().position(is_file);
+        first.unwrap_or(self.waiting.len())
+    }
+}
+
 struct Copy {
-    from: FileRange,
+    from: CopySource,
     into: Arc<File>,
     offset: u64,
     done: oneshot::Sender<bool>,
@@ -124,11 +135,15 @@ impl FileDriver {
     }
 
     /// See [`BlockDriver::copy_from`](crate::BlockDriver::copy_from).
-    pub(super) async fn copy(&self, offset: u64, from: FileRange) -> bool {
+    pub(super) async fn copy(&self, offset: u64, from: CopySource) -> bool {
         if self.direct.is_some() || self.read_only {
             return false;
         }
-        let threads = match self.in_memory && from.in_memory {
+        let from_memory = match &from {
+            CopySource::File(range) => range.in_memory,
+            CopySource::Memory(_) => true,
+        };
+        let threads = match self.in_memory && from_memory {
             true => THREADS_IN_MEMORY,
             false => THREADS,
         };
@@ -230,7 +245,11 @@ impl Copies {
     /// Whether another thread is to [`run`](Self::run), of `threads` at most.
     fn push(&self, copy: Copy, threads: usize) -> bool {
         let mut queue = lock(&self.queue);
-        queue.waiting.push_back(copy);
+        let place = match &copy.from {
+            CopySource::Memory(_) => queue.first_of_files(),
+            CopySource::File(_) => queue.waiting.len(),
+        };
+        queue.waiting.insert(place, copy);
         let another = queue.waiting.len() > queue.idle && queue.threads < threads;
         queue.threads += usize::from(another);
         drop(queue);
@@ -285,10 +304,18 @@ impl Copies {
                 done,
             } = copy;
             // Who has gone does not want it any more, or not there.
-            let copied = !done.is_canceled() && self.copy_range(&from, &into, offset).is_ok();
+            let copied = !done.is_canceled() && self.copy(&from, &into, offset).is_ok();
             // Who is told may close them, and their locks go with the last who has them.
             drop((from, into));
             let _ = done.send(copied);
+        }
+    }
+
+    /// Blocks.
+    fn copy(&self, from: &CopySource, into: &File, offset: u64) -> io::Result<()> {
+        match from {
+            CopySource::File(range) => self.copy_range(range, into, offset),
+            CopySource::Memory(pieces) => write_pieces(pieces, into, offset),
         }
     }
 
@@ -317,6 +344,14 @@ impl Copies {
         }
         Ok(())
     }
+}
+
+/// Blocks.
+fn write_pieces(from: &Pieces, into: &File, offset: u64) -> io::Result<()> {
+    for (at, iov) in &from.pieces {
+        sys::write(into, offset + at, iov)?;
+    }
+    Ok(())
 }
 
 /// Copies a part of `from` to its place in what begins at `offset` of `into`. Blocks.

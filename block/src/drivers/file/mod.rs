@@ -48,7 +48,8 @@ use self::open::{Kind, Opened};
 use self::sys::DirectAlignment;
 use self::zero::Support;
 use crate::buffer::{AlignedBuffer, IoVec};
-use crate::driver::{BlockDriver, BoxFuture, Extent, FileRange, Limits, WriteFlags, ZeroFlags};
+use crate::copy_source::{CopySource, FileRange};
+use crate::driver::{BlockDriver, BoxFuture, Extent, Limits, WriteFlags, ZeroFlags};
 use crate::drivers::OpenError;
 use crate::error::{IoError, IoOp};
 use crate::options::{CacheOptions, FileOptions};
@@ -522,7 +523,7 @@ impl BlockDriver for FileDriver {
         self.copyable_range(offset, len)
     }
 
-    fn copy_from<'a>(&'a self, offset: u64, from: FileRange) -> BoxFuture<'a, bool> {
+    fn copy_from<'a>(&'a self, offset: u64, from: CopySource) -> BoxFuture<'a, bool> {
         Box::pin(self.copy(offset, from))
     }
 
@@ -604,4 +605,4 @@ impl BlockDriver for FileDriver {
 }
 
 #[cfg(all(test, not(shuttle)))]
-mod tests;
+pub(super) mod tests;

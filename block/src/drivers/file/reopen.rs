@@ -12,8 +12,9 @@ use arc_swap::ArcSwap;
 use super::{FileDriver, OpenFlags, open};
 use crate::bitmaps::kept::ImageFile;
 use crate::buffer::IoVec;
+use crate::copy_source::{CopySource, FileRange};
 use crate::driver::{
-    BlockDriver, BoxFuture, Extent, FileRange, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
+    BlockDriver, BoxFuture, Extent, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
 };
 use crate::drivers::{OpenError, ReopenError};
 use crate::error::{IoError, IoOp};
@@ -188,7 +189,7 @@ impl BlockDriver for FileNode {
         self.current.load().file_range(offset, len)
     }
 
-    fn copy_from<'a>(&'a self, offset: u64, from: FileRange) -> BoxFuture<'a, bool> {
+    fn copy_from<'a>(&'a self, offset: u64, from: CopySource) -> BoxFuture<'a, bool> {
         let file = self.current.load_full();
         Box::pin(async move { file.copy_from(offset, from).await })
     }

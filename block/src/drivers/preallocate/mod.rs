@@ -12,9 +12,9 @@ use std::sync::{Arc, PoisonError};
 use tokio::sync::Mutex;
 
 use crate::buffer::IoVec;
+use crate::copy_source::{CopySource, FileRange};
 use crate::driver::{
-    BlockDriver, BoxFuture, ChildRole, Extent, FileRange, Limits, Reopen, Reopened, WriteFlags,
-    ZeroFlags,
+    BlockDriver, BoxFuture, ChildRole, Extent, Limits, Reopen, Reopened, WriteFlags, ZeroFlags,
 };
 use crate::drivers::{OpenError, ReopenError};
 use crate::error::IoError;
@@ -192,7 +192,7 @@ impl BlockDriver for PreallocateDriver {
         self.file.node().file_range(offset, len)
     }
 
-    fn copy_from<'a>(&'a self, offset: u64, from: FileRange) -> BoxFuture<'a, bool> {
+    fn copy_from<'a>(&'a self, offset: u64, from: CopySource) -> BoxFuture<'a, bool> {
         Box::pin(async move { self.file.node().copy_from(offset, from).await })
     }
 

@@ -22,10 +22,18 @@ impl Rig {
     /// A backup that has not got to [`PLACE`] yet, to a target that has taken enough copies.
     async fn start_and_prove(&self, spec: BackupSpec) -> JobKey {
         let key = self.start(BackupSpec { speed: 1, ..spec }).await;
+        // Who starts it pauses it for a moment.
+        self.until(|| self.statuses().last() == Some(&JobStatus::Running))
+            .await;
         for cluster in 20..60 {
             self.write(cluster * CLUSTER, CHUNK, 7).await;
         }
         key
+    }
+
+    async fn wait_until_paused(&self) {
+        self.until(|| self.statuses().last() == Some(&JobStatus::Paused))
+            .await;
     }
 
     fn go_on(&self, key: JobKey) {
@@ -60,10 +68,9 @@ fn the_job_ends_when_what_is_in_memory_is_saved() {
 #[test]
 fn what_cannot_be_saved_is_a_failure_of_the_target() {
     with_rig(|rig| async move {
-        let key = rig.start_and_prove(rig.spec()).await;
+        rig.start_and_prove(rig.spec()).await;
         rig.target.fail(place(), libc::EIO);
         rig.assert_write_waits_for_nothing().await;
-        rig.go_on(key);
         assert_eq!(rig.end().await.as_deref(), Some("Input/output error"));
         assert_eq!(rig.errors(), 1);
         // The guest has felt nothing of it.
@@ -83,7 +90,7 @@ fn a_job_that_stops_for_what_cannot_be_saved_has_it_when_it_goes_on() {
         rig.target.fail(place(), libc::ENOSPC);
         rig.assert_write_waits_for_nothing().await;
         rig.go_on(key);
-        rig.wait_for(JobStatus::Paused).await;
+        rig.wait_until_paused().await;
         let is_stop = |event: &JobEvent| {
             let action = ErrorAction::Stop;
             matches!(event.kind, JobEventKind::Error { action: told, .. } if told == action)
@@ -106,7 +113,7 @@ fn a_resumed_job_does_not_stop_again_for_what_was_before() {
         let key = rig.start_and_prove(spec).await;
         rig.target.fail(place(), libc::ENOSPC);
         rig.assert_write_waits_for_nothing().await;
-        rig.wait_for(JobStatus::Paused).await;
+        rig.wait_until_paused().await;
         // Paused, it tries nothing, not in sections of others either.
         let target = rig.node("dst");
         let section = rig.graph.drain_within(&target, &[], LIMIT).await;
@@ -133,7 +140,7 @@ fn a_paused_job_holds_no_guest_up() {
         rig.target.release_all();
         rig.target.stop_holding();
         rig.act(|jobs| jobs.pause(key));
-        rig.wait_for(JobStatus::Paused).await;
+        rig.wait_until_paused().await;
         // Each has its copy made before it goes on.
         for chunk in 1..4 {
             let at = PLACE + chunk * CHUNK;

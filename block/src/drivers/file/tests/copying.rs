@@ -25,7 +25,7 @@ fn a_range_is_copied_and_nothing_beside_it() {
         );
         let copied = EventLoop::new("test").unwrap().block_on(async {
             let range = from.file_range(512, len as u64).unwrap();
-            into.copy_from(2048, range).await
+            into.copy_from(2048, range.into()).await
         });
         assert!(copied);
         let after = std::fs::read(target.path()).unwrap();
@@ -49,7 +49,7 @@ fn many_ranges_at_once_all_arrive() {
         EventLoop::new("test").unwrap().block_on(async {
             let copies = (0..64).map(|n| {
                 let range = from.file_range(n * RANGE, RANGE).unwrap();
-                into.copy_from(n * RANGE, range)
+                into.copy_from(n * RANGE, range.into())
             });
             let copied = futures_util::future::join_all(copies).await;
             assert!(copied.iter().all(|copied| *copied));
@@ -73,10 +73,10 @@ fn what_cannot_be_copied_is_left_to_who_asked() {
     assert!(direct.file_range(0, 512).is_none());
     EventLoop::new("test").unwrap().block_on(async {
         let range = from.file_range(0, 4096).unwrap();
-        assert!(!direct.copy_from(0, range.clone()).await, "O_DIRECT");
-        assert!(!read_only.copy_from(0, range).await, "read-only");
+        assert!(!direct.copy_from(0, range.clone().into()).await, "O_DIRECT");
+        assert!(!read_only.copy_from(0, range.into()).await, "read-only");
         let past_the_end = from.file_range((64 << 10) - 512, 1024).unwrap();
-        assert!(!into.copy_from(0, past_the_end).await);
+        assert!(!into.copy_from(0, past_the_end.into()).await);
     });
 }
 
@@ -122,7 +122,7 @@ fn writes_beside_copies_all_arrive() {
     EventLoop::new("test").unwrap().block_on(async {
         let copies = (0..RANGES).map(|n| {
             let range = from.file_range(n * RANGE, RANGE).unwrap();
-            into.copy_from(n * RANGE, range)
+            into.copy_from(n * RANGE, range.into())
         });
         let copies = futures_util::future::join_all(copies);
         let into = &into;

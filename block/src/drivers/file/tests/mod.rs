@@ -50,7 +50,8 @@ fn flags(direct: bool) -> OpenFlags {
     }
 }
 
-fn open_image(path: &Path, direct: bool) -> FileDriver {
+/// As clients open an image, also for other drivers' tests.
+pub(in crate::drivers) fn open_image(path: &Path, direct: bool) -> FileDriver {
     open("node", &file_options(path), flags(direct)).unwrap()
 }
 
