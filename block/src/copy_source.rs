@@ -107,3 +107,33 @@ impl FileRange {
         all.into_iter().chain(self.parts.iter().cloned())
     }
 }
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::buffer::AlignedBuffer;
+
+    fn piece(at: u64, len: usize) -> (u64, IoVec) {
+        (at, AlignedBuffer::new(len).io_vec(len))
+    }
+
+    #[test]
+    fn pieces_are_in_order_and_know_what_they_span() {
+        let all = vec![piece(8192, 512), piece(1024, 512), piece(1536, 1024)];
+        let (start, pieces) = Pieces::new(all).unwrap();
+        assert_eq!(start, 1024);
+        let from = CopySource::Memory(pieces);
+        assert_eq!(from.len(), 8192 + 512 - 1024);
+        let mut parts = Vec::new();
+        from.for_each_part(|part| parts.push(part));
+        assert_eq!(parts, [0..512, 512..1536, 7168..7680]);
+    }
+
+    #[test]
+    fn two_pieces_for_one_place_are_refused() {
+        assert!(Pieces::new(vec![piece(0, 1024), piece(512, 512)]).is_none());
+        assert!(Pieces::new(vec![piece(512, 512), piece(512, 512)]).is_none());
+        assert!(Pieces::new(vec![piece(u64::MAX - 511, 512)]).is_none());
+        assert!(Pieces::new(Vec::new()).is_none());
+    }
+}

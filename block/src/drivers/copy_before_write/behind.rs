@@ -327,7 +327,7 @@ impl Saves {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 impl Saves {
     pub(super) fn ranges(&self) -> Vec<Range<u64>> {
         self.kept.iter().map(|kept| kept.range.clone()).collect()

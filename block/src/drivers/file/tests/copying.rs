@@ -1,6 +1,7 @@
 //! Ranges that are copied from file to file.
 
 use super::*;
+use crate::copy_source::{CopySource, Pieces};
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::node::{Node, NodeOptions};
 use crate::options::DetectZeroes;
@@ -186,5 +187,43 @@ fn of_a_range_only_the_parts_that_are_meant_are_copied() {
         assert!(bitmap.is_dirty(8192) && bitmap.is_dirty(8192 + 400_384));
         assert!(!bitmap.is_dirty(8192 + 4096), "between two parts");
         assert!(!bitmap.is_dirty(8192 + 350_000));
+    }
+}
+
+#[test]
+fn pieces_in_memory_are_written_where_they_belong_and_marked() {
+    const LEN: usize = 1 << 20;
+    for place in places() {
+        let target = image_in(&place, 0);
+        std::fs::write(target.path(), vec![0xee; LEN]).unwrap();
+        let options = NodeOptions::default();
+        let into = Node::new("node", Box::new(open_image(target.path(), false)), options);
+        let bitmap = Arc::new(DirtyBitmap::new(LEN as u64, 4096).unwrap());
+        into.attach_bitmap(&bitmap);
+        let places = [900 << 10, 0, 8192, 64 << 10];
+        let piece = |at: u64| {
+            let iov = AlignedBuffer::new(4096).io_vec(4096);
+            iov.fill((at >> 12) as u8);
+            (at, iov)
+        };
+        let (start, pieces) = Pieces::new(places.map(piece).into()).unwrap();
+        let from = CopySource::Memory(pieces);
+        let (written, outside) = EventLoop::new("test").unwrap().block_on(async {
+            // The last one would be behind the end.
+            let outside = into.copy_from(200 << 10, from.clone()).await;
+            (into.copy_from(start, from).await, outside)
+        });
+        assert!(written && !outside);
+        let after = std::fs::read(target.path()).unwrap();
+        for (at, block) in after.chunks(4096).enumerate() {
+            let at = (at << 12) as u64;
+            let byte = match places.contains(&at) {
+                true => (at >> 12) as u8,
+                false => 0xee,
+            };
+            assert!(block.iter().all(|it| *it == byte), "{at}");
+            assert_eq!(bitmap.is_dirty(at), places.contains(&at), "{at}");
+        }
+        assert_eq!(after.len(), LEN);
     }
 }
