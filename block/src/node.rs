@@ -310,13 +310,14 @@ impl Node {
 
     /// Writes the content of a range of a file, or pieces in memory, at `offset`: less work
     /// than reading it and writing each part. `false`: not possible here, or it failed, and any
-    /// part may have been written; write it instead, which tells why. Bitmaps as in
+    /// part may have been written; read and write it instead, which tells why. Bitmaps as in
     /// [`write`](Self::write).
     pub async fn copy_from(&self, offset: u64, from: impl Into<CopySource>) -> bool {
         let from = from.into();
         let len = from.len();
         // Pieces may be far from each other, and all between would be noted as being written.
-        if matches!(from, CopySource::Memory(_)) && self.intent.get().is_some() {
+        let is_kept = self.intent.get().is_some_and(|intent| intent.is_armed());
+        if is_kept && matches!(from, CopySource::Memory(_)) {
             return false;
         }
         let may = self

@@ -143,29 +143,33 @@ impl Line {
 
     /// Has `waker` woken for `ticket`, or for a new one.
     fn stand(&self, ticket: Option<u64>, waker: &Waker) -> u64 {
+        let mut waker = waker.clone();
         let mut waiting = lock(&self.waiting);
         let known = waiting
             .line
             .iter_mut()
             .find(|(known, _)| Some(*known) == ticket);
-        match known {
-            Some((ticket, known)) => {
-                known.clone_from(waker);
-                *ticket
-            }
-            None => {
-                waiting.next += 1;
-                let ticket = waiting.next;
-                waiting.line.push_back((ticket, waker.clone()));
-                ticket
-            }
+        if let Some((ticket, known)) = known {
+            let ticket = *ticket;
+            std::mem::swap(known, &mut waker);
+            drop(waiting);
+            // The last one of a task that has gone frees it: not under the lock.
+            drop(waker);
+            return ticket;
         }
+        waiting.next += 1;
+        let ticket = waiting.next;
+        waiting.line.push_back((ticket, waker));
+        ticket
     }
 
     fn leave(&self, ticket: u64) {
-        lock(&self.waiting)
-            .line
-            .retain(|(known, _)| *known != ticket);
+        let left = {
+            let line = &mut lock(&self.waiting).line;
+            let place = line.iter().position(|(known, _)| *known == ticket);
+            place.and_then(|place| line.remove(place))
+        };
+        drop(left);
         // Who is first now may not have looked since.
         self.wake_first();
     }

@@ -42,6 +42,21 @@ const MAX_SAVES: usize = 4;
 const RUNS: (usize, usize) = (8, 256);
 const RUNS_TIME: Duration = Duration::from_millis(10);
 
+/// How long to wait after failures of each side.
+struct PerSide {
+    source: Backoff,
+    target: Backoff,
+}
+
+impl PerSide {
+    fn new() -> Self {
+        Self {
+            source: Backoff::new(),
+            target: Backoff::new(),
+        }
+    }
+}
+
 /// State of the body. Home only.
 pub(super) struct Body<'a> {
     ctx: &'a JobContext,
@@ -71,9 +86,10 @@ pub(super) struct Body<'a> {
     since_rest: u64,
     /// Nothing is started before this instant (rest, failure).
     not_before: Option<Instant>,
-    /// Nothing that guests did not wait for is written before this instant (failure).
+    /// Nothing that guests did not wait for is written before this instant (failure of the
+    /// target).
     retry_at: Option<Instant>,
-    backoff: Backoff,
+    backoff: PerSide,
     /// The first failure since the policy was last asked: nothing is started until
     /// everything has ended, and the policy has been asked.
     failed: Option<CopyError>,
@@ -115,7 +131,7 @@ impl<'a> Body<'a> {
             since_rest: 0,
             not_before: None,
             retry_at: None,
-            backoff: Backoff::new(),
+            backoff: PerSide::new(),
             failed: None,
             snapshot,
             account,
@@ -155,7 +171,7 @@ impl<'a> Body<'a> {
                 }
             }
             if self.ctx.is_pause_requested() {
-                // What is kept stays so; guests wait for nobody who is paused.
+                // What is kept stays so.
                 self.snapshot.save_behind(false);
                 self.quiesce().await;
                 self.report_progress();
@@ -168,7 +184,7 @@ impl<'a> Body<'a> {
                 // Who resumed the job has done something about what failed.
                 self.not_before = None;
                 self.retry_at = None;
-                self.backoff.reset();
+                self.backoff = PerSide::new();
             }
             if self.is_complete() {
                 self.report_progress();
@@ -178,8 +194,9 @@ impl<'a> Body<'a> {
                 }
                 continue;
             }
-            self.snapshot
-                .save_behind(self.driver.settings().saves_behind);
+            // While it backs off from the target guests wait for their copies, and not for it.
+            let saves = self.driver.settings().saves_behind && !self.is_backing_off();
+            self.snapshot.save_behind(saves);
             self.adapt();
             self.start_saves();
             let wait = self.start_operations();
@@ -345,10 +362,14 @@ impl<'a> Body<'a> {
         (!left.is_zero()).then_some(left)
     }
 
+    /// Whether a failure of the target was not long ago.
+    fn is_backing_off(&self) -> bool {
+        self.retry_at.is_some_and(|at| at > Instant::now())
+    }
+
     /// Writes what guests' requests did not wait for.
     fn start_saves(&mut self) {
-        let is_backing_off = self.retry_at.is_some_and(|at| at > Instant::now());
-        while self.saves < MAX_SAVES && self.failed.is_none() && !is_backing_off {
+        while self.saves < MAX_SAVES && self.failed.is_none() && !self.is_backing_off() {
             let Some(saves) = self.snapshot.take_saves() else {
                 return;
             };
@@ -509,12 +530,18 @@ impl<'a> Body<'a> {
         self.window_used -= done.cost;
         self.ctx.progress().add_done(done.bytes);
         self.notifier.charge(done.moved);
-        if done.bytes > 0 {
-            self.backoff.reset();
-        }
+        let has_copied = done.bytes > 0 && done.error.is_none();
         match done.what {
-            What::Saves => self.saves -= 1,
+            What::Saves => {
+                self.saves -= 1;
+                if has_copied {
+                    self.backoff.target.reset();
+                }
+            }
             What::Range(end, copied) => {
+                if has_copied {
+                    self.backoff = PerSide::new();
+                }
                 if done.moved > 0 {
                     self.pace.note_request(done.took);
                 }
@@ -523,6 +550,9 @@ impl<'a> Body<'a> {
                 }
             }
             What::Runs(range, became) => {
+                if has_copied {
+                    self.backoff = PerSide::new();
+                }
                 if done.bytes < done.cost {
                     // What was left comes next, and not after all the others.
                     self.cursor = self.cursor.min(range.start);
@@ -574,9 +604,15 @@ impl<'a> Body<'a> {
             ErrorAction::Report => Err(JobFailure::from(&error)),
             ErrorAction::Ignore | ErrorAction::Stop => {
                 self.cursor = 0;
-                let retry_at = Instant::now() + self.backoff.failed();
+                let backoff = match side {
+                    Side::Source => &mut self.backoff.source,
+                    Side::Target => &mut self.backoff.target,
+                };
+                let retry_at = Instant::now() + backoff.failed();
                 self.not_before = Some(retry_at);
-                self.retry_at = Some(retry_at);
+                if matches!(side, Side::Target) {
+                    self.retry_at = Some(retry_at);
+                }
                 // What was copied together is looked at one by one, and then anew.
                 self.copies_runs = true;
                 Ok(())

@@ -267,6 +267,14 @@ impl JobDriver for BackupDriver {
         }
     }
 
+    fn pause(&self) -> BoxFuture<'_, ()> {
+        // Guests wait for nobody who is parked; what is in memory stays there.
+        if let Some(places) = self.places() {
+            places.snapshot.save_behind(false);
+        }
+        Box::pin(std::future::ready(()))
+    }
+
     fn user_resume(&self) {
         self.user_resumed.store(true, Ordering::Relaxed);
     }

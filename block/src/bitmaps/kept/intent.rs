@@ -304,7 +304,7 @@ impl Intent {
         self.waiters.wake();
     }
 
-    pub(super) fn is_armed(&self) -> bool {
+    pub(crate) fn is_armed(&self) -> bool {
         self.armed.load(SeqCst)
     }
 

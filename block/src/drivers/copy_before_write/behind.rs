@@ -4,14 +4,14 @@
 //! Only while a job, which owns the target, says that it takes what there is; and only once
 //! guests' copies have reached the target ([`PROOF`]): so a guest that writes to one that fails
 //! is told, as it was asked for (`on-cbw-error`). What is in memory is kept until the target has
-//! it, or nobody needs it. The job writes what has gathered in one go: nobody waits for one of
+//! it, or nobody needs it, and is read from there meanwhile. The job writes what has gathered in one go: nobody waits for one of
 //! them, and to wake the job for each would take longer than most of them do.
 //!
 //! Requests wait for room once so much is in memory that the target cannot be keeping up, for
 //! no longer than `cbw-timeout`. If the job takes no more, they have their copies made as
 //! without.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -56,6 +56,8 @@ struct Queue {
     kept: VecDeque<Kept>,
     /// Bytes of room that it takes.
     bytes: u64,
+    /// All that is in memory, also what is being written: by its start, with its end.
+    held: BTreeMap<u64, (u64, Content)>,
     /// How often some was taken and is not done with: then the job looks here again, without
     /// being told.
     taken: usize,
@@ -65,6 +67,8 @@ impl Queue {
     /// Adds one. Whether the job is to be told that it may take some.
     fn push(&mut self, kept: Kept) -> bool {
         let had_gathered = self.has_gathered();
+        let Range { start, end } = kept.range;
+        self.held.insert(start, (end, kept.content.clone()));
         self.bytes += kept.room;
         self.kept.push_back(kept);
         !had_gathered && self.has_gathered()
@@ -111,16 +115,6 @@ struct Kept {
     room: u64,
 }
 
-impl Kept {
-    /// Bytes that are moved to write it.
-    fn moves(&self) -> u64 {
-        match self.content {
-            Content::Zeroes => 0,
-            Content::Data(_) => self.range.end - self.range.start,
-        }
-    }
-}
-
 impl Default for Behind {
     fn default() -> Self {
         Self {
@@ -158,7 +152,7 @@ impl Behind {
             queue.bytes = 0;
             std::mem::take(&mut queue.kept)
         };
-        self.done_with(kept);
+        self.done_with(kept.into());
         self.look_again();
     }
 
@@ -167,7 +161,26 @@ impl Behind {
         &self.stock
     }
 
-    fn done_with(&self, all: impl IntoIterator<Item = Kept>) {
+    /// What is in memory from `offset` on: to where, and what begins there. `None`: it is
+    /// not there any more.
+    pub(super) fn look(&self, offset: u64) -> Option<(u64, Content, u64)> {
+        let queue = lock(&self.queue);
+        let (start, (end, content)) = queue.held.range(..=offset).next_back()?;
+        (offset < *end).then(|| (*end, content.clone(), *start))
+    }
+
+    /// The target has them, or nobody needs them.
+    fn done_with(&self, all: Vec<Kept>) {
+        if all.is_empty() {
+            return;
+        }
+        {
+            let mut queue = lock(&self.queue);
+            for kept in &all {
+                // Not the last one to have it, so nothing is freed here.
+                queue.held.remove(&kept.range.start);
+            }
+        }
         let mut room = 0;
         let buffers = all.into_iter().filter_map(|kept| {
             room += kept.room;
@@ -234,7 +247,9 @@ impl Room {
 
 impl Drop for Room {
     fn drop(&mut self) {
-        self.snapshot.behind.room.give_back(self.bytes);
+        if self.bytes > 0 {
+            self.snapshot.behind.room.give_back(self.bytes);
+        }
     }
 }
 
@@ -268,30 +283,25 @@ impl Saves {
     }
 
     pub(super) async fn write_to(mut self, target: Entered) -> Saved {
-        let written = match self.write_together(&target).await {
-            true => self.kept.iter().map(|kept| Ok(kept.moves())).collect(),
-            false => {
-                let all = self.kept.iter();
-                join_all(all.map(|kept| kept.content.put(&target, &kept.range))).await
-            }
-        };
         let (mut done, mut failed) = (Vec::new(), VecDeque::new());
         let mut saved = Saved {
             bytes: 0,
             moved: 0,
             error: None,
         };
+        let written = self.write_all(&target).await;
         for (kept, written) in std::mem::take(&mut self.kept).into_iter().zip(written) {
             match written {
-                Ok(moved) => {
+                Some(Ok(moved)) => {
                     saved.moved += moved;
                     saved.bytes += kept.range.end - kept.range.start;
                     done.push(kept);
                 }
-                Err(error) => {
+                Some(Err(error)) => {
                     saved.error.get_or_insert(error);
                     failed.push_back(kept);
                 }
+                None => failed.push_back(kept),
             }
         }
         self.kept = failed;
@@ -302,24 +312,34 @@ impl Saves {
             snapshot.behind.look_again();
         }
         let ranges: Vec<_> = done.iter().map(|kept| kept.range.clone()).collect();
-        snapshot.behind.done_with(done);
+        // In this order: who does not find it in memory finds it in the target.
         snapshot.saved(&ranges);
+        snapshot.behind.done_with(done);
         for range in ranges {
             forget_taken_out(snapshot, &target, range).await;
         }
         saved
     }
 
-    /// Has the target write all in one go. `false`: it cannot, or it failed, and some may have
-    /// been written.
+    /// Has the target write all data in one go, if it can, and what is left side by side. For
+    /// each the bytes that were moved; `None` if nobody needs it any more.
+    async fn write_all(&self, target: &Entered) -> Vec<Option<Result<u64, IoError>>> {
+        let together = self.write_together(target).await;
+        let write = async |kept: &Kept| match kept.content {
+            Content::Data(_) if together => Some(Ok(kept.range.end - kept.range.start)),
+            _ if self.snapshot.lets_pass() => None,
+            _ => Some(kept.content.put(target, &kept.range).await),
+        };
+        join_all(self.kept.iter().map(write)).await
+    }
+
+    /// `false`: the target cannot, or it failed, and some may have been written.
     async fn write_together(&self, target: &Entered) -> bool {
-        if self.kept.len() < 2 {
+        let piece = |kept: &Kept| Some((kept.range.start, kept.content.data(&kept.range)?));
+        let pieces: Vec<_> = self.kept.iter().filter_map(piece).collect();
+        if pieces.len() < 2 {
             return false;
         }
-        let piece = |kept: &Kept| Some((kept.range.start, kept.content.data(&kept.range)?));
-        let Some(pieces) = self.kept.iter().map(piece).collect::<Option<Vec<_>>>() else {
-            return false;
-        };
         let Some((start, pieces)) = Pieces::new(pieces) else {
             return false;
         };

@@ -5,6 +5,7 @@ use super::behind::{Saved, Saves};
 use super::copy::Entered;
 use super::tests::{Rig, child, run, settle};
 use super::*;
+use crate::buffer::AlignedBuffer;
 use crate::chain::tests::node;
 use crate::drivers::file::tests::open_image;
 use crate::drivers::snapshot_access::SnapshotAccessDriver;
@@ -138,24 +139,89 @@ fn a_target_has_to_show_first_that_it_takes_what_it_gets() {
 }
 
 #[test]
-fn what_is_in_memory_is_not_copied_yet_and_who_reads_it_waits() {
+fn what_is_in_memory_is_not_copied_yet_and_is_read_there() {
     run(async {
         let rig = rig();
-        rig.write(CLUSTER, 2).await;
+        rig.source.poke(2 * CLUSTER, &[0; CLUSTER as usize]);
+        for cluster in 1..4 {
+            rig.write(cluster * CLUSTER, 2).await;
+        }
+        let in_memory = 3 * CLUSTER;
         assert_eq!(rig.snapshot.pending_bytes(), SIZE);
-        assert_eq!(rig.snapshot.todo_bytes(), SIZE - CLUSTER);
+        assert_eq!(rig.snapshot.todo_bytes(), SIZE - in_memory);
         assert!(rig.snapshot.not_copied().unwrap().is_dirty(CLUSTER));
-        // Also who reads what is before it as well, and who asks for block status.
-        let read = rig.begin_read(0, 3 * CLUSTER);
-        let access = Arc::clone(&rig.access);
-        let status = runtime::spawn_local(async move { access.block_status(CLUSTER, 512).await });
-        settle().await;
-        assert!(!read.is_finished() && !status.is_finished());
-        assert_eq!(rig.seen(0).await, 1, "elsewhere nobody waits");
+        // From the source, from memory, and from the source again; and not in whole clusters.
+        let assert_seen = async || {
+            let expected = |cluster: u64| u8::from(cluster != 2);
+            let read = rig.begin_read(0, 5 * CLUSTER).await.unwrap();
+            for (cluster, bytes) in (0..).zip(read.chunks(CLUSTER as usize)) {
+                assert!(
+                    bytes.iter().all(|byte| *byte == expected(cluster)),
+                    "{cluster}"
+                );
+            }
+            let (start, len) = (CLUSTER + 4096, CLUSTER);
+            let read = rig.begin_read(start, len).await.unwrap();
+            for (at, byte) in (start..).zip(read) {
+                assert_eq!(byte, expected(at / CLUSTER), "{at}");
+            }
+            for (cluster, zero) in [(1, false), (2, true), (3, false)] {
+                let at = cluster * CLUSTER + 512;
+                let extent = rig.access.block_status(at, SIZE - at).await.unwrap();
+                assert_eq!(
+                    (extent.flags.zero, extent.flags.data),
+                    (zero, !zero),
+                    "{cluster}"
+                );
+            }
+        };
+        assert_seen().await;
+        // And while it is on its way.
+        rig.target.hold(Match::any());
+        let saves = rig.snapshot.take_saves().unwrap();
+        let mut write = Box::pin(rig.write_saves(saves));
+        assert!(futures_util::poll!(write.as_mut()).is_pending());
+        assert_seen().await;
+        rig.target.stop_holding();
+        rig.target.release_all();
+        assert!(write.await.error.is_none());
+        assert_seen().await;
+        assert_eq!(rig.snapshot.pending_bytes(), SIZE - in_memory);
+    });
+}
+
+#[test]
+fn a_buffer_that_somebody_reads_is_not_used_again() {
+    run(async {
+        let rig = rig();
+        rig.write(0, 2).await;
+        let (_, content, _) = rig.snapshot.behind.look(512).unwrap();
         rig.save_all().await;
-        assert!(read.await.unwrap().iter().all(|byte| *byte == 1));
-        assert!(status.await.unwrap().flags.data);
-        assert_eq!(rig.snapshot.pending_bytes(), SIZE - CLUSTER);
+        assert!(rig.snapshot.behind.look(512).is_none());
+        for cluster in 1..20 {
+            rig.write(cluster * CLUSTER, 3).await;
+            rig.save_all().await;
+            rig.source.poke(0, &[4; SIZE as usize]);
+        }
+        let iov = AlignedBuffer::new(CLUSTER as usize).io_vec(CLUSTER as usize);
+        content.copy_to(0, &iov);
+        let mut bytes = vec![0; CLUSTER as usize];
+        iov.copy_to(0, &mut bytes);
+        assert!(bytes.iter().all(|byte| *byte == 1));
+    });
+}
+
+#[test]
+fn what_is_not_needed_any_more_is_not_tried_again() {
+    run(async {
+        let rig = rig();
+        rig.write(0, 2).await;
+        rig.write(CLUSTER, 2).await;
+        let saves = rig.snapshot.take_saves().unwrap();
+        rig.snapshot.end();
+        let saved = rig.write_saves(saves).await;
+        assert!(saved.error.is_none() && saved.bytes == 0);
+        assert!(rig.target.ended().is_empty());
     });
 }
 
@@ -344,12 +410,12 @@ fn at_the_end_of_the_snapshot_what_is_kept_is_forgotten() {
         rig.fill_room().await;
         let saves = rig.snapshot.take_saves().unwrap();
         let waiting = rig.begin_write(ROOM * CLUSTER, 2);
-        let read = rig.begin_read(0, 512);
         settle().await;
-        assert!(!waiting.is_finished() && !read.is_finished());
+        assert!(!waiting.is_finished());
         rig.snapshot.end();
         waiting.await.unwrap();
-        assert_eq!(read.await.unwrap_err().errno, libc::EACCES);
+        let read = rig.begin_read(0, 512).await;
+        assert_eq!(read.unwrap_err().errno, libc::EACCES);
         assert!(rig.snapshot.take_saves().is_none());
         drop(saves);
         assert!(rig.snapshot.take_saves().is_none());

@@ -27,7 +27,7 @@ const MAX_KEPT: u64 = 64 << 10;
 /// for many at once, each for a large cluster.
 pub(super) const MAX_MEMORY: u64 = if cfg!(test) { PIECE } else { 128 << 20 };
 /// Sizes of the buffers in stock, and how many of each a thread has.
-const STOCK: [(usize, usize); 2] = [(4 << 10, 512), (SHORT as usize, 32)];
+const STOCK: [(usize, usize); 3] = [(4 << 10, 512), (16 << 10, 64), (SHORT as usize, 16)];
 
 /// Buffers that have come to another thread than the one that takes them.
 #[derive(Default)]
@@ -52,8 +52,8 @@ impl Stock {
 }
 
 thread_local! {
-    static FREE: RefCell<[Vec<Arc<AlignedBuffer>>; 2]> =
-        const { RefCell::new([Vec::new(), Vec::new()]) };
+    static FREE: RefCell<[Vec<Arc<AlignedBuffer>>; STOCK.len()]> =
+        const { RefCell::new([const { Vec::new() }; STOCK.len()]) };
 }
 
 /// Where the snapshot is kept.
@@ -204,7 +204,7 @@ pub(super) async fn secure(
     }
 }
 
-/// Has in memory what is claimed, if a job then takes it from there. Else gives the claim back.
+/// Has in memory what is claimed, if a job then takes it from there. Else the claim is returned.
 ///
 /// The target is not entered: who waits for room waits for those who do.
 async fn release(
@@ -338,6 +338,7 @@ async fn carry_over(
 }
 
 /// What the snapshot has in a range.
+#[derive(Clone)]
 pub(super) enum Content {
     Zeroes,
     /// As long as the range, and longer.
@@ -388,6 +389,17 @@ impl Content {
         match self {
             Self::Zeroes => None,
             Self::Data(buffer) => Some(buffer.io_vec((range.end - range.start) as usize)),
+        }
+    }
+
+    /// Copies what begins at `offset` of it to all of `into`.
+    pub(super) fn copy_to(&self, offset: usize, into: &IoVec) {
+        match self {
+            Self::Zeroes => into.fill(0),
+            Self::Data(buffer) => {
+                let end = offset + into.len();
+                into.copy_from_iov(0, &buffer.io_vec(end).slice(offset, into.len()));
+            }
         }
     }
 
@@ -444,9 +456,9 @@ fn take_buffer(len: usize, stock: &Stock) -> Arc<AlignedBuffer> {
 }
 
 /// Keeps a buffer that nobody (the kernel) uses any more.
-fn give_back(buffer: Arc<AlignedBuffer>) {
+fn give_back(mut buffer: Arc<AlignedBuffer>) {
     let size = STOCK.iter().position(|(size, _)| buffer.len() == *size);
-    let (Some(size), 1) = (size, Arc::strong_count(&buffer)) else {
+    let (Some(size), Some(_)) = (size, Arc::get_mut(&mut buffer)) else {
         return;
     };
     FREE.with_borrow_mut(|free| {

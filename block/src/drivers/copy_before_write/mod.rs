@@ -8,7 +8,7 @@
 //! - `waiting`: the lists of who waits and who reads.
 //!
 //! A request to clusters that are copied takes no lock. It waits only for copies of its
-//! own clusters, and no longer than `cbw-timeout`. What becomes of it if the copy fails
+//! own clusters, or for room for them in memory, and no longer than `cbw-timeout`. What becomes of it if the copy fails
 //! is `on-cbw-error`: it fails, and the snapshot stays good; or it goes on, and the
 //! snapshot is broken for ever.
 //!
@@ -38,7 +38,7 @@ mod tests;
 mod waiting;
 
 pub use self::behind::{Saved, Saves};
-use self::copy::Target;
+use self::copy::{Content, Target};
 use self::snapshot::Place;
 pub use self::snapshot::{Claim, Snapshot, SnapshotAccount, SnapshotObserver, Stalls};
 use crate::buffer::IoVec;
@@ -286,7 +286,16 @@ impl Snapshot {
                     }
                 }
                 Place::Held => {
-                    self.until_saved(at).await;
+                    let Some((end, content, start)) = self.behind.look(at) else {
+                        // The target has it by now, or nobody has.
+                        continue;
+                    };
+                    let end = end.min(range.end);
+                    content.copy_to((at - start) as usize, &part.slice(0, (end - at) as usize));
+                    if self.lets_pass() {
+                        return Err(denied(libc::EACCES));
+                    }
+                    at = end;
                     continue;
                 }
                 Place::Target => {
@@ -303,7 +312,7 @@ impl Snapshot {
     pub async fn block_status(&self, offset: u64, len: u64) -> Result<Extent, IoError> {
         let range = offset..offset.saturating_add(len);
         let denied = |errno| self.error(IoOp::BlockStatus, &range, errno);
-        let extent = loop {
+        let (len, data, zero) = loop {
             let (place_range, place) = self.look(range.clone()).map_err(denied)?;
             let len = place_range.end - offset;
             match place {
@@ -312,30 +321,29 @@ impl Snapshot {
                     if self.lets_pass() {
                         return Err(denied(libc::EACCES));
                     }
-                    break extent;
+                    break (extent.len, extent.data, extent.zero);
                 }
-                Place::Held => self.until_saved(offset).await,
+                Place::Held => {
+                    if let Some((end, content, _)) = self.behind.look(offset) {
+                        let zero = matches!(content, Content::Zeroes);
+                        break (len.min(end - offset), !zero, zero);
+                    }
+                }
                 Place::Target => {
                     let target = self.target.enter().ok_or_else(|| denied(libc::EACCES))?;
-                    break target.node().chain_status(None, offset, len).await?;
+                    let extent = target.node().chain_status(None, offset, len).await?;
+                    break (extent.len, extent.data, extent.zero);
                 }
             }
         };
         Ok(Extent {
-            len: extent.len,
+            len,
             flags: ExtentFlags {
-                data: extent.data,
-                zero: extent.zero,
+                data,
+                zero,
                 allocated: true,
             },
         })
-    }
-
-    /// Waits until the target has what is in memory of the snapshot at `offset`, or nobody
-    /// needs that.
-    async fn until_saved(&self, offset: u64) {
-        let look = || self.lets_pass() || !self.is_held(offset);
-        self.until(offset..offset + 1, look).await;
     }
 
     /// Whole clusters (as users know them) of the range are not needed any more: they cannot

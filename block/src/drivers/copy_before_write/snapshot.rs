@@ -22,8 +22,8 @@
 //! Who reads the snapshot from the source *freezes* the range first, and then looks
 //! whether it is still needed; who writes looks whether it is needed, and then
 //! whether it is frozen. All of that is sequentially consistent, so at least one of the
-//! two sees the other. What is `pending` and not `needed` is waited for; what ceases to be
-//! both ceases to be `pending` first, so nobody takes it for held.
+//! two sees the other. What is `pending` and not `needed` is read from memory; what ceases
+//! to be both ceases to be `pending` first, so nobody takes it for held.
 
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -204,11 +204,6 @@ impl Snapshot {
             stalled: Stalled::default(),
             most_saved: AtomicU64::new(0),
         }
-    }
-
-    /// Whether what the snapshot has at `offset` is in memory.
-    pub(super) fn is_held(&self, offset: u64) -> bool {
-        !self.needed.is_dirty(offset) && self.pending.is_dirty(offset)
     }
 
     /// A job's way to the target, before requests come. The first call counts.
@@ -519,9 +514,6 @@ impl Snapshot {
     pub(super) fn saved(&self, ranges: &[Range<u64>]) {
         for range in ranges {
             self.pending.clear(range.start, range.end - range.start);
-        }
-        for range in ranges {
-            self.waiting.changed(range);
         }
         self.tell_if_complete();
         self.note_saved();

@@ -397,6 +397,43 @@ mod tests {
     use crate::runtime::EventLoop;
 
     #[test]
+    fn pieces_go_before_ranges_of_files_and_in_their_order() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let copies = Copies::default();
+        let push = |from| {
+            let (done, _) = oneshot::channel();
+            let into = Arc::clone(&file);
+            let copy = Copy {
+                from,
+                into,
+                offset: 0,
+                done,
+            };
+            copies.push(copy, 1);
+        };
+        let range = || {
+            CopySource::File(FileRange {
+                file: Arc::clone(&file),
+                offset: 0,
+                len: 1,
+                in_memory: true,
+                parts: Vec::new(),
+            })
+        };
+        let pieces = |len: usize| {
+            let piece = (0, AlignedBuffer::new(len).io_vec(len));
+            CopySource::Memory(Pieces::new(vec![piece]).unwrap().1)
+        };
+        for from in [range(), pieces(2), range(), pieces(3)] {
+            push(from);
+        }
+        let order: Vec<_> = std::iter::from_fn(|| lock(&copies.queue).waiting.pop_front())
+            .map(|copy| copy.from.len())
+            .collect();
+        assert_eq!(order, [2, 3, 1, 1]);
+    }
+
+    #[test]
     fn a_write_is_left_to_a_thread_as_long_as_that_takes_some() {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let content = || {

@@ -1,7 +1,7 @@
 //! What guests' requests do not wait for: copies that are on their way to the target.
 
 use block::test_storage::Match;
-use block::{GraphError, IoOp};
+use block::{BlockdevOptions, BlockdevRef, DriverOptions, GraphError, IoOp, SnapshotAccessOptions};
 
 use crate::backup::{BackupSpec, BackupSync};
 use crate::{ErrorAction, OnError};
@@ -211,6 +211,91 @@ fn a_section_of_the_target_waits_for_what_is_on_its_way() {
         assert_eq!(rig.target.in_flight(), 0);
         drop(section);
         rig.go_on(key);
+        assert_eq!(rig.end().await, None);
+        rig.assert_instant();
+    });
+}
+
+#[test]
+fn a_job_that_is_paused_while_it_sleeps_has_guests_copy_by_themselves() {
+    with_rig(|rig| async move {
+        let key = rig.start_and_prove(rig.spec()).await;
+        // Nothing is in flight, and it may start nothing.
+        runtime::sleep(SHORTLY * 4).await;
+        rig.act(|jobs| jobs.pause(key));
+        rig.wait_until_paused().await;
+        rig.write(PLACE, CHUNK, 9).await;
+        let place = PLACE as usize..(PLACE + CHUNK) as usize;
+        assert_eq!(rig.target.peek(PLACE, place.len()), rig.instant[place]);
+        rig.go_on(key);
+        rig.act(|jobs| jobs.resume(key));
+        assert_eq!(rig.end().await, None);
+        rig.assert_instant();
+    });
+}
+
+#[test]
+fn who_reads_what_is_in_memory_holds_up_no_section() {
+    with_rig(|rig| async move {
+        let spec = BackupSpec {
+            filter_node_name: Some("f".to_owned()),
+            ..rig.spec()
+        };
+        let key = rig.start_and_prove(spec).await;
+        let file = BlockdevRef::Name("f".to_owned());
+        let options = DriverOptions::SnapshotAccess(SnapshotAccessOptions { file });
+        let options = BlockdevOptions {
+            node_name: Some("access".to_owned()),
+            ..BlockdevOptions::new(options)
+        };
+        let access = rig.graph.blockdev_add(options).await.expect("a node");
+        let perms = Permissions {
+            need: Perm::CONSISTENT_READ,
+            share: Perm::ALL,
+        };
+        let attached = rig.graph.attach("reader", &access, perms, None);
+        let reader = attached.expect("a reader");
+        rig.target.hold(place());
+        // One is being written, and the other is not.
+        rig.write(PLACE, CHUNK, 9).await;
+        rig.target.wait_held(1).await;
+        rig.write(PLACE + CHUNK, CHUNK, 9).await;
+        let iov = AlignedBuffer::new(2 * CHUNK as usize).io_vec(2 * CHUNK as usize);
+        reader.read(PLACE, iov.clone()).await.expect("a read");
+        let mut bytes = vec![0; iov.len()];
+        iov.copy_to(0, &mut bytes);
+        let place = PLACE as usize..(PLACE + 2 * CHUNK) as usize;
+        assert_eq!(bytes, rig.instant[place]);
+        rig.graph.detach(&reader);
+        rig.target.stop_holding();
+        rig.target.release_all();
+        rig.graph.blockdev_del("access").await.expect("it goes");
+        rig.go_on(key);
+        assert_eq!(rig.end().await, None);
+        rig.assert_instant();
+    });
+}
+
+#[test]
+fn a_source_that_fails_holds_up_no_saves() {
+    with_rig(|rig| async move {
+        let spec = BackupSpec {
+            on_source_error: OnError::Ignore,
+            ..rig.spec()
+        };
+        let key = rig.start_and_prove(spec).await;
+        let bad = PLACE + 3 * CLUSTER;
+        let bad = Match::op(IoOp::Read).range(bad..bad + CHUNK);
+        rig.source.fail(bad, libc::EIO);
+        rig.go_on(key);
+        // The third wait is 400 ms long.
+        rig.until(|| rig.errors() == 3).await;
+        rig.write(PLACE, CHUNK, 9).await;
+        let place = PLACE as usize..(PLACE + CHUNK) as usize;
+        let is_saved = || rig.target.peek(PLACE, CHUNK as usize) == rig.instant[place.clone()];
+        rig.until(is_saved).await;
+        assert_eq!(rig.errors(), 3);
+        rig.source.stop_failing();
         assert_eq!(rig.end().await, None);
         rig.assert_instant();
     });
