@@ -56,8 +56,9 @@ pub use driver::{
     Reopen, Reopened, UnnamedBitmap, WriteFlags, ZeroFlags,
 };
 pub use drivers::copy_before_write::{
-    CbwPolicy, Claim, CopyBeforeWriteDriver, OnCbwError, Saved, Saves, Snapshot, SnapshotAccount,
-    SnapshotObserver, Stalls, broken_snapshot, cluster_of, fine_cluster,
+    CbwPolicy, Claim, CopyBeforeWriteDriver, Listening, OnCbwError, Saved, Saves, Snapshot,
+    SnapshotAccount, SnapshotObserver, Stalls, broken_snapshot, cluster_of, fine_cluster,
+    shown_snapshot,
 };
 pub use drivers::file::image_is_in_use;
 pub use drivers::{OpenError, ReopenError};

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::{Snapshot, broken_snapshot, runtime};
+use block::{Listening, Snapshot, broken_snapshot, runtime, shown_snapshot};
 use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -64,6 +64,9 @@ pub(super) struct Body<'a> {
     driver: &'a BackupDriver,
     places: &'a Places,
     snapshot: Arc<Snapshot>,
+    /// The snapshot that the source shows: of what the guest writes, since nobody writes the
+    /// source itself then.
+    keeper: Option<Listening>,
     account: Account,
     carrier: Rc<Carrier>,
     operations: FuturesUnordered<Pin<Box<dyn Future<Output = Done>>>>,
@@ -98,6 +101,7 @@ pub(super) struct Body<'a> {
 impl<'a> Body<'a> {
     pub(super) fn new(ctx: &'a JobContext, driver: &'a BackupDriver, places: &'a Places) -> Self {
         let snapshot = Arc::clone(&places.snapshot);
+        let keeper = shown_snapshot(&places.source_backend.root());
         let account = places.account.clone();
         let notifier = ctx.notifier();
         let rules = Rules {
@@ -133,6 +137,7 @@ impl<'a> Body<'a> {
             retry_at: None,
             backoff: PerSide::new(),
             failed: None,
+            keeper: keeper.map(|keeper| keeper.listen()),
             snapshot,
             account,
         }
@@ -351,8 +356,9 @@ impl<'a> Body<'a> {
         if !self.pace.is_due(now) || self.pace.is_settling(!self.operations.is_empty(), now) {
             return;
         }
-        match self.snapshot.latency().take() {
-            None if self.snapshot.holds_guests() => self.pace.guest_waits(now),
+        let guest = self.keeper.as_deref().unwrap_or(&self.snapshot);
+        match guest.latency().take() {
+            None if guest.holds_guests() => self.pace.guest_waits(now),
             felt => self.pace.decide(felt, now),
         }
     }

@@ -40,7 +40,7 @@ mod waiting;
 pub use self::behind::{Saved, Saves};
 use self::copy::{Content, Target};
 use self::snapshot::Place;
-pub use self::snapshot::{Claim, Snapshot, SnapshotAccount, SnapshotObserver, Stalls};
+pub use self::snapshot::{Claim, Listening, Snapshot, SnapshotAccount, SnapshotObserver, Stalls};
 use crate::buffer::IoVec;
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
 use crate::driver::{
@@ -112,15 +112,20 @@ pub fn fine_cluster(source: &Arc<Node>, target: &Arc<Node>) -> Option<u64> {
     cluster.checked_next_power_of_two()
 }
 
-/// The errno of what broke the snapshot that `node` shows, if it shows one (it, or what it
-/// filters, is a `snapshot-access`) and that is broken: then it can never be read again.
+/// The errno of what broke the snapshot that `node` shows, if it shows one and that is
+/// broken: then it can never be read again.
 pub fn broken_snapshot(node: &Arc<Node>) -> Option<i32> {
+    shown_snapshot(node)?.broken()
+}
+
+/// The snapshot that `node` shows, if it, or what it filters, is a `snapshot-access`.
+pub fn shown_snapshot(node: &Arc<Node>) -> Option<Arc<Snapshot>> {
     let mut node = Arc::clone(node);
     let mut shows = false;
     loop {
         let driver = node.driver();
         if let Some(snapshot) = driver.snapshot().filter(|_| shows) {
-            return snapshot.broken();
+            return Some(Arc::clone(snapshot));
         }
         let below = match driver.shown_snapshot() {
             Some(keeper) => {
@@ -534,7 +539,7 @@ struct Measured<'a> {
 
 impl<'a> Measured<'a> {
     fn begin(snapshot: &'a Snapshot) -> Self {
-        let began = snapshot.is_observed().then(Instant::now);
+        let began = snapshot.is_measured().then(Instant::now);
         Self { snapshot, began }
     }
 }

@@ -164,8 +164,10 @@ pub struct Snapshot {
     only_allocated: AtomicBool,
     waiting: Waiting,
     observer: OnceLock<Arc<dyn SnapshotObserver>>,
-    /// What the guest feels, if somebody observes.
+    /// What the guest feels, if somebody observes or listens.
     latency: GuestLatency,
+    /// How many listen. Atomic.
+    listeners: AtomicUsize,
     stalled: Stalled,
     /// Most bytes that were saved at once.
     most_saved: AtomicU64,
@@ -202,6 +204,7 @@ impl Snapshot {
             observer: OnceLock::new(),
             latency: GuestLatency::default(),
             stalled: Stalled::default(),
+            listeners: AtomicUsize::new(0),
             most_saved: AtomicU64::new(0),
         }
     }
@@ -240,7 +243,13 @@ impl Snapshot {
         let _ = self.observer.set(observer);
     }
 
-    /// What the guest feels since somebody observes.
+    /// Has what the guest feels noted until the result is dropped.
+    pub fn listen(self: &Arc<Self>) -> Listening {
+        self.listeners.fetch_add(1, SeqCst);
+        Listening(Arc::clone(self))
+    }
+
+    /// What the guest feels since somebody observes or listens.
     pub fn latency(&self) -> &GuestLatency {
         &self.latency
     }
@@ -296,8 +305,8 @@ impl Snapshot {
         Some(start..end)
     }
 
-    pub(super) fn is_observed(&self) -> bool {
-        self.observer.get().is_some()
+    pub(super) fn is_measured(&self) -> bool {
+        self.observer.get().is_some() || self.listeners.load(SeqCst) > 0
     }
 
     /// Only what the node below has in its own layer is part of the snapshot. To be
@@ -619,6 +628,24 @@ impl std::fmt::Debug for Snapshot {
             .field("pending_bytes", &self.pending_bytes())
             .field("broken", &self.broken())
             .finish_non_exhaustive()
+    }
+}
+
+/// See [`Snapshot::listen`].
+#[derive(Debug)]
+pub struct Listening(Arc<Snapshot>);
+
+impl std::ops::Deref for Listening {
+    type Target = Snapshot;
+
+    fn deref(&self) -> &Snapshot {
+        &self.0
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.0.listeners.fetch_sub(1, SeqCst);
     }
 }
 

@@ -568,3 +568,26 @@ fn requests_pass_when_the_snapshot_is_not_needed_any_more() {
         rig.target.release_all();
     });
 }
+
+#[test]
+fn what_the_guest_feels_is_noted_as_long_as_somebody_listens() {
+    run(async {
+        let rig = rig();
+        rig.write(0, 2).await;
+        assert_eq!(rig.snapshot.latency().take(), None);
+        let keeper = shown_snapshot(&rig.access).expect("a snapshot");
+        assert!(Arc::ptr_eq(&keeper, &rig.snapshot));
+        assert!(shown_snapshot(&rig.filter).is_none());
+        let listening = [keeper.listen(), keeper.listen()];
+        rig.write(CLUSTER, 2).await;
+        rig.write(0, 3).await;
+        assert_eq!(keeper.latency().take().map(|felt| felt.count), Some(2));
+        for listening in listening {
+            rig.write(0, 4).await;
+            assert_eq!(keeper.latency().take().map(|felt| felt.count), Some(1));
+            drop(listening);
+        }
+        rig.write(0, 5).await;
+        assert_eq!(keeper.latency().take(), None);
+    });
+}
