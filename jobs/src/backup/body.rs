@@ -2,7 +2,6 @@
 //!
 //! One task on the job's home; its operations run inside it, side by side.
 
-use std::ops::Range;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,34 +13,24 @@ use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use crate::copying::{
-    BACKUP_TOLERANCE, BufferPool, Carrier, Copied, CopyError, Entered, INTERVAL, Look, PATIENCE,
-    Pace, Rules, Runs, Side, enter, let_target_go, window_of_speed,
+    BACKUP_TOLERANCE, BufferPool, Carrier, CopyError, Entered, INTERVAL, PATIENCE, Pace, Rules,
+    Side, enter, let_target_go, window_of_speed,
 };
 use crate::{Backoff, ErrorAction, IoSide, JobContext, JobFailure, JobNotifier, OnError, SLICE};
 
 use super::account::{Account, BodyClaim};
 use super::driver::{BackupDriver, Places};
 use super::operation::{Done, Operation, What, write_saves};
+use super::scan::{MAX_REQUEST, Scan};
 
-/// Largest buffer, which is the largest request to a node.
-const MAX_REQUEST: u64 = 1 << 20;
-/// Smallest request while the guest is active (clusters may be larger).
-const MIN_REQUEST: u64 = 256 << 10;
 /// Least that is in flight while the guest is active, and most.
 const WINDOW: (u64, u64) = (512 << 10, 16 << 20);
-/// Most bytes that one operation looks at, when all before were zeroes.
-const MAX_LEAP: u64 = 1 << 30;
 /// Wait while somebody drains a node.
 const BUSY: Duration = Duration::from_millis(1);
 /// Buffers that are kept.
 const BUFFERS: usize = 16;
 /// Most operations for what guests' requests did not wait for.
 const MAX_SAVES: usize = 4;
-/// Short runs that are copied together: fewest and most, and the time that decides, since
-/// guests wait for all of them.
-const RUNS: (usize, usize) = (8, 256);
-const RUNS_TIME: Duration = Duration::from_millis(10);
-
 /// How long to wait after failures of each side.
 struct PerSide {
     source: Backoff,
@@ -72,19 +61,9 @@ pub(super) struct Body<'a> {
     operations: FuturesUnordered<Pin<Box<dyn Future<Output = Done>>>>,
     window_used: u64,
     pace: Pace,
-    /// Where the scan goes on.
-    cursor: u64,
-    /// The source has data there.
-    data: Range<u64>,
+    scan: Scan,
     /// Operations that write what guests' requests did not wait for.
     saves: usize,
-    /// Short runs can be copied together, as far as is known; so many at most; but not those
-    /// that begin in this range.
-    copies_runs: bool,
-    runs: usize,
-    one_by_one: Range<u64>,
-    /// How much to look at at once where extents are not known.
-    leap: u64,
     /// Bytes started since the last rest.
     since_rest: u64,
     /// Nothing is started before this instant (rest, failure).
@@ -125,13 +104,8 @@ impl<'a> Body<'a> {
             window_used: 0,
             pace: Pace::new(floor, ceiling.max(floor), Instant::now())
                 .with_tolerance(BACKUP_TOLERANCE),
-            cursor: 0,
-            data: 0..0,
+            scan: Scan::new(account.clone(), snapshot.size(), request),
             saves: 0,
-            copies_runs: true,
-            runs: RUNS.1,
-            one_by_one: 0..0,
-            leap: request,
             since_rest: 0,
             not_before: None,
             retry_at: None,
@@ -409,8 +383,8 @@ impl<'a> Body<'a> {
                 return limited.min(SLICE);
             }
             let window = self.pace.window();
-            let request = self.request_size(window);
-            let Some((range, look)) = self.next_range(request) else {
+            let request = self.scan.request_size(window);
+            let Some((range, look)) = self.scan.next(request, &self.carrier) else {
                 return SLICE;
             };
             let mut cost = (range.end - range.start).min(request);
@@ -434,13 +408,13 @@ impl<'a> Body<'a> {
                 discards: self.driver.settings().discard_source,
                 began: Instant::now(),
             };
-            if self.goes_with_others(&range) {
+            if let Some(runs) = self.scan.runs_with(&range) {
                 // As many as the window has room for.
                 let most = request.min(window.saturating_sub(self.window_used));
-                let claims = self.account.gather(claim, most, self.runs);
+                let claims = self.account.gather(claim, most, runs);
                 cost = self.start_runs(operation, claims);
             } else {
-                self.cursor = claim.range().end;
+                self.scan.has_begun_to(claim.range().end);
                 self.window_used += cost;
                 self.operations
                     .push(Box::pin(operation.carry(claim, look, cost)));
@@ -456,63 +430,16 @@ impl<'a> Body<'a> {
         }
     }
 
-    /// Whether what is to be copied there is what guests' requests have left over, and is
-    /// copied together with more of that.
-    fn goes_with_others(&self, range: &Range<u64>) -> bool {
-        range.end - range.start < MIN_REQUEST
-            && self.copies_runs
-            && !self.one_by_one.contains(&range.start)
-    }
-
     /// Gives the bytes of the runs.
     fn start_runs(&mut self, operation: Operation, claims: Vec<BodyClaim>) -> u64 {
         let mut cost = 0;
         for range in claims.iter().map(BodyClaim::range) {
-            self.cursor = range.end;
+            self.scan.has_begun_to(range.end);
             cost += range.end - range.start;
         }
         self.window_used += cost;
         self.operations.push(Box::pin(operation.copy_runs(claims)));
         cost
-    }
-
-    /// Size of a request under this window: several fit in it, so that the guest never
-    /// waits for a long one. A disk that is no larger than one request may be is copied in
-    /// one go, as with QEMU: then bitmaps and progress are the same after a failure, too.
-    fn request_size(&self, window: u64) -> u64 {
-        let most = MAX_REQUEST.min(self.driver.settings().max_chunk);
-        let cluster = self.account.cluster();
-        let window = match self.snapshot.size() <= MAX_REQUEST {
-            true => u64::MAX,
-            false => window,
-        };
-        (window / 4).clamp(MIN_REQUEST.min(most), most).max(cluster) / cluster * cluster
-    }
-
-    /// The next range from the cursor on that is to be copied, and how to look at it.
-    fn next_range(&mut self, request: u64) -> Option<(Range<u64>, Look)> {
-        let reach = self.leap.max(request);
-        let next = self.account.next_todo(self.cursor, reach);
-        let mut range = match next {
-            Some(range) => range,
-            None => self.account.next_todo(0, reach)?,
-        };
-        // What is not copied does not change, so what was found of it holds.
-        let until = match self.data.contains(&range.start) {
-            true => self.account.round_in(&(0..self.data.end)).end,
-            false => 0,
-        };
-        if until > range.start {
-            range.end = range.end.min(until).min(range.start + request);
-            return Some((range, Look::Data));
-        }
-        let len = range.end - range.start;
-        // Left over between what the guest has had copied: short, and likely data.
-        if len < MIN_REQUEST {
-            let look = self.carrier.look_at_written(&range, request);
-            return Some((range, look));
-        }
-        Some((range, Look::Probe { request }))
     }
 
     async fn wait_for_operation(&mut self, wait: Duration) {
@@ -552,7 +479,7 @@ impl<'a> Body<'a> {
                     self.pace.note_request(done.took);
                 }
                 if let Some(copied) = copied {
-                    self.learn(end, copied);
+                    self.scan.learn(end, copied);
                 }
             }
             What::Runs(range, became) => {
@@ -560,38 +487,16 @@ impl<'a> Body<'a> {
                     self.backoff = PerSide::new();
                 }
                 if done.bytes < done.cost {
-                    // What was left comes next, and not after all the others.
-                    self.cursor = self.cursor.min(range.start);
+                    self.scan.come_back_to(range.start);
                 }
-                match became {
-                    Runs::Copied(0) => self.one_by_one = range,
-                    Runs::Copied(_) => {
-                        self.pace.note_request(done.took);
-                        self.runs = next_runs(self.runs, done.took);
-                    }
-                    Runs::Impossible => self.copies_runs = false,
-                    Runs::Held => {}
+                if done.bytes > 0 {
+                    self.pace.note_request(done.took);
                 }
+                self.scan.learn_of_runs(range, &became, done.took);
             }
         }
         if let Some(error) = done.error {
             self.failed.get_or_insert(error);
-        }
-    }
-
-    /// What carrying a range to `end` has told of what follows.
-    fn learn(&mut self, end: u64, copied: Copied) {
-        if copied.range.end < end {
-            // What was left comes next, and not after all the others.
-            self.cursor = self.cursor.min(copied.range.end);
-        }
-        if copied.was_zero {
-            self.leap = self.leap.saturating_mul(2).min(MAX_LEAP);
-        } else {
-            self.leap = self.carrier.pool().buffer_size() as u64;
-        }
-        if copied.data.end > self.data.end || !self.data.contains(&self.cursor) {
-            self.data = copied.data;
         }
     }
 
@@ -609,7 +514,7 @@ impl<'a> Body<'a> {
         match action {
             ErrorAction::Report => Err(JobFailure::from(&error)),
             ErrorAction::Ignore | ErrorAction::Stop => {
-                self.cursor = 0;
+                self.scan.start_over();
                 let backoff = match side {
                     Side::Source => &mut self.backoff.source,
                     Side::Target => &mut self.backoff.target,
@@ -619,8 +524,6 @@ impl<'a> Body<'a> {
                 if matches!(side, Side::Target) {
                     self.retry_at = Some(retry_at);
                 }
-                // What was copied together is looked at one by one, and then anew.
-                self.copies_runs = true;
                 Ok(())
             }
         }
@@ -652,13 +555,5 @@ impl<'a> Body<'a> {
     fn report_progress(&self) {
         let left = self.account.pending_bytes();
         self.ctx.progress().set_remaining(left);
-    }
-}
-
-/// How many short runs are copied together after `runs` at most have taken so long.
-fn next_runs(runs: usize, took: Duration) -> usize {
-    match took > RUNS_TIME {
-        true => (runs / 2).max(RUNS.0),
-        false => (runs * 2).min(RUNS.1),
     }
 }

@@ -21,6 +21,7 @@ mod body;
 mod driver;
 mod error;
 mod operation;
+mod scan;
 mod spec;
 mod start;
 #[cfg(all(test, not(shuttle)))]

@@ -17,8 +17,9 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 
+use super::claim::Claim;
 use super::copy::{Content, Entered, Memory, Stock, buffer_size, forget_taken_out};
-use super::snapshot::{Claim, Snapshot};
+use super::snapshot::Snapshot;
 use crate::backend::InFlight;
 use crate::copy_source::{CopySource, Pieces};
 use crate::error::IoError;

@@ -6,7 +6,8 @@ use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
 use super::behind::Room;
-use super::snapshot::{Claim, Snapshot};
+use super::claim::Claim;
+use super::snapshot::Snapshot;
 use crate::backend::{Backend, InFlight};
 use crate::buffer::{AlignedBuffer, IoVec};
 use crate::copy_source::CopySource;

@@ -2,7 +2,8 @@
 //! what was there is copied to a target. Source and target together then have what the
 //! source had when the filter came: a snapshot.
 //!
-//! - `snapshot`: which clusters are copied, and who waits for one;
+//! - `snapshot`: which clusters are copied, and who waits for one; `account` and `claim`: its
+//!   beginnings, and the right to copy some; `stalls`: what guests felt of it;
 //! - `copy`: carrying one over for a guest's request;
 //! - `behind`: the same while the request goes on;
 //! - `waiting`: the lists of who waits and who reads.
@@ -24,23 +25,29 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select};
 
+mod account;
 mod behind;
 #[cfg(all(test, not(shuttle)))]
 mod behind_tests;
+mod claim;
 mod copy;
 #[cfg(all(test, not(shuttle)))]
 mod fine_tests;
 #[cfg(all(test, shuttle))]
 mod shuttle_tests;
 mod snapshot;
+mod stalls;
 #[cfg(all(test, not(shuttle)))]
 mod tests;
 mod waiting;
 
+pub use self::account::SnapshotAccount;
 pub use self::behind::{Saved, Saves};
+pub use self::claim::Claim;
 use self::copy::{Content, Target};
 use self::snapshot::Place;
-pub use self::snapshot::{Claim, Listening, Snapshot, SnapshotAccount, SnapshotObserver, Stalls};
+pub use self::snapshot::{Listening, Snapshot, SnapshotObserver};
+pub use self::stalls::Stalls;
 use crate::buffer::IoVec;
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
 use crate::driver::{

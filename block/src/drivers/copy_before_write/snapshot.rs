@@ -29,8 +29,11 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use super::account::SnapshotAccount;
 use super::behind::Behind;
+use super::claim::Claim;
 use super::copy::{MAX_MEMORY, Memory, Target};
+use super::stalls::{Stalled, Stalls};
 use super::waiting::{Change, Waiting};
 use crate::backend::Backend;
 use crate::dirty_bitmap::{BitmapError, DirtyBitmap};
@@ -53,79 +56,6 @@ pub trait SnapshotObserver: Send + Sync {
 
     /// Nothing is left to be done, something is to be done (again), or the snapshot is broken.
     fn changed(&self);
-}
-
-/// The account of a snapshot that is to be: all of it is to be copied, and readable.
-#[derive(Debug)]
-pub struct SnapshotAccount {
-    todo: DirtyBitmap,
-    needed: DirtyBitmap,
-    pending: DirtyBitmap,
-    access: DirtyBitmap,
-    /// See [`Snapshot`].
-    shown: u64,
-}
-
-impl SnapshotAccount {
-    /// Of a disk of `size` bytes in clusters of `cluster` bytes (a power of two): of all
-    /// of it, or of what `part` has set.
-    ///
-    /// Errors: bad or too small clusters for the size; not enough memory.
-    pub fn new(size: u64, cluster: u64, part: Option<&DirtyBitmap>) -> Result<Self, BitmapError> {
-        let new = || DirtyBitmap::new(size, cluster);
-        let account = Self {
-            todo: new()?,
-            needed: new()?,
-            pending: new()?,
-            access: new()?,
-            shown: cluster,
-        };
-        let all = [
-            &account.access,
-            &account.pending,
-            &account.needed,
-            &account.todo,
-        ];
-        match part {
-            None => all.into_iter().for_each(DirtyBitmap::set_all),
-            Some(part) => {
-                let mut at = 0;
-                while let Some(area) = part.next_dirty(at) {
-                    for bitmap in all {
-                        bitmap.set(area.start, area.end - area.start);
-                    }
-                    at = area.end;
-                }
-            }
-        }
-        Ok(account)
-    }
-
-    /// As `new`, but kept in clusters of `fine` bytes (no larger ones). Users do not see
-    /// that: of the clusters that `part` touches all is in the snapshot, and they are
-    /// discarded as a whole.
-    ///
-    /// Errors: as for `new`.
-    pub fn fine(
-        size: u64,
-        cluster: u64,
-        fine: u64,
-        part: Option<&DirtyBitmap>,
-    ) -> Result<Self, BitmapError> {
-        let fine = fine.min(cluster);
-        let account = match part {
-            None => Self::new(size, fine, None)?,
-            Some(part) => {
-                let whole = DirtyBitmap::new(size, cluster)?;
-                whole.merge(part);
-                Self::new(size, fine, Some(&whole))?
-            }
-        };
-        Ok(Self {
-            shown: cluster,
-            ..account
-        })
-    }
 }
 
 /// The snapshot of a `copy-before-write` filter. Any thread.
@@ -497,8 +427,26 @@ impl Snapshot {
         self.tell_changed();
     }
 
+    /// Nobody copies the clusters of `range` any more, but they are to be copied.
+    pub(super) fn put_back(&self, range: Range<u64>) {
+        self.todo.set(range.start, range.end - range.start);
+        self.changed(range);
+    }
+
+    /// What the snapshot had in the clusters of `range` is in memory.
+    pub(super) fn hold(&self, range: Range<u64>) {
+        self.needed.clear(range.start, range.end - range.start);
+        self.waiting.changed(&range);
+    }
+
+    /// The clusters of `range` that somebody was to copy are not part of the snapshot.
+    pub(super) fn leave_out(&self, range: Range<u64>) {
+        self.access.clear(range.start, range.end - range.start);
+        self.settle(range);
+    }
+
     /// The target has the clusters of `range`, or nobody needs them.
-    fn settle(&self, range: Range<u64>) {
+    pub(super) fn settle(&self, range: Range<u64>) {
         let len = range.end - range.start;
         // In this order: see the module's head.
         self.pending.clear(range.start, len);
@@ -646,122 +594,6 @@ impl std::ops::Deref for Listening {
 impl Drop for Listening {
     fn drop(&mut self) {
         self.0.listeners.fetch_sub(1, SeqCst);
-    }
-}
-
-/// How guests' requests had to wait for copies, and for reads of the snapshot.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stalls {
-    /// How many waited.
-    pub count: u64,
-    /// The longest wait.
-    pub longest: Duration,
-    /// All waits together.
-    pub total: Duration,
-}
-
-/// [`Stalls`] as they come. Atomics that any iothread adds to; a reader may see one
-/// without the others.
-#[derive(Debug, Default)]
-struct Stalled {
-    count: AtomicU64,
-    longest_ns: AtomicU64,
-    total_ns: AtomicU64,
-}
-
-impl Stalled {
-    fn note(&self, waited: Duration) {
-        let ns = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX >> 16);
-        self.count.fetch_add(1, SeqCst);
-        self.longest_ns.fetch_max(ns, SeqCst);
-        self.total_ns.fetch_add(ns, SeqCst);
-    }
-
-    fn look(&self) -> Stalls {
-        Stalls {
-            count: self.count.load(SeqCst),
-            longest: Duration::from_nanos(self.longest_ns.load(SeqCst)),
-            total: Duration::from_nanos(self.total_ns.load(SeqCst)),
-        }
-    }
-}
-
-/// Clusters whose copying somebody has taken on. Dropped, they are to be copied again.
-#[derive(Debug)]
-#[must_use = "dropping it gives the clusters back"]
-pub struct Claim {
-    snapshot: Arc<Snapshot>,
-    /// Whole clusters.
-    range: Range<u64>,
-}
-
-impl Claim {
-    /// The clusters, in bytes.
-    pub fn range(&self) -> Range<u64> {
-        self.range.clone()
-    }
-
-    /// The clusters from `end` on (of whole clusters) are left to others: they are to be
-    /// copied again.
-    pub fn leave_from(&mut self, end: u64) {
-        let end = end.clamp(self.range.start, self.range.end);
-        let rest = end..self.range.end;
-        self.range.end = end;
-        self.give_back(rest);
-    }
-
-    /// The target has what the snapshot had in the clusters up to `end` (of whole
-    /// clusters); the rest is still to be copied.
-    pub fn copied_to(mut self, end: u64) {
-        let end = end.clamp(self.range.start, self.range.end);
-        let done = self.range.start..end;
-        self.range.start = end;
-        self.settle(done);
-    }
-
-    /// The target has what the snapshot had in all of them.
-    pub fn copied(self) {
-        let end = self.range.end;
-        self.copied_to(end);
-    }
-
-    /// The clusters up to `end` (of whole clusters) are not part of the snapshot.
-    pub(super) fn skip_to(&mut self, end: u64) {
-        let end = end.clamp(self.range.start, self.range.end);
-        let done = self.range.start..end;
-        self.range.start = end;
-        self.snapshot
-            .access
-            .clear(done.start, done.end - done.start);
-        self.settle(done);
-    }
-
-    fn give_back(&self, rest: Range<u64>) {
-        if !rest.is_empty() {
-            self.snapshot.todo.set(rest.start, rest.end - rest.start);
-            self.snapshot.changed(rest);
-        }
-    }
-
-    fn settle(&self, done: Range<u64>) {
-        if !done.is_empty() {
-            self.snapshot.settle(done);
-        }
-    }
-
-    /// What the snapshot had in all of them is in memory: guests may write over it.
-    pub(super) fn hold(mut self) {
-        let range = self.range.clone();
-        self.range.start = range.end;
-        let snapshot = &self.snapshot;
-        snapshot.needed.clear(range.start, range.end - range.start);
-        snapshot.waiting.changed(&range);
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        self.give_back(self.range.clone());
     }
 }
 
