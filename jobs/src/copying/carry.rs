@@ -270,7 +270,7 @@ impl Carrier {
     }
 
     /// Copies short runs (whole units, in order and apart) from file to file, in one request, as
-    /// far as the source has data from the first one on.
+    /// far as the source has data in all of them, from the first one on.
     /// They are held as for [`carry`](Self::carry).
     ///
     /// Cancel: what was being written to the target is undefined.
@@ -285,21 +285,29 @@ impl Carrier {
         let Some(from) = source.file_range(start, len) else {
             return Runs::Impossible;
         };
-        let extent = source.node().chain_status(None, start, len).await;
-        let data = match extent {
-            Ok(extent) if !extent.zero => extent.len,
-            Ok(_) | Err(_) => 0,
-        };
-        let of_span = |run: &Range<u64>| run.start - start..run.end - start;
-        let parts: Vec<_> = runs.iter().map(of_span).collect();
-        let of_data = parts.iter().take_while(|part| part.end <= data).count();
+        // How many are data, and where that of the last one ends.
+        let (mut of_data, mut data_end) = (0, start);
+        for run in runs {
+            if run.start >= data_end {
+                let left = last.end - run.start;
+                match source.node().chain_status(None, run.start, left).await {
+                    Ok(extent) if !extent.zero => data_end = run.start + extent.len,
+                    Ok(_) | Err(_) => break,
+                }
+            }
+            if run.end > data_end {
+                break;
+            }
+            of_data += 1;
+        }
         if of_data == 0 {
             return Runs::Copied(0);
         }
         if self.is_stopped() {
             return Runs::Held;
         }
-        let from = from.only(parts.into_iter().take(of_data));
+        let of_span = |run: &Range<u64>| run.start - start..run.end - start;
+        let from = from.only(runs.iter().take(of_data).map(of_span));
         let copied = nodes.target.copy_from(start, from).await;
         (self.written)();
         match copied {
