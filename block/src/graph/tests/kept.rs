@@ -128,13 +128,23 @@ fn what_was_made_for_a_bitmap_goes_if_nobody_waits_for_it() {
         let disk = images.open(&graph, "disk").await;
         for _ in 0..5 {
             let one = persistent("one");
-            let prepared = graph.prepare_bitmap(&disk, &one);
-            assert!(prepared.now_or_never().is_none());
-            // It goes on, and is taken back.
-            until("a keeper is there", || disk.keeps_bitmaps()).await;
-            until("it has gone", || !disk.keeps_bitmaps()).await;
-            assert!(!images.side_car("disk").exists());
+            let mut prepared = Box::pin(graph.prepare_bitmap(&disk, &one).fuse());
+            let mut room = None;
+            until("a keeper is there", || {
+                room = room.take().or_else(|| (&mut prepared).now_or_never());
+                disk.keeps_bitmaps()
+            })
+            .await;
+            drop((prepared, room));
+            // Whatever it was doing goes on, and is taken back.
+            let gone = || !disk.keeps_bitmaps() && !images.side_car("disk").exists();
+            until("it has gone", gone).await;
         }
+        // Nor does one that nobody waited for at all take this one away.
+        let nobody = graph
+            .prepare_bitmap(&disk, &persistent("nobody's"))
+            .now_or_never();
+        assert!(nobody.is_none());
         add(&graph, &disk, "one").await;
         assert!(images.side_car("disk").exists());
     });
