@@ -5,18 +5,26 @@
 //! the square of its size. And asking takes a helper thread, which is woken for it. So
 //! one look finds several runs, and they are remembered.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::sync::{Mutex, lock};
+use crate::wait::Waiters;
+
+/// Looks that are remembered: copiers go on at several places, jump over long holes, and some
+/// look at the whole disk first. Takes 64 KiB at most.
+const MAX_LOOKS: usize = 64;
 
 /// Runs that are data as far as is known, and what lies between them. Any thread.
 ///
 /// To take a hole for data is never wrong, only slower. Holes are not remembered:
 /// others may be writing into them, other processes too.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct DataRuns {
     /// A leaf lock, held for a few instructions.
     known: Mutex<Known>,
+    /// Who waits for what a look of another finds.
+    waiting: Waiters,
 }
 
 /// What one look at a file has found.
@@ -30,66 +38,142 @@ pub(super) struct Look {
     pub(super) quick: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Known {
-    look: Look,
-    /// How often something was forgotten.
-    forgotten: u64,
+    /// The last one first.
+    looks: VecDeque<Look>,
+    /// Looks that have not ended: as many as there are requests at most.
+    under_way: Vec<UnderWay>,
+    next: u64,
+}
+
+struct UnderWay {
+    number: u64,
+    /// What it may find.
+    reach: Range<u64>,
+    /// All that may have become a hole since it began is in here.
+    forgotten: Range<u64>,
 }
 
 impl DataRuns {
     /// Bytes of data from `offset` on; 0 if that is not known.
     pub(super) fn data_at(&self, offset: u64) -> u64 {
         let known = lock(&self.known);
-        let runs = &known.look.runs;
-        let next = runs.partition_point(|run| run.end <= offset);
-        runs.get(next)
-            .filter(|run| run.start <= offset)
-            .map_or(0, |run| run.end - offset)
-    }
-
-    /// Whether `offset` is in what was looked at.
-    pub(super) fn covers(&self, offset: u64) -> bool {
-        lock(&self.known).look.span.contains(&offset)
+        let mut runs = known.looks.iter().filter_map(|look| look.run_at(offset));
+        runs.next().map_or(0, |run| run.end - offset)
     }
 
     /// Whether the end of a hole at `offset` is likely to be found at once.
     pub(super) fn is_quick_at(&self, offset: u64) -> bool {
         let known = lock(&self.known);
-        known.look.quick && known.look.span.contains(&offset)
+        known.look_with(offset).is_some_and(|look| look.quick)
     }
 
-    /// To be taken before the file is asked, and given to
-    /// [`remember`](Self::remember).
-    pub(super) fn ask(&self) -> u64 {
-        lock(&self.known).forgotten
+    /// To be taken before the file is asked what there is in `reach`, by somebody who wants
+    /// to know of its start. `None`: that has been looked at. Waits for a look of another
+    /// that may tell: copiers ask for many places that are close together at once.
+    pub(super) async fn look_at(&self, reach: Range<u64>) -> Option<Looking<'_>> {
+        let looks = || {
+            let mut known = lock(&self.known);
+            if known.look_with(reach.start).is_some() {
+                return Some(None);
+            }
+            let others = known.under_way.iter();
+            let told = others
+                .map(|other| &other.reach)
+                .any(|other| other.contains(&reach.start));
+            (!told).then(|| Some(known.begin(reach.clone())))
+        };
+        let number = self.waiting.until(looks).await?;
+        Some(Looking { runs: self, number })
     }
 
-    /// Remembers what the file said after `asked`, instead of what was known; unless
-    /// something was forgotten since.
-    pub(super) fn remember(&self, asked: u64, look: Look) {
-        let mut known = lock(&self.known);
-        if known.forgotten == asked {
-            known.look = look;
-        }
+    /// The same for what has been looked at, but has changed.
+    pub(super) fn look_again_at(&self, reach: Range<u64>) -> Looking<'_> {
+        let number = lock(&self.known).begin(reach);
+        Looking { runs: self, number }
     }
 
     /// `range` has become a hole, or may have.
     pub(super) fn forget(&self, range: Range<u64>) {
+        let touches = |run: &Range<u64>| range.start < run.end && run.start < range.end;
         let mut known = lock(&self.known);
-        known.forgotten += 1;
-        known
-            .look
-            .runs
-            .retain(|run| range.start >= run.end || run.start >= range.end);
+        for look in &mut known.looks {
+            look.runs.retain(|run| !touches(run));
+        }
+        for look in known.under_way.iter_mut().filter(|it| touches(&it.reach)) {
+            look.forgotten = match look.forgotten.is_empty() {
+                true => range.clone(),
+                false => look.forgotten.start.min(range.start)..look.forgotten.end.max(range.end),
+            };
+        }
+    }
+}
+
+impl Look {
+    fn run_at(&self, offset: u64) -> Option<&Range<u64>> {
+        let next = self.runs.partition_point(|run| run.end <= offset);
+        self.runs.get(next).filter(|run| run.start <= offset)
+    }
+}
+
+impl Known {
+    fn look_with(&self, offset: u64) -> Option<&Look> {
+        self.looks.iter().find(|look| look.span.contains(&offset))
+    }
+
+    fn begin(&mut self, reach: Range<u64>) -> u64 {
+        self.next += 1;
+        self.under_way.push(UnderWay {
+            number: self.next,
+            reach,
+            forgotten: 0..0,
+        });
+        self.next
+    }
+
+    fn end(&mut self, number: u64) -> Option<UnderWay> {
+        let at = self.under_way.iter().position(|it| it.number == number)?;
+        Some(self.under_way.swap_remove(at))
+    }
+}
+
+/// A look at a file that is under way; once this is gone, others look for themselves.
+pub(super) struct Looking<'a> {
+    runs: &'a DataRuns,
+    number: u64,
+}
+
+impl Looking<'_> {
+    /// Remembers what the file said, but for what has changed since, and forgets the oldest
+    /// of many looks.
+    pub(super) fn has_found(self, mut look: Look) {
+        let mut known = lock(&self.runs.known);
+        if let Some(UnderWay { forgotten, .. }) = known.end(self.number) {
+            look.runs
+                .retain(|run| forgotten.start >= run.end || run.start >= forgotten.end);
+            known.looks.truncate(MAX_LOOKS - 1);
+            known.looks.push_front(look);
+        }
+    }
+}
+
+impl Drop for Looking<'_> {
+    fn drop(&mut self) {
+        lock(&self.runs.known).end(self.number);
+        self.runs.waiting.wake();
     }
 }
 
 #[cfg(all(test, not(shuttle)))]
+#[expect(clippy::single_range_in_vec_init, reason = "one run is many enough")]
 mod tests {
-    use super::*;
+    use futures_util::{FutureExt, poll};
 
-    fn look(runs: &[Range<u64>]) -> Look {
+    use super::*;
+    use crate::runtime::EventLoop;
+
+    fn look<const N: usize>(runs: [Range<u64>; N]) -> Look {
         Look {
             runs: runs.to_vec(),
             span: 0..1000,
@@ -97,11 +181,17 @@ mod tests {
         }
     }
 
+    fn knowing<const N: usize>(runs: [Range<u64>; N]) -> DataRuns {
+        let known = DataRuns::default();
+        known.look_again_at(0..1000).has_found(look(runs));
+        known
+    }
+
     #[test]
     fn data_is_remembered_until_part_of_it_becomes_a_hole() {
         let known = DataRuns::default();
         assert_eq!(known.data_at(0), 0);
-        known.remember(known.ask(), look(&[100..200, 300..400, 500..600]));
+        let known = knowing([100..200, 300..400, 500..600]);
         let at = |known: &DataRuns| [99, 100, 199, 200, 299, 300, 550].map(|at| known.data_at(at));
         assert_eq!(at(&known), [0, 100, 1, 0, 0, 100, 50]);
         known.forget(200..300);
@@ -113,14 +203,65 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_from_before_a_hole_was_made_is_not_remembered() {
+    fn of_an_answer_from_before_a_hole_was_made_the_rest_is_remembered() {
         let known = DataRuns::default();
-        let asked = known.ask();
+        let looking = known.look_again_at(0..1000);
         known.forget(120..130);
-        known.remember(asked, look(&[100..200, 300..400]));
-        assert_eq!(known.data_at(125), 0);
-        assert!(!known.covers(125) && !known.is_quick_at(125));
-        known.remember(known.ask(), look(&[]));
-        assert!(known.covers(125) && known.is_quick_at(125) && !known.covers(1000));
+        known.forget(310..320);
+        known.forget(1000..2000);
+        looking.has_found(look([0..50, 100..200, 250..260, 300..400, 500..600]));
+        let at = [0, 125, 255, 300, 500].map(|at| known.data_at(at));
+        assert_eq!(at, [50, 0, 0, 0, 100]);
+        assert!(known.is_quick_at(125) && !known.is_quick_at(1000));
+        let looked = known.look_at(125..200).now_or_never();
+        assert!(looked.expect("nobody else looks").is_none());
+    }
+
+    #[test]
+    fn several_looks_are_remembered_and_the_last_one_is_right() {
+        let known = DataRuns::default();
+        for start in (0..MAX_LOOKS as u64 + 1).map(|number| number * 1000) {
+            let found = Look {
+                runs: vec![start + 100..start + 200],
+                span: start..start + 1000,
+                quick: true,
+            };
+            known.look_again_at(start..start + 1000).has_found(found);
+        }
+        assert_eq!(known.data_at(100), 0);
+        assert!(!known.is_quick_at(0) && known.is_quick_at(1000));
+        let last = MAX_LOOKS as u64 * 1000;
+        assert_eq!([1100, last + 150].map(|at| known.data_at(at)), [100, 50]);
+        let slow = Look {
+            runs: vec![1100..1900],
+            span: 1000..2000,
+            quick: false,
+        };
+        known.look_again_at(1000..2000).has_found(slow);
+        assert!(known.data_at(1800) == 100 && !known.is_quick_at(1000));
+        known.forget(1300..1301);
+        assert_eq!(known.data_at(1800), 0);
+    }
+
+    #[test]
+    fn who_asks_for_what_another_looks_at_waits_for_that() {
+        EventLoop::new("test").unwrap().block_on(async {
+            let known = DataRuns::default();
+            let first = known.look_at(100..500).await.expect("not known");
+            let mut same = Box::pin(known.look_at(200..600));
+            assert!(poll!(same.as_mut()).is_pending());
+            // Elsewhere, and before it: nothing that the other one will find.
+            for start in [0, 500] {
+                assert!(known.look_at(start..start + 1).await.is_some());
+            }
+            // What has gone without an answer tells nothing.
+            drop(first);
+            let second = same.await.expect("not known");
+            let mut third = Box::pin(known.look_at(300..700));
+            assert!(poll!(third.as_mut()).is_pending());
+            second.has_found(look([200..400]));
+            assert!(third.await.is_none());
+            assert_eq!(known.data_at(300), 100);
+        });
     }
 }

@@ -31,8 +31,9 @@ const HOLE: ExtentFlags = ExtentFlags {
 const MAX_RUNS: usize = 64;
 /// Bytes after which a look ends: whoever has asked is waiting.
 const MAX_LOOK: u64 = 64 << 20;
-/// Bytes in memory that are looked at before it is seen whether there is a hole in them.
-const STRIDE: u64 = 16 << 20;
+/// Bytes in memory that are looked at before it is seen whether there is a hole in them:
+/// fewest, as runs may be short, and most.
+const STRIDES: (u64, u64) = (1 << 20, 16 << 20);
 /// A seek that takes no longer is one that an iothread may make.
 const QUICK: Duration = Duration::from_micros(50);
 
@@ -41,26 +42,30 @@ impl FileDriver {
         if !matches!(self.kind, Kind::Regular) {
             return Ok(Extent { len, flags: DATA });
         }
-        let known = self.data_runs.data_at(offset);
-        if known > 0 {
-            return Ok(Extent {
-                len: known.min(len),
-                flags: DATA,
-            });
-        }
         let end = self.size().max(offset + len);
-        if self.in_memory
-            && self.data_runs.is_quick_at(offset)
-            && let Some(hole) = hole_at(&self.file, offset, end)?
-        {
-            return Ok(Extent {
-                len: hole.min(len),
-                flags: HOLE,
-            });
+        let reach = offset..offset.saturating_add(MAX_LOOK);
+        let looking = self.data_runs.look_at(reach.clone()).await;
+        if looking.is_none() {
+            let known = self.data_runs.data_at(offset);
+            if known > 0 {
+                return Ok(Extent {
+                    len: known.min(len),
+                    flags: DATA,
+                });
+            }
+            if self.in_memory
+                && self.data_runs.is_quick_at(offset)
+                && let Some(hole) = hole_at(&self.file, offset, end)?
+            {
+                return Ok(Extent {
+                    len: hole.min(len),
+                    flags: HOLE,
+                });
+            }
         }
-        let asked = self.data_runs.ask();
         // Holes between runs that are known need no more than their own ends.
-        let more = !self.data_runs.covers(offset);
+        let more = looking.is_some();
+        let looking = looking.unwrap_or_else(|| self.data_runs.look_again_at(reach));
         // The file system may have to read its maps from the disk for this, so
         // it is done where blocking is allowed.
         let file = Arc::clone(&self.file);
@@ -73,7 +78,7 @@ impl FileDriver {
         })
         .await?;
         if let Some(look) = look {
-            self.data_runs.remember(asked, look);
+            looking.has_found(look);
         }
         extent.len = extent.len.min(len);
         Ok(extent)
@@ -161,13 +166,14 @@ fn extent_at(file: &File, in_memory: bool, offset: u64, end: u64) -> io::Result<
 /// inode meanwhile: guests' writes would wait 40 ms for each GiB. The look at what pages
 /// there are takes as long, but no lock.
 fn without_holes(file: &File, offset: u64, end: u64) -> u64 {
-    let mut at = offset;
+    let (mut at, mut stride) = (offset, STRIDES.0);
     while at < end {
-        let len = STRIDE.min(end - at);
+        let len = stride.min(end - at);
         if !sys::has_all_pages(file, at, len) {
             break;
         }
         at += len;
+        stride = (stride * 2).min(STRIDES.1);
     }
     at.min(end)
 }
