@@ -61,7 +61,7 @@ const CALM_PATIENCE: Duration = Duration::from_millis(300);
 /// How much longer than the quickest one a request of the copier may take while the guest is
 /// active. What takes longer has waited for others at the target, and so do the guest's copies
 /// that come after it.
-const MAX_QUEUED: Duration = Duration::from_millis(20);
+const MAX_QUEUED: Duration = Duration::from_millis(10);
 /// Requests per second weigh a quarter of what they were before.
 const RATE_WEIGHT: u64 = 4;
 /// Longest rest after a floor's worth of requests when the mirror is ready, which leaves it
