@@ -34,6 +34,8 @@ const MAX_LOOK: u64 = 64 << 20;
 /// Bytes in memory that are looked at before it is seen whether there is a hole in them:
 /// fewest, as runs may be short, and most.
 const STRIDES: (u64, u64) = (1 << 20, 16 << 20);
+/// How long a look of another that may tell is waited for.
+const PATIENCE: Duration = Duration::from_millis(20);
 /// A seek that takes no longer is one that an iothread may make.
 const QUICK: Duration = Duration::from_micros(50);
 
@@ -42,9 +44,10 @@ impl FileDriver {
         if !matches!(self.kind, Kind::Regular) {
             return Ok(Extent { len, flags: DATA });
         }
-        let end = self.size().max(offset + len);
         let reach = offset..offset.saturating_add(MAX_LOOK);
-        let looking = self.data_runs.look_at(reach.clone()).await;
+        let patience = runtime::sleep(PATIENCE);
+        let looking = self.data_runs.look_at(reach, patience).await;
+        let end = self.size().max(offset + len);
         if looking.is_none() {
             let known = self.data_runs.data_at(offset);
             if known > 0 {
@@ -65,7 +68,7 @@ impl FileDriver {
         }
         // Holes between runs that are known need no more than their own ends.
         let more = looking.is_some();
-        let looking = looking.unwrap_or_else(|| self.data_runs.look_again_at(reach));
+        let looking = looking.unwrap_or_else(|| self.data_runs.look_again());
         // The file system may have to read its maps from the disk for this, so
         // it is done where blocking is allowed.
         let file = Arc::clone(&self.file);

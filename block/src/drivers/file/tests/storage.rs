@@ -452,7 +452,12 @@ impl Drop for Loop {
 
 #[test]
 fn the_end_of_long_data_in_memory_is_found_wherever_it_is() {
-    for end in [MIB, 16 * MIB, 16 * MIB + 4096, 32 * MIB - 4096, 32 * MIB] {
+    // About where it is seen whether there is a hole.
+    let ends = [1, 3, 7, 15, 31].map(|end| end * MIB);
+    for end in ends
+        .into_iter()
+        .flat_map(|end| [end - 4096, end, end + 4096])
+    {
         for gap in [0, 4096, 17 * MIB] {
             let image = image_in(Path::new("/dev/shm"), 0);
             let file = image.as_file();
@@ -473,4 +478,25 @@ fn the_end_of_long_data_in_memory_is_found_wherever_it_is() {
             });
         }
     }
+}
+
+#[test]
+fn all_who_ask_for_runs_of_data_at_once_share_a_look() {
+    const RUN: u64 = 64 << 10;
+    let image = image_in(&std::env::temp_dir(), 0);
+    let file = image.as_file();
+    for at in (0..50).map(|number| 2 * number * RUN) {
+        file.write_all_at(&[1; RUN as usize], at).unwrap();
+    }
+    file.set_len(100 * RUN).unwrap();
+    EventLoop::new("test").unwrap().block_on(async {
+        let driver = open_image(image.path(), false);
+        let runs = (0..50).map(|number| 2 * number * RUN);
+        let status = |at| driver.block_status(at, driver.size() - at);
+        for extent in futures_util::future::join_all(runs.map(status)).await {
+            let extent = extent.unwrap();
+            assert_eq!((extent.len, extent.flags.data), (RUN, true));
+        }
+        assert_eq!(driver.data_runs.looks(), 1);
+    });
 }
