@@ -114,7 +114,7 @@ pub(crate) struct Pace {
     next_decision: Instant,
     /// When the calm began that is, or was last.
     calm_began: Instant,
-    /// What the copier's quickest request took since the last calm.
+    /// What the copier's quickest request took, and a quarter more for each calm since.
     quickest: Option<Duration>,
     /// How much longer one has taken since the last decision, at most.
     queued: Duration,
@@ -239,8 +239,8 @@ impl Pace {
             }
             Some(Calm::Measures) => {
                 self.calm = None;
-                // The next one waits for no other, and tells what the nodes can do by now.
-                self.quickest = None;
+                // The nodes may have become slower.
+                self.quickest = self.quickest.map(|quickest| quickest * 5 / 4);
                 self.rate = rate;
                 // One calm may have been disturbed by others.
                 let before = self.baseline.map_or(0, |before| before.rate);
@@ -449,6 +449,21 @@ mod tests {
         };
         assert!(longest(Some(1_000_000)) < 1280 * KIB);
         assert_eq!(longest(None), 16384 * KIB, "nobody waits behind it");
+    }
+
+    #[test]
+    fn a_target_that_has_become_slower_is_not_held_to_what_it_once_did() {
+        let mut pace = Pace::new(256 * KIB, 16384 * KIB, Instant::now());
+        pace.note_request(Duration::from_millis(1));
+        let mut window_after = |intervals| {
+            for _ in 0..intervals {
+                pace.note_request(Duration::from_millis(20));
+                run(&mut pace, 1, |_| Some(100_000));
+            }
+            pace.window()
+        };
+        assert_eq!(window_after(200), 256 * KIB, "one may have been slow");
+        assert_eq!(window_after(4000), 16384 * KIB);
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub(super) struct DataRuns {
 /// What one look at a file has found.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Look {
-    /// Runs of data, in order.
+    /// Runs of data in the span, in order.
     pub(super) runs: Vec<Range<u64>>,
     /// What was looked at.
     pub(super) span: Range<u64>,
@@ -46,7 +46,7 @@ pub(super) struct Look {
 
 #[derive(Default)]
 struct Known {
-    /// The last one first, which is right where several tell of the same place.
+    /// The last to end first, which counts where several tell of the same place.
     looks: VecDeque<Look>,
     /// Looks that have not ended: as many as there are requests at most.
     under_way: Vec<UnderWay>,
@@ -57,7 +57,7 @@ struct UnderWay {
     number: u64,
     /// What it will tell of, most likely; nothing if nobody is to wait for it.
     reach: Range<u64>,
-    /// All that may have become a hole since it began is in these.
+    /// What was told to have become a hole since it began is in these.
     forgotten: Vec<Range<u64>>,
 }
 
@@ -91,7 +91,7 @@ impl DataRuns {
             if known.look_with(reach.start).is_some() {
                 return Some(None);
             }
-            // Those that begin later do so because the ones before did not tell.
+            // Most that begin later do so because the ones before did not tell.
             let until = *until.get_or_insert(known.next);
             let mut others = known.under_way.iter();
             let told =
@@ -250,16 +250,20 @@ mod tests {
         known.forget(310..320);
         // Data may be found past all that was to be looked at.
         known.forget(1500..1501);
-        looking.has_found(look([0..50, 100..200, 250..260, 300..400, 900..2000]));
+        looking.has_found(Look {
+            span: 0..2000,
+            ..look([0..50, 100..200, 250..260, 300..400, 900..2000])
+        });
         let at = [0, 125, 255, 300, 900].map(|at| known.data_at(at));
         assert_eq!(at, [50, 0, 5, 0, 0]);
-        assert!(known.is_quick_at(125) && !known.is_quick_at(1000));
+        assert!(known.is_quick_at(125) && !known.is_quick_at(2000));
         let looked = known.look_at(125..200, pending()).now_or_never();
         assert!(looked.expect("nobody else looks").is_none());
         // Of more than can be told apart, nothing is missed.
         let looking = known.look_again();
-        let holes = (0..MAX_FORGOTTEN as u64 + 10).map(|hole| hole * 10);
-        holes.clone().for_each(|hole| known.forget(hole..hole + 1));
+        for hole in (0..MAX_FORGOTTEN as u64 + 10).map(|hole| hole * 10) {
+            known.forget(hole..hole + 1);
+        }
         looking.has_found(look([0..1, 640..641, 720..721, 731..740, 990..1000]));
         let at = [0, 640, 720, 731, 990].map(|at| known.data_at(at));
         assert_eq!(at, [0, 0, 0, 9, 10]);
@@ -298,6 +302,11 @@ mod tests {
         assert_eq!(at, [401, 0, 300]);
         known.forget(1300..1301);
         assert_eq!(known.data_at(1800), 0);
+        // What is looked at again and again takes the place of itself only.
+        for _ in 0..2 * MAX_LOOKS {
+            known.look_again().has_found(look([100..200]));
+        }
+        assert_eq!([100, 4100].map(|at| known.data_at(at)), [100, 100]);
     }
 
     #[test]
@@ -319,8 +328,10 @@ mod tests {
             // What has gone without an answer tells nothing, and one that began later is not
             // waited for, too.
             drop(first);
-            let second = same.await.expect("not known");
-            assert!(hasty.await.is_some());
+            let second = same.now_or_never().expect("it has gone");
+            let second = second.expect("not known");
+            let hasty = hasty.now_or_never().expect("it began later");
+            assert!(hasty.is_some());
             let mut third = Box::pin(known.look_at(300..700, pending()));
             assert!(poll!(third.as_mut()).is_pending());
             // Whose patience is at an end looks for itself.

@@ -34,6 +34,8 @@ const MAX_LOOK: u64 = 64 << 20;
 /// Bytes in memory that are looked at before it is seen whether there is a hole in them:
 /// fewest, as runs may be short, and most.
 const STRIDES: (u64, u64) = (1 << 20, 16 << 20);
+/// Bytes in memory after which the search for the end of data ends, too, though there is more.
+const MAX_WALK: u64 = 256 << 20;
 /// How long a look of another that may tell is waited for.
 const PATIENCE: Duration = Duration::from_millis(20);
 /// A seek that takes no longer is one that an iothread may make.
@@ -143,6 +145,12 @@ fn extent_at(file: &File, in_memory: bool, offset: u64, end: u64) -> io::Result<
         true => without_holes(file, offset, end),
         false => offset,
     };
+    if from - offset == MAX_WALK {
+        return Ok(Extent {
+            len: MAX_WALK,
+            flags: DATA,
+        });
+    }
     // A hole always follows: the end of the file counts as one. Data that was
     // punched in between is still read as such.
     let hole = match sys::seek(file, from, libc::SEEK_HOLE) {
@@ -163,12 +171,13 @@ fn extent_at(file: &File, in_memory: bool, offset: u64, end: u64) -> io::Result<
 }
 
 /// A place not behind `end` up to which there is no hole from `offset` on, in a file in
-/// memory, and which is not far from the next one. Blocks.
+/// memory, and which is not far from the next one or [`MAX_WALK`] away. Blocks.
 ///
 /// To seek the hole takes time for each page before it, and tmpfs has the lock of the
 /// inode meanwhile: guests' writes would wait 40 ms for each GiB. The look at what pages
 /// there are takes as long, but no lock.
 fn without_holes(file: &File, offset: u64, end: u64) -> u64 {
+    let end = end.min(offset.saturating_add(MAX_WALK));
     let (mut at, mut stride) = (offset, STRIDES.0);
     while at < end {
         let len = stride.min(end - at);

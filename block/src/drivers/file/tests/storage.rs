@@ -490,13 +490,18 @@ fn all_who_ask_for_runs_of_data_at_once_share_a_look() {
     }
     file.set_len(100 * RUN).unwrap();
     EventLoop::new("test").unwrap().block_on(async {
-        let driver = open_image(image.path(), false);
-        let runs = (0..50).map(|number| 2 * number * RUN);
-        let status = |at| driver.block_status(at, driver.size() - at);
-        for extent in futures_util::future::join_all(runs.map(status)).await {
-            let extent = extent.unwrap();
-            assert_eq!((extent.len, extent.flags.data), (RUN, true));
+        let mut looks = Vec::new();
+        // On a busy machine their patience may be at an end before it is there.
+        while looks.last() != Some(&1) {
+            assert!(looks.len() < 50, "{looks:?}");
+            let driver = open_image(image.path(), false);
+            let runs = (0..50).map(|number| 2 * number * RUN);
+            let status = |at| driver.block_status(at, driver.size() - at);
+            for extent in futures_util::future::join_all(runs.map(status)).await {
+                let extent = extent.unwrap();
+                assert_eq!((extent.len, extent.flags.data), (RUN, true));
+            }
+            looks.push(driver.data_runs.looks());
         }
-        assert_eq!(driver.data_runs.looks(), 1);
     });
 }
