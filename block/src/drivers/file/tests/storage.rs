@@ -481,6 +481,30 @@ fn the_end_of_long_data_in_memory_is_found_wherever_it_is() {
 }
 
 #[test]
+fn data_in_memory_that_is_longer_than_one_search_is_found_in_parts() {
+    const SEARCH: u64 = 256 * MIB;
+    let image = image_in(Path::new("/dev/shm"), 0);
+    let file = image.as_file();
+    let data = vec![1; MIB as usize];
+    for at in (0..SEARCH + 2 * MIB).step_by(MIB as usize) {
+        file.write_all_at(&data, at).unwrap();
+    }
+    file.set_len(SEARCH + 4 * MIB).unwrap();
+    EventLoop::new("test").unwrap().block_on(async {
+        let driver = open_image(image.path(), false);
+        let size = driver.size();
+        let mut extents = Vec::new();
+        let mut at = 0;
+        while at < size {
+            let extent = driver.block_status(at, size - at).await.unwrap();
+            extents.push((extent.len, extent.flags.data));
+            at += extent.len;
+        }
+        assert_eq!(extents, [(SEARCH, true), (2 * MIB, true), (2 * MIB, false)]);
+    });
+}
+
+#[test]
 fn all_who_ask_for_runs_of_data_at_once_share_a_look() {
     const RUN: u64 = 64 << 10;
     let image = image_in(&std::env::temp_dir(), 0);
